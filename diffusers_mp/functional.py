@@ -1,0 +1,257 @@
+"""The equations as pure tensor functions: nothing here holds a parameter or knows a module.
+
+Sources: "the paper" is arXiv 2505.19122 (magnitude preservation and rotation modulation in DiT), EDM2 is arXiv
+2312.02696, DiT is arXiv 2212.09748. Magnitude is the root mean square, `M[x] = sqrt(mean(x^2))`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+# RMS of silu(x) for x ~ N(0, 1) is 0.59647; 0.596 is what EDM2 and the paper publish, so it is the one to keep.
+SILU_MAGNITUDE = 0.596
+# Weight t of the second summand in an MP sum: of two inputs of equal standing, and of a residual branch.
+BALANCED_T = 0.5
+RESIDUAL_T = 0.3
+# Number of cosine and sine features of a timestep together, and the period scale they share with the position table.
+NUM_TIME_FEATURES = 256
+MAX_PERIOD = 10000
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which norms, features and angles are computed: at least float32, float64 for float64.
+
+    Args:
+        dtype (torch.dtype): dtype of the tensor or model.
+    Returns:
+        torch.dtype: `torch.promote_types(dtype, torch.float32)`.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def magnitude(x: torch.Tensor) -> torch.Tensor:
+    """Root mean square over all entries.
+
+        M[x] = sqrt(mean(x^2))
+    Section 3 of the paper.
+
+    Args:
+        x (torch.Tensor): any shape.
+    Returns:
+        torch.Tensor: scalar, in `compute_dtype(x.dtype)`.
+    """
+    return x.to(compute_dtype(x.dtype)).square().mean().sqrt()
+
+
+def unit_norm(x: torch.Tensor) -> torch.Tensor:
+    """Scale every row (last dimension) to norm 1; an exactly zero row stays zero.
+
+        y = x / ||x||
+    The gradient is the tangent projection `(g - (g.y) y) / ||x||`, orthogonal to the row. Lemma 3 of the paper; no
+    epsilon is added to the norm.
+
+    Args:
+        x (torch.Tensor): shape (..., n), any norm.
+    Returns:
+        torch.Tensor: shape (..., n), dtype of `x`.
+    """
+    y = x.to(compute_dtype(x.dtype))
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    return (y / norm.masked_fill(norm == 0, 1)).to(x.dtype)
+
+
+def unit_magnitude(x: torch.Tensor) -> torch.Tensor:
+    """Scale every row (last dimension) to RMS 1; an exactly zero row stays zero.
+
+        y = sqrt(n) x / ||x||
+    Used for label rows, position rows and, in cosine attention, queries and keys (section 4 of the paper).
+
+    Args:
+        x (torch.Tensor): shape (..., n), any norm.
+    Returns:
+        torch.Tensor: shape (..., n), dtype of `x`.
+    """
+    y = x.to(compute_dtype(x.dtype))
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    return (y * (math.sqrt(x.shape[-1]) / norm.masked_fill(norm == 0, 1))).to(x.dtype)
+
+
+def mp_silu(x: torch.Tensor) -> torch.Tensor:
+    """SiLU that keeps RMS 1 on standard normal input.
+
+        y = silu(x) / 0.596
+    Equation 81 of EDM2.
+
+    Args:
+        x (torch.Tensor): any shape, RMS about 1.
+    Returns:
+        torch.Tensor: same shape and dtype.
+    """
+    return F.silu(x) / SILU_MAGNITUDE
+
+
+def mp_leaky_relu(x: torch.Tensor, negative_slope: float = 0.01) -> torch.Tensor:
+    """Leaky ReLU that keeps any magnitude of symmetric input, not only 1.
+
+        y = leaky_relu(x) sqrt(2 / (1 + negative_slope^2))
+    Lemma 6 of the paper.
+
+    Args:
+        x (torch.Tensor): any shape.
+        negative_slope (float): slope for negative inputs.
+    Returns:
+        torch.Tensor: same shape and dtype.
+    """
+    return F.leaky_relu(x, negative_slope) * math.sqrt(2 / (1 + negative_slope**2))
+
+
+def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    """Weighted sum that keeps RMS 1 for uncorrelated summands of RMS 1.
+
+        y = ((1 - t) a + t b) / sqrt((1 - t)^2 + t^2)
+    Equation 88 of EDM2; the paper writes `sqrt(alpha) a + sqrt(1 - alpha) b`.
+
+    Args:
+        a (torch.Tensor): any shape.
+        b (torch.Tensor): shape broadcastable to that of `a`.
+        t (float): weight of `b`, in [0, 1].
+    Returns:
+        torch.Tensor: shape and dtype of `a + b`.
+    """
+    scale = 1 / math.sqrt((1 - t) ** 2 + t**2)
+    return torch.add(a * ((1 - t) * scale), b, alpha=t * scale)
+
+
+def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x_j, x_{j + D/2}) of every token; the norm of each token is unchanged.
+
+        y_j       = x_j cos(angle_j) - x_{j + D/2} sin(angle_j)
+        y_{j+D/2} = x_j sin(angle_j) + x_{j + D/2} cos(angle_j)
+    Equation 6 and Lemma 2 of the paper.
+
+    Args:
+        x (torch.Tensor): tokens, shape (B, N, D).
+        angle (torch.Tensor): radians, shape (B, D/2).
+    Returns:
+        torch.Tensor: shape (B, N, D), dtype of `x`.
+    """
+    angle = angle.to(compute_dtype(angle.dtype)).unsqueeze(-2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def modulate(
+    x: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    angle: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Condition tokens by scale, then shift, then rotation, whichever are given.
+
+        y = R(angle) (x (1 + scale) + shift)
+    Section 4 of the paper; scale and shift are those of DiT's AdaLN.
+
+    Args:
+        x (torch.Tensor): tokens, shape (B, N, D).
+        scale (torch.Tensor, optional): shape (B, D).
+        shift (torch.Tensor, optional): shape (B, D).
+        angle (torch.Tensor, optional): radians, shape (B, D/2).
+    Returns:
+        torch.Tensor: shape (B, N, D), dtype of `x`.
+    """
+    if scale is not None:
+        x = x * (1 + scale).unsqueeze(-2)
+    if shift is not None:
+        x = x + shift.unsqueeze(-2)
+    if angle is not None:
+        x = rotate(x, angle)
+    return x
+
+
+def timestep_features(timestep: torch.Tensor, dtype: torch.dtype, magnitude_preserving: bool = True) -> torch.Tensor:
+    """Cosines, then sines, of the timestep at geometrically spaced frequencies.
+
+        [cos(timestep 10000^(-i/128)), sin(timestep 10000^(-i/128))] sqrt(2),   i = 0..127
+    DiT's features; the factor sqrt(2), for `magnitude_preserving` only, makes their RMS exactly 1.
+
+    Args:
+        timestep (torch.Tensor): shape (B,), integer or at least float32: fractional timesteps are meaningful.
+        dtype (torch.dtype): dtype of the result; computed in `compute_dtype(dtype)`.
+        magnitude_preserving (bool): multiply by sqrt(2).
+    Returns:
+        torch.Tensor: shape (B, 256).
+    """
+    half = NUM_TIME_FEATURES // 2
+    index = torch.arange(half, device=timestep.device, dtype=compute_dtype(dtype))
+    frequency = torch.exp(index * (-math.log(MAX_PERIOD) / half))
+    angle = timestep.to(compute_dtype(dtype)).unsqueeze(-1) * frequency
+    features = torch.cat([angle.cos(), angle.sin()], dim=-1)
+    if magnitude_preserving:
+        features = features * math.sqrt(2)
+    return features.to(dtype)
+
+
+def position_table(
+    height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype, magnitude_preserving: bool = True
+) -> torch.Tensor:
+    """2-D sine and cosine table, one row per token in row-major order.
+
+        [sin(column w), cos(column w), sin(row w), cos(row w)],   w_j = 10000^(-j/(D/4)), j = 0..D/4-1
+    DiT's table. For `magnitude_preserving` each token's row is then mean-centred and scaled to RMS 1 (the paper).
+
+    Args:
+        height (int): number of token rows.
+        width (int): number of token columns.
+        dim (int): width D of a token, divisible by 4.
+        device (torch.device): device of the result.
+        dtype (torch.dtype): dtype of the result; computed in `compute_dtype(dtype)`.
+        magnitude_preserving (bool): centre and scale the rows.
+    Returns:
+        torch.Tensor: shape (height * width, D).
+    """
+    quarter = dim // 4
+    index = torch.arange(quarter, device=device, dtype=compute_dtype(dtype))
+    frequency = torch.exp(index * (-math.log(MAX_PERIOD) / quarter))
+
+    def waves(length):
+        angle = torch.arange(length, device=device, dtype=compute_dtype(dtype)).unsqueeze(-1) * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+    columns = waves(width).unsqueeze(0).expand(height, width, 2 * quarter)
+    rows = waves(height).unsqueeze(1).expand(height, width, 2 * quarter)
+    table = torch.cat([columns, rows], dim=-1).reshape(height * width, dim)
+    if magnitude_preserving:
+        table = unit_magnitude(table - table.mean(dim=-1, keepdim=True))
+    return table.to(dtype)
+
+
+def patchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Cut an image into patches, each flattened as (row in patch, column in patch, channel).
+
+    Args:
+        x (torch.Tensor): shape (B, C, H, W), H and W divisible by `patch_size`.
+        patch_size (int): side p of a patch.
+    Returns:
+        torch.Tensor: shape (B, (H/p) (W/p), p p C), tokens in row-major order.
+    """
+    batch, channels, height, width = x.shape
+    x = x.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(x: torch.Tensor, patch_size: int, height: int, width: int) -> torch.Tensor:
+    """Put patches back together; the inverse of `patchify`.
+
+    Args:
+        x (torch.Tensor): shape (B, height * width, p p C).
+        patch_size (int): side p of a patch.
+        height (int): number of patch rows.
+        width (int): number of patch columns.
+    Returns:
+        torch.Tensor: shape (B, C, height p, width p).
+    """
+    x = x.reshape(x.shape[0], height, width, patch_size, patch_size, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, height * patch_size, width * patch_size)

@@ -1,0 +1,288 @@
+"""Magnitude-preserving layers: they hold hyper-parameters and weights, the arithmetic is in `functional`. Torch only.
+
+The row contract. Rows of a weight-normalised layer are stored at a fixed norm (1 in `MPLinear`, sqrt(D) in
+`MPEmbedding`), so that the stored weight is the weight in effect:
+
+- in training mode value and gradient are those of the normalised rows whatever norm is stored, so that a training loop
+  that has never heard of this package is correct;
+- `normalize_weights_` puts rows back after an optimiser step (forced weight normalisation, EDM2 section 2.3); leaving
+  training mode, and saving in training mode, do it too;
+- in evaluation mode with forced normalisation the stored rows are used as they are, which is what LoRA merging,
+  quantisation and export see. Without it rows keep a norm of their own and are always normalised on use.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import functional
+
+
+# A foreign loop that lets rows drift further than this has an effective learning rate that decays on its own.
+DRIFT_WORTH_A_WARNING = 0.05
+_drift_warned = False
+
+
+def _row_tolerance(dtype: torch.dtype) -> float:
+    # Rounding a normalised row to `dtype` moves its norm by eps / 2 at most; the rest is room for the norm's own sum.
+    return torch.finfo(dtype).eps + 32 * torch.finfo(functional.compute_dtype(dtype)).eps
+
+
+class _NormalizedRows(nn.Module):
+    """The row contract, for modules that own a `weight` of shape (rows, n) and the attributes below."""
+
+    forced_weight_normalization: bool
+    row_norm: float
+
+    @torch.no_grad()
+    def _relative_row_norms(self) -> torch.Tensor:
+        weight = self.weight.to(functional.compute_dtype(self.weight.dtype))
+        return torch.linalg.vector_norm(weight, dim=-1, keepdim=True) / self.row_norm
+
+    @torch.no_grad()
+    def normalize_weights_(self) -> None:
+        norm = self._relative_row_norms()
+        # Rows that are there already are left alone to the bit, without asking the device how many that are.
+        settled = ((norm - 1).abs() <= _row_tolerance(self.weight.dtype)) | (norm == 0)
+        self.weight.copy_(self.weight / norm.masked_fill(settled, 1))
+
+    def _settle_rows(self) -> None:
+        """Normalise rows of a training module that is about to be read as it is stored."""
+        if not (self.training and self.forced_weight_normalization) or self.weight.is_meta:
+            return
+        norm = self._relative_row_norms()
+        drift = (norm - 1).abs().masked_fill(norm == 0, 0).max().item()
+        if drift <= _row_tolerance(self.weight.dtype):
+            return
+        global _drift_warned
+        if drift > DRIFT_WORTH_A_WARNING and not _drift_warned:
+            _drift_warned = True
+            warnings.warn(
+                f"the rows of a {type(self).__name__} have drifted {drift:.0%} from their norm during training, which "
+                "lowers the effective learning rate; add `normalize_weights_(model)` after `optimizer.step()`",
+                stacklevel=3,
+            )
+        self.normalize_weights_()
+
+    def train(self, mode: bool = True):
+        if not mode:
+            self._settle_rows()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self._settle_rows()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _normalize_on_use(self) -> bool:
+        return self.training or not self.forced_weight_normalization
+
+
+class MPLinear(_NormalizedRows, nn.Linear):
+    """Linear map with unit rows and no bias; keeps RMS 1 for uncorrelated inputs.
+
+        y_i = <w_i / ||w_i||, x>
+    Lemma 3 of arXiv 2505.19122; forced normalisation is section 2.3 of EDM2 (arXiv 2312.02696), which does it at the
+    start of a training forward where this package does it after the update.
+
+    Args:
+        in_features (int): size of the last dimension of the input.
+        out_features (int): size of the last dimension of the output.
+        device (torch.device, optional): as in `torch.nn.Linear`.
+        dtype (torch.dtype, optional): as in `torch.nn.Linear`.
+        forced_weight_normalization (bool): rows return to norm 1 by `normalize_weights_`, on leaving training mode and
+            on saving, and are used as stored in evaluation mode.
+    Shapes:
+        (..., in_features) → (..., out_features), weight (out_features, in_features).
+    """
+
+    row_norm = 1.0
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        forced_weight_normalization: bool = True,
+    ):
+        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+        self.forced_weight_normalization = forced_weight_normalization
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw rows from N(0, 1) and scale them to norm 1."""
+        nn.init.normal_(self.weight)
+        self.normalize_weights_()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Apply the map.
+
+        Args:
+            hidden_states (torch.Tensor): shape (..., in_features).
+        Returns:
+            torch.Tensor: shape (..., out_features).
+        """
+        weight = functional.unit_norm(self.weight) if self._normalize_on_use() else self.weight
+        return F.linear(hidden_states, weight)
+
+
+class MPEmbedding(_NormalizedRows, nn.Embedding):
+    """Embedding whose rows are used at RMS 1.
+
+        y = sqrt(D) w_i / ||w_i||
+    Section 4 of arXiv 2505.19122. EDM2 uses a linear map of one-hot vectors where this is a table.
+
+    Args:
+        num_embeddings (int): number of rows.
+        embedding_dim (int): width D of a row.
+        device (torch.device, optional): as in `torch.nn.Embedding`.
+        dtype (torch.dtype, optional): as in `torch.nn.Embedding`.
+        forced_weight_normalization (bool): rows return to norm sqrt(D) by `normalize_weights_`, on leaving training
+            mode and on saving, and are used as stored in evaluation mode.
+    Shapes:
+        integers (...) → (..., D), weight (num_embeddings, D).
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        forced_weight_normalization: bool = True,
+    ):
+        super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
+        self.forced_weight_normalization = forced_weight_normalization
+
+    @property
+    def row_norm(self) -> float:
+        return math.sqrt(self.embedding_dim)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw rows from N(0, 1) and scale them to RMS 1."""
+        nn.init.normal_(self.weight)
+        self.normalize_weights_()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Look rows up.
+
+        Args:
+            input (torch.Tensor): integer ids in [0, num_embeddings), shape (...).
+        Returns:
+            torch.Tensor: shape (..., embedding_dim).
+        """
+        rows = F.embedding(input, self.weight)
+        return functional.unit_magnitude(rows) if self._normalize_on_use() else rows
+
+
+class MPSiLU(nn.Module):
+    """SiLU divided by 0.596, its RMS on standard normal input. See `functional.mp_silu`."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return functional.mp_silu(hidden_states)
+
+
+class MPLeakyReLU(nn.Module):
+    """Leaky ReLU that keeps any magnitude. See `functional.mp_leaky_relu`.
+
+    Args:
+        negative_slope (float): slope for negative inputs.
+    """
+
+    def __init__(self, negative_slope: float = 0.01):
+        super().__init__()
+        self.negative_slope = negative_slope
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return functional.mp_leaky_relu(hidden_states, self.negative_slope)
+
+    def extra_repr(self) -> str:
+        return f"negative_slope={self.negative_slope}"
+
+
+class MPTimestepEmbedding(nn.Module):
+    """Timestep to vector: cosine and sine features, linear map, activation, linear map; keeps RMS 1.
+
+    Args:
+        dim (int): width D of the result.
+        magnitude_preserving (bool): features times sqrt(2), which makes their RMS exactly 1.
+        linear (callable): makes a linear map of (in_features, out_features).
+        activation (callable): makes the activation between the two maps.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        magnitude_preserving: bool = True,
+        linear: Callable[[int, int], nn.Module] = MPLinear,
+        activation: Callable[[], nn.Module] = MPSiLU,
+    ):
+        super().__init__()
+        self.magnitude_preserving = magnitude_preserving
+        self.linear_1 = linear(functional.NUM_TIME_FEATURES, dim)
+        self.act = activation()
+        self.linear_2 = linear(dim, dim)
+
+    def forward(self, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Embed timesteps.
+
+        Args:
+            timestep (torch.Tensor): shape (B,), integer or at least float32.
+            dtype (torch.dtype): dtype of the model.
+        Returns:
+            torch.Tensor: shape (B, D).
+        """
+        features = functional.timestep_features(timestep, dtype, self.magnitude_preserving)
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class MPPatchEmbed(nn.Module):
+    """Image to tokens: each patch with a constant 1 appended, then one linear map; the 1 stands in for the bias.
+
+    Args:
+        patch_size (int): side p of a patch.
+        in_channels (int): channels C of the image.
+        dim (int): width D of a token.
+        linear (callable): makes a linear map of (in_features, out_features).
+    Shapes:
+        (B, C, H, W) → (B, H W / p^2, D).
+    """
+
+    def __init__(
+        self, patch_size: int, in_channels: int, dim: int, linear: Callable[[int, int], nn.Module] = MPLinear
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = linear(patch_size * patch_size * in_channels + 1, dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Embed an image.
+
+        Args:
+            hidden_states (torch.Tensor): shape (B, C, H, W), H and W divisible by the patch size.
+        Returns:
+            torch.Tensor: shape (B, H W / p^2, D).
+        """
+        return self.proj(F.pad(functional.patchify(hidden_states, self.patch_size), (0, 1), value=1.0))
+
+
+def normalize_weights_(module: nn.Module) -> nn.Module:
+    """Put the rows of every layer with forced weight normalisation back to their norm, in place.
+
+    Call it after each `optimizer.step()`. Idempotent to the bit: a row whose norm is right up to the rounding of its
+    dtype is not touched. EDM2 (arXiv 2312.02696), section 2.3.
+
+    Args:
+        module (nn.Module): any module that contains `MPLinear` or `MPEmbedding` layers, or none.
+    Returns:
+        nn.Module: the same module.
+    """
+    for submodule in module.modules():
+        if isinstance(submodule, _NormalizedRows) and submodule.forced_weight_normalization:
+            submodule.normalize_weights_()
+    return module

@@ -1,0 +1,435 @@
+"""The magnitude-preserving diffusion transformer: DiT in configurations A to E of arXiv 2505.19122."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import nn
+
+from . import functional
+from .layers import MPEmbedding, MPLeakyReLU, MPLinear, MPPatchEmbed, MPSiLU, MPTimestepEmbedding
+from .modulation import Modulation, check_kinds
+
+
+_ACTIVATIONS = {
+    # activation_fn: (magnitude preserving, plain)
+    "silu": (MPSiLU, nn.SiLU),
+    "leaky_relu": (MPLeakyReLU, nn.LeakyReLU),
+}
+
+
+class MPDiTAttnProcessor:
+    """Self-attention over all tokens; with `cosine_attention`, of queries and keys at RMS 1.
+
+        softmax(q k^T / sqrt(d)) v,   q and k scaled to RMS 1 over d, so that the logits are sqrt(d) cos(q, k)
+    Section 4 of arXiv 2505.19122. EDM2 (arXiv 2312.02696) scales v as well.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "MPDiTAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        query = attn.to_q(hidden_states).unflatten(-1, (-1, attn.head_dim))
+        key = attn.to_k(hidden_states).unflatten(-1, (-1, attn.head_dim))
+        value = attn.to_v(hidden_states).unflatten(-1, (-1, attn.head_dim))
+        if attn.cosine_attention:
+            query = functional.unit_magnitude(query)
+            key = functional.unit_magnitude(key)
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out[0](hidden_states.flatten(2, 3))
+
+
+class MPDiTAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention with bias-free maps. Shapes: (B, N, D) → (B, N, D)."""
+
+    _default_processor_cls = MPDiTAttnProcessor
+    _available_processors = [MPDiTAttnProcessor]
+    # diffusers would fuse the stored rows into a plain linear map, which is another function wherever rows are
+    # normalised on use.
+    _supports_qkv_fusion = False
+
+    def __init__(self, dim: int, num_heads: int, cosine_attention: bool, linear=MPLinear):
+        super().__init__()
+        self.heads = num_heads
+        self.head_dim = dim // num_heads
+        self.cosine_attention = cosine_attention
+        self.to_q = linear(dim, dim)
+        self.to_k = linear(dim, dim)
+        self.to_v = linear(dim, dim)
+        self.to_out = nn.ModuleList([linear(dim, dim)])
+        self.set_processor(MPDiTAttnProcessor())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states)
+
+
+class MPDiTFeedForward(nn.Module):
+    """Linear map, activation, linear map. Shapes: (B, N, D) → (B, N, D)."""
+
+    def __init__(self, dim: int, mult: float, linear=MPLinear, activation=MPSiLU):
+        super().__init__()
+        self.linear_1 = linear(dim, int(dim * mult))
+        self.act = activation()
+        self.linear_2 = linear(int(dim * mult), dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(hidden_states)))
+
+
+class MPDiTConditioning(nn.Module):
+    """Timestep and class to the activated conditioning vector. Shapes: (B,), (B,) or None → (B, D)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int | None,
+        mp_residual: bool,
+        mp_embedding: bool,
+        forced: bool,
+        linear,
+        activation,
+    ):
+        super().__init__()
+        self.mp_residual = mp_residual
+        self.time_embedder = MPTimestepEmbedding(dim, mp_embedding, linear=linear, activation=activation)
+        self.class_embedder = None
+        if num_classes is not None and mp_embedding:
+            self.class_embedder = MPEmbedding(num_classes + 1, dim, forced_weight_normalization=forced)
+        elif num_classes is not None:
+            self.class_embedder = nn.Embedding(num_classes + 1, dim)
+        self.act = activation()
+
+    def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        conditioning = self.time_embedder(timestep, dtype)
+        if self.class_embedder is not None:
+            class_embedding = self.class_embedder(class_labels)
+            if self.mp_residual:
+                conditioning = functional.mp_sum(conditioning, class_embedding, functional.BALANCED_T)
+            else:
+                conditioning = conditioning + class_embedding
+        return self.act(conditioning)
+
+
+class MPDiTTransformerBlock(nn.Module):
+    """Attention, then feed-forward, each modulated before, gated after and summed with the residual stream.
+
+        x = mp_sum(x, gate * branch(modulate(norm(x))), residual_t)
+    Section 4 of arXiv 2505.19122. Shapes: (B, N, D), (B, D) → (B, N, D).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        mlp_ratio: float,
+        cosine_attention: bool,
+        layer_norm: bool,
+        residual_t: float | None,
+        modulation,
+        linear,
+        activation,
+    ):
+        super().__init__()
+        self.residual_t = residual_t
+        self.norm1 = _make_norm(dim, layer_norm)
+        self.attn_modulation = modulation()
+        self.attn = MPDiTAttention(dim, num_attention_heads, cosine_attention, linear)
+        self.norm2 = _make_norm(dim, layer_norm)
+        self.ff_modulation = modulation()
+        self.ff = MPDiTFeedForward(dim, mlp_ratio, linear, activation)
+
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        modulated, gate = self.attn_modulation(self.norm1(hidden_states), conditioning)
+        hidden_states = self._residual(hidden_states, self.attn(modulated), gate)
+        modulated, gate = self.ff_modulation(self.norm2(hidden_states), conditioning)
+        return self._residual(hidden_states, self.ff(modulated), gate)
+
+    def _residual(self, hidden_states: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        if gate is not None:
+            branch = branch * gate
+        if self.residual_t is None:
+            return hidden_states + branch
+        return functional.mp_sum(hidden_states, branch, self.residual_t)
+
+
+class MPDiTOutput(nn.Module):
+    """Modulate tokens, map them to patches, with a gain from 0. Shapes: (B, N, D), (B, D) → (B, N, p p C)."""
+
+    def __init__(self, dim: int, out_features: int, layer_norm: bool, modulation, weight_normalization: bool, linear):
+        super().__init__()
+        self.norm = _make_norm(dim, layer_norm)
+        self.modulation = modulation()
+        self.proj = linear(dim, out_features)
+        self.gain = nn.Parameter(torch.zeros(1)) if weight_normalization else None
+        if not weight_normalization:
+            nn.init.zeros_(self.proj.weight)
+
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.norm(hidden_states)
+        if self.modulation is not None:
+            hidden_states, _ = self.modulation(hidden_states, conditioning)
+        hidden_states = self.proj(hidden_states)
+        return hidden_states if self.gain is None else hidden_states * self.gain
+
+
+def _plain_linear(in_features: int, out_features: int) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features, bias=False)
+    nn.init.xavier_uniform_(layer.weight)
+    return layer
+
+
+def _make_norm(dim: int, layer_norm: bool) -> nn.Module:
+    return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) if layer_norm else nn.Identity()
+
+
+class MPDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
+    """Class-conditional diffusion transformer, magnitude preserving in its default configuration (E).
+
+    Every linear map, activation and sum keeps RMS 1, so that no normalisation layer is needed. `get_preset` gives the
+    published sizes and configurations. Sources: arXiv 2505.19122, and arXiv 2212.09748 for configuration A. Differs
+    from the paper's research code: time features are smooth in t, the null class is `num_classes`, weights are
+    normalised after the optimiser step rather than inside `forward`.
+
+    Args:
+        num_attention_heads (int): number of attention heads H.
+        attention_head_dim (int): channels per head; the width D is their product, divisible by 4.
+        num_layers (int): number of transformer blocks.
+        in_channels (int): channels C of the input.
+        out_channels (int, optional): channels of the output; `in_channels` if None. Twice `in_channels` when the
+            variance is learned.
+        sample_size (int): height and width of the training samples; any size divisible by `patch_size` can be passed.
+        patch_size (int): side of a patch.
+        mlp_ratio (float): hidden width of the feed-forward in units of D.
+        num_classes (int, optional): number of classes; None for an unconditional model. The null id is `num_classes`.
+        class_dropout_prob (float): share of labels that training replaced by the null id; a record, which guidance
+            needs. The model itself drops nothing.
+        modulation (list of str): non-empty subset of "scale", "shift", "rotate", "gate".
+        residual_t (float): weight of a branch in the MP sum with the residual stream.
+        activation_fn (str): "silu" or "leaky_relu".
+        cosine_attention (bool): queries and keys at RMS 1.
+        weight_normalization (bool): unit rows on use, gains, gate `1 + g`; else plain maps, modulations and output
+            starting at 0, gate `g`.
+        forced_weight_normalization (bool): rows return to norm 1 after each update; needs `weight_normalization`.
+        mp_residual (bool): MP sum for input, conditioning and residuals; else plain sums.
+        mp_silu (bool): activations scaled to keep RMS 1.
+        mp_pos_embed (bool): position rows centred and scaled to RMS 1.
+        mp_embedding (bool): label rows at RMS 1, time features times sqrt(2).
+        layer_norm (bool): LayerNorm without parameters before each modulation.
+    Raises:
+        ValueError: if an argument is outside of these rules.
+    """
+
+    __module__ = "diffusers_mp"
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["MPDiTConditioning", "MPDiTTransformerBlock", "MPDiTOutput"]
+    _repeated_blocks = ["MPDiTTransformerBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 6,
+        attention_head_dim: int = 64,
+        num_layers: int = 12,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        sample_size: int = 16,
+        patch_size: int = 2,
+        mlp_ratio: float = 4.0,
+        num_classes: int | None = 1000,
+        class_dropout_prob: float = 0.1,
+        modulation: Sequence[str] = ("scale", "rotate", "gate"),
+        residual_t: float = functional.RESIDUAL_T,
+        activation_fn: str = "silu",
+        cosine_attention: bool = True,
+        weight_normalization: bool = True,
+        forced_weight_normalization: bool = True,
+        mp_residual: bool = True,
+        mp_silu: bool = True,
+        mp_pos_embed: bool = True,
+        mp_embedding: bool = True,
+        layer_norm: bool = False,
+    ):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        check_kinds(modulation)
+        if dim % 4:
+            raise ValueError(
+                "`num_attention_heads * attention_head_dim` must be divisible by 4 for the position table, got "
+                f"{num_attention_heads} * {attention_head_dim} = {dim}."
+            )
+        if activation_fn not in _ACTIVATIONS:
+            raise ValueError(f"`activation_fn` must be one of {list(_ACTIVATIONS)}, got {activation_fn!r}.")
+        if forced_weight_normalization and not weight_normalization:
+            raise ValueError(
+                "`forced_weight_normalization=True` needs `weight_normalization=True`: rows that are not normalised "
+                "on use carry meaning in their norm. Got `weight_normalization=False`."
+            )
+        if sample_size % patch_size:
+            raise ValueError(f"`sample_size` must be divisible by `patch_size` ({patch_size}), got {sample_size}.")
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(
+                f"`num_classes` must be at least 1, or None for an unconditional model, got {num_classes}."
+            )
+        if not 0 <= class_dropout_prob < 1:
+            raise ValueError(f"`class_dropout_prob` must be in [0, 1), got {class_dropout_prob}.")
+        if not 0 < residual_t < 1:
+            raise ValueError(f"`residual_t` must be in (0, 1), got {residual_t}.")
+        # A list, so that the config equals the one that is read back from JSON.
+        self.register_to_config(modulation=list(modulation))
+
+        self.inner_dim = dim
+        self.gradient_checkpointing = False
+
+        linear = _plain_linear
+        if weight_normalization:
+            linear = partial(MPLinear, forced_weight_normalization=forced_weight_normalization)
+        activation = _ACTIVATIONS[activation_fn][0 if mp_silu else 1]
+        site = partial(
+            Modulation,
+            dim,
+            dim,
+            weight_normalization=weight_normalization,
+            forced_weight_normalization=forced_weight_normalization,
+        )
+        ungated = [kind for kind in modulation if kind != "gate"]
+
+        self.patch_embed = MPPatchEmbed(patch_size, in_channels, dim, linear)
+        self.conditioning_embedder = MPDiTConditioning(
+            dim, num_classes, mp_residual, mp_embedding, forced_weight_normalization, linear, activation
+        )
+        self.transformer_blocks = nn.ModuleList(
+            MPDiTTransformerBlock(
+                dim,
+                num_attention_heads,
+                mlp_ratio,
+                cosine_attention,
+                layer_norm,
+                residual_t if mp_residual else None,
+                partial(site, modulation),
+                linear,
+                activation,
+            )
+            for _ in range(num_layers)
+        )
+        self.output = MPDiTOutput(
+            dim,
+            patch_size * patch_size * (out_channels or in_channels),
+            layer_norm,
+            partial(site, ungated) if ungated else lambda: None,
+            weight_normalization,
+            linear,
+        )
+        if not weight_normalization:
+            # DiT's initialisation; the modulations and the output start at zero.
+            embedder = self.conditioning_embedder
+            nn.init.normal_(embedder.time_embedder.linear_1.weight, std=0.02)
+            nn.init.normal_(embedder.time_embedder.linear_2.weight, std=0.02)
+            if num_classes is not None and not mp_embedding:
+                nn.init.normal_(embedder.class_embedder.weight, std=0.02)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict from noisy samples.
+
+        Args:
+            hidden_states (torch.Tensor): noisy samples, shape (B, C, H, W), RMS about 1, H and W divisible by the
+                patch size.
+            timestep (torch.Tensor): shape (B,), integer or at least float32; fractions are meaningful.
+            class_labels (torch.Tensor, optional): integer class ids, shape (B,), in [0, num_classes]; `num_classes` is
+                the null id. None for an unconditional model.
+            return_dict (bool): return a `Transformer2DModelOutput` rather than a tuple.
+        Returns:
+            Transformer2DModelOutput or tuple: `sample`, shape (B, C_out, H, W).
+        Raises:
+            ValueError: if an argument has the wrong shape or dtype or, where that can be checked without asking a
+                device, is out of range.
+        """
+        self._check_inputs(hidden_states, timestep, class_labels)
+        patch_size = self.config.patch_size
+        height, width = hidden_states.shape[-2] // patch_size, hidden_states.shape[-1] // patch_size
+        dtype = hidden_states.dtype
+
+        # 1. Input
+        conditioning = self.conditioning_embedder(timestep, class_labels, dtype)
+        hidden_states = self.patch_embed(hidden_states)
+        positions = functional.position_table(
+            height, width, self.inner_dim, hidden_states.device, hidden_states.dtype, self.config.mp_pos_embed
+        )
+        if self.config.mp_residual:
+            hidden_states = functional.mp_sum(hidden_states, positions, functional.BALANCED_T)
+        else:
+            hidden_states = hidden_states + positions
+
+        # 2. Blocks
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning)
+            else:
+                hidden_states = block(hidden_states, conditioning)
+
+        # 3. Output
+        hidden_states = self.output(hidden_states, conditioning)
+        sample = functional.unpatchify(hidden_states, patch_size, height, width)
+
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)
+
+    def _check_inputs(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None
+    ) -> None:
+        config = self.config
+        if hidden_states.ndim != 4 or hidden_states.shape[1] != config.in_channels:
+            raise ValueError(
+                f"`hidden_states` must have shape (B, {config.in_channels}, H, W), got {tuple(hidden_states.shape)}."
+            )
+        if hidden_states.shape[-2] % config.patch_size or hidden_states.shape[-1] % config.patch_size:
+            raise ValueError(
+                f"Height and width of `hidden_states` must be divisible by `patch_size` ({config.patch_size}), got "
+                f"{hidden_states.shape[-2]}x{hidden_states.shape[-1]}."
+            )
+        batch_size = hidden_states.shape[0]
+        if timestep.shape != (batch_size,):
+            raise ValueError(
+                f"`timestep` must have shape ({batch_size},), one for each sample; got {tuple(timestep.shape)}."
+            )
+        if timestep.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                "`timestep` must be an integer or at least float32, since half precision rounds neighbouring steps to "
+                f"one value; got {timestep.dtype}."
+            )
+        if config.num_classes is None:
+            if class_labels is not None:
+                raise ValueError("`class_labels` must be None for an unconditional model (`num_classes=None`).")
+            return
+        if class_labels is None:
+            raise ValueError(
+                f"`class_labels` must be given for a model of {config.num_classes} classes; the null id "
+                f"{config.num_classes} stands for no class."
+            )
+        if class_labels.shape != (batch_size,) or class_labels.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"`class_labels` must be integers (int64 or int32) of shape ({batch_size},), got {class_labels.dtype} "
+                f"of shape {tuple(class_labels.shape)}."
+            )
+        # Reading values off an accelerator would stall it, and breaks a compiled graph: there ids are checked outside.
+        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            lowest, highest = class_labels.min().item(), class_labels.max().item()
+            if lowest < 0 or highest > config.num_classes:
+                raise ValueError(
+                    f"`class_labels` must be in [0, {config.num_classes}], where {config.num_classes} is the null id; "
+                    f"got values from {lowest} to {highest}."
+                )

@@ -1,0 +1,103 @@
+"""What several test modules share: the golden files and small real models."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from diffusers_mp import MPDiTTransformer2DModel, get_preset
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+GOLDEN = FIXTURES / "golden"
+TINY = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8, "sample_size": 8, "num_classes": 10}
+FLAGS = (
+    "cosine_attention",
+    "weight_normalization",
+    "forced_weight_normalization",
+    "mp_residual",
+    "mp_silu",
+    "mp_pos_embed",
+    "mp_embedding",
+    "layer_norm",
+)
+
+
+def tiny_config(configuration="E", modulation=("scale", "rotate", "gate"), **overrides):
+    return get_preset("XS/2", configuration, modulation, **{**TINY, **overrides})
+
+
+def tiny_model(configuration="E", modulation=("scale", "rotate", "gate"), open_gains=True, seed=0, **overrides):
+    """A small real model; with `open_gains` nothing that starts at zero hides behind its zero."""
+    torch.manual_seed(seed)
+    model = MPDiTTransformer2DModel(**tiny_config(configuration, modulation, **overrides))
+    if open_gains:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("gain"):
+                    parameter.normal_(0, 0.5)
+                elif not parameter.any():
+                    parameter.normal_(0, 0.05)
+    return model
+
+
+def tiny_inputs(batch_size=3, channels=4, size=8, num_classes=10, seed=1, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch_size, channels, size, size, generator=generator).to(dtype),
+        "timestep": torch.randint(0, 1000, (batch_size,), generator=generator),
+        "class_labels": torch.randint(0, num_classes + 1, (batch_size,), generator=generator),
+    }
+
+
+def golden_names():
+    return sorted(path.stem.removeprefix("forward_") for path in GOLDEN.glob("forward_*.safetensors"))
+
+
+def golden_config(name):
+    """Configuration of the model behind `forward_<name>.safetensors`."""
+    overrides = {"out_channels": 8, **TINY}
+    modulation = ("scale", "shift", "gate")
+    if name.startswith("A_plus_"):
+        overrides[name.removeprefix("A_plus_")] = True
+    elif name == "A_without_layer_norm":
+        overrides["layer_norm"] = False
+    else:
+        kinds = name[2:].split("_")
+        if kinds[-1] == "patch4":
+            overrides["patch_size"] = 4
+        modulation = tuple(kind for kind in kinds if kind not in ("patch4", "nonsquare"))
+    return get_preset("XS/2", name[0], modulation, **overrides)
+
+
+def load_golden(file_name):
+    return load_file(GOLDEN / f"{file_name}.safetensors")
+
+
+def from_golden(tensors, prefix):
+    """Rename golden weights to those of `MPDiTTransformer2DModel`, joining the maps and gains of each modulation."""
+    golden = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    weights = {
+        "patch_embed.proj.weight": golden["patch"],
+        "conditioning_embedder.time_embedder.linear_1.weight": golden["time.1"],
+        "conditioning_embedder.time_embedder.linear_2.weight": golden["time.2"],
+        "conditioning_embedder.class_embedder.weight": golden["label"],
+        "output.proj.weight": golden["out"],
+    }
+    if "out.gain" in golden:
+        weights["output.gain"] = golden["out.gain"].reshape(1)
+    sites = {"output.modulation": "final"}
+    for index in range(2):
+        block, theirs = f"transformer_blocks.{index}", f"block.{index}"
+        for ours, name in {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}.items():
+            weights[f"{block}.attn.{ours}.weight"] = golden[f"{theirs}.attn.{name}"]
+        weights[f"{block}.ff.linear_1.weight"] = golden[f"{theirs}.mlp.1"]
+        weights[f"{block}.ff.linear_2.weight"] = golden[f"{theirs}.mlp.2"]
+        sites[f"{block}.attn_modulation"] = f"{theirs}.attn"
+        sites[f"{block}.ff_modulation"] = f"{theirs}.mlp"
+    for ours, theirs in sites.items():
+        kinds = [kind for kind in ("scale", "shift", "rotate", "gate") if f"{theirs}.{kind}" in golden]
+        weights[f"{ours}.proj.weight"] = torch.cat([golden[f"{theirs}.{kind}"] for kind in kinds])
+        if f"{theirs}.{kinds[0]}.gain" in golden:
+            weights[f"{ours}.gain"] = torch.stack([golden[f"{theirs}.{kind}.gain"] for kind in kinds])
+    return weights
