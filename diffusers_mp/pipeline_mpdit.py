@@ -1,0 +1,423 @@
+"""Class ids or names in, images out."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
+
+from .transformer_mpdit import MPDiTTransformer2DModel
+
+
+DEFAULT_GUIDANCE_SCALE = 4.0
+_LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
+
+
+class MPDiTPipeline(DiffusionPipeline):
+    """Class-conditional or unconditional image generation with an `MPDiTTransformer2DModel`.
+
+    The transformer works on standardised latents, `(z - latents_mean) / latents_std` per channel, where z is the
+    undivided latent of the VAE (or, without a VAE, the image in [-1, 1]); the statistics travel with the pipeline.
+
+    Args:
+        transformer (MPDiTTransformer2DModel): the denoiser.
+        scheduler (SchedulerMixin): noise schedule and sampler.
+        vae (AutoencoderKL, optional): decoder of latents; None for a model of pixels.
+        id2label (dict, optional): names of the classes; synonyms in one name are separated by commas.
+        latents_mean (list of float, optional): mean of the training data's latents, one for each channel.
+        latents_std (list of float, optional): standard deviation, one for each channel. Without both, a VAE's own
+            `scaling_factor` and `shift_factor` are used.
+    Raises:
+        ValueError: if the components do not fit each other.
+    """
+
+    __module__ = "diffusers_mp"
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents", "noise_pred"]
+
+    def __init__(
+        self,
+        transformer: MPDiTTransformer2DModel,
+        scheduler: KarrasDiffusionSchedulers,
+        vae: AutoencoderKL | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+    ):
+        super().__init__()
+        in_channels, num_classes = transformer.config.in_channels, transformer.config.num_classes
+        if vae is not None and vae.config.latent_channels != in_channels:
+            raise ValueError(
+                f"`vae` must have as many latent channels as the transformer has input channels ({in_channels}), got "
+                f"{vae.config.latent_channels}."
+            )
+        if (latents_mean is None) != (latents_std is None):
+            raise ValueError(
+                "`latents_mean` and `latents_std` must be given together, got "
+                f"{'only `latents_std`' if latents_mean is None else 'only `latents_mean`'}."
+            )
+        for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
+            if values is not None and len(values) != in_channels:
+                raise ValueError(
+                    f"`{name}` must have one value for each of the {in_channels} input channels of the transformer, "
+                    f"got {len(values)}."
+                )
+        # JSON knows string keys only.
+        id2label = None if id2label is None else {int(id): label for id, label in id2label.items()}
+        if id2label is not None and sorted(id2label) != list(range(num_classes or 0)):
+            raise ValueError(
+                f"`id2label` must name the ids 0 to {(num_classes or 0) - 1} of the transformer's `num_classes` "
+                f"({num_classes}), got {len(id2label)} ids."
+            )
+
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_to_config(
+            id2label=None if id2label is None else {str(id): label for id, label in id2label.items()},
+            latents_mean=None if latents_mean is None else [float(value) for value in latents_mean],
+            latents_std=None if latents_std is None else [float(value) for value in latents_std],
+        )
+        self.id2label = id2label
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the call in progress."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the call in progress needs an unconditional prediction."""
+        return self._guidance_scale != 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of sampling steps of the call in progress."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to stop after the current step."""
+        return self._interrupt
+
+    def get_label_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> list[int]:
+        """Class ids for ids and names; a string is always a name.
+
+        Args:
+            class_labels (int, str, sequence of them, or integer tensor): an id in [0, num_classes), or a name (or one
+                of its comma-separated synonyms) of `id2label`.
+        Returns:
+            list of int: one id for each label.
+        Raises:
+            ValueError: if an id is out of range, or a name is unknown or stands for several classes.
+        """
+        num_classes = self.transformer.config.num_classes
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.reshape(-1).tolist()
+        if isinstance(class_labels, (int, str, np.integer)):
+            class_labels = [class_labels]
+        ids_of: dict[str, set[int]] = {}
+        for id, label in (self.id2label or {}).items():
+            for name in (label, *label.split(",")):
+                ids_of.setdefault(name.strip(), set()).add(id)
+
+        ids = []
+        for label in class_labels:
+            if isinstance(label, str):
+                if self.id2label is None:
+                    raise ValueError(
+                        f"`class_labels` has the name {label!r}, but this pipeline has no `id2label`; use an id in "
+                        f"[0, {num_classes - 1}]."
+                    )
+                found = sorted(ids_of.get(label.strip(), ()))
+                if len(found) > 1:
+                    raise ValueError(f"`class_labels` has the ambiguous name {label!r}; use one of its ids: {found}.")
+                if not found:
+                    close = difflib.get_close_matches(label, ids_of, n=3, cutoff=0.5)
+                    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+                    raise ValueError(
+                        f"`class_labels` must be ids or names from `pipe.id2label`, got the unknown name {label!r}."
+                        f"{hint}"
+                    )
+                ids.extend(found)
+            elif isinstance(label, (int, np.integer)) and not isinstance(label, bool):
+                if not 0 <= label < num_classes:
+                    raise ValueError(f"`class_labels` must be ids in [0, {num_classes - 1}] or names, got {label}.")
+                ids.append(int(label))
+            else:
+                raise ValueError(f"`class_labels` must be ids (int) or names (str), got {label!r}.")
+        return ids
+
+    def check_inputs(
+        self,
+        class_labels,
+        num_images_per_class: int,
+        height: int,
+        width: int,
+        guidance_scale: float,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Check the arguments of a call against the components.
+
+        Args:
+            class_labels, num_images_per_class, height, width, guidance_scale, output_type,
+            callback_on_step_end_tensor_inputs: as in `__call__`, defaults filled in.
+        Raises:
+            ValueError: naming the argument, the rule and what was received.
+        """
+        config = self.transformer.config
+        multiple = self.vae_scale_factor * config.patch_size
+        if height % multiple or width % multiple or height < 1 or width < 1:
+            raise ValueError(
+                f"`height` and `width` must be positive multiples of {multiple} (VAE factor {self.vae_scale_factor} x "
+                f"patch size {config.patch_size}), got {height}x{width}."
+            )
+        if num_images_per_class < 1:
+            raise ValueError(f"`num_images_per_class` must be at least 1, got {num_images_per_class}.")
+        if config.num_classes is None and class_labels is not None:
+            raise ValueError(
+                "`class_labels` must be None for an unconditional transformer (`num_classes=None`); set "
+                f"`num_images_per_class` for the number of images. Got {class_labels!r}."
+            )
+        if config.num_classes is not None and class_labels is None:
+            raise ValueError(
+                f"`class_labels` must be given: ids in [0, {config.num_classes - 1}] or names from `pipe.id2label`."
+            )
+        if guidance_scale != 1 and config.num_classes is None:
+            raise ValueError(
+                "`guidance_scale` must be 1 for an unconditional transformer, which has no class to be guided to; "
+                f"got {guidance_scale}."
+            )
+        if guidance_scale != 1 and config.class_dropout_prob == 0:
+            raise ValueError(
+                "`guidance_scale` must be 1 for a transformer trained without label dropout (`class_dropout_prob=0`), "
+                f"which has never seen the null class; got {guidance_scale}."
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {unknown}."
+            )
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        init_noise_sigma: float | torch.Tensor,
+    ) -> torch.Tensor:
+        """Initial noise at the magnitude that the scheduler starts from.
+
+        Args:
+            batch_size (int): number of images B.
+            height (int): height of the images in pixels.
+            width (int): width of the images in pixels.
+            generator (torch.Generator or list of them, optional): one for all or one for each image.
+            latents (torch.Tensor, optional): noise of RMS 1 to use instead of drawing it.
+            init_noise_sigma (float or torch.Tensor): the magnitude, which some schedulers know once timesteps are set.
+        Returns:
+            torch.Tensor: shape (B, C, height / vae_scale_factor, width / vae_scale_factor), at least float32.
+        Raises:
+            ValueError: if `latents` or the list of generators does not fit.
+        """
+        shape = (
+            batch_size,
+            self.transformer.config.in_channels,
+            height // self.vae_scale_factor,
+            width // self.vae_scale_factor,
+        )
+        # Samplers accumulate small steps, which half precision loses; the transformer gets its own dtype in the loop.
+        dtype = torch.promote_types(self.transformer.dtype, torch.float32)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` must be one torch.Generator or a list with one for each of the {batch_size} images, got "
+                f"{len(generator)}."
+            )
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
+        elif latents.shape != shape:
+            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+        else:
+            latents = latents.to(device=self._execution_device, dtype=dtype)
+        return latents * init_noise_sigma
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Standardised latents to images.
+
+        Args:
+            latents (torch.Tensor): shape (B, C, h, w), as the transformer sees them.
+        Returns:
+            torch.Tensor: images of about [-1, 1], shape (B, channels, height, width).
+        """
+        if self.config.latents_mean is not None:
+            shape = (1, -1, 1, 1)
+            mean = torch.tensor(self.config.latents_mean, device=latents.device, dtype=latents.dtype).reshape(shape)
+            std = torch.tensor(self.config.latents_std, device=latents.device, dtype=latents.dtype).reshape(shape)
+            latents = latents * std + mean
+        elif self.vae is not None:
+            latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+        if self.vae is None:
+            return latents
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+
+    def _variance_is_learned(self) -> bool:
+        config = self.transformer.config
+        return config.out_channels == 2 * config.in_channels
+
+    def _sampler(self):
+        """The registered scheduler, or a copy that does not look for a variance it will not get."""
+        scheduler = self.scheduler
+        expects_variance = scheduler.config.get("variance_type") in _LEARNED_VARIANCE_TYPES
+        if isinstance(scheduler, DDPMScheduler):
+            if expects_variance and not self._variance_is_learned():
+                raise ValueError(
+                    "`scheduler` must have variance_type 'fixed_small' or 'fixed_large' for a transformer that "
+                    f"predicts no variance (out_channels {self.transformer.config.out_channels}), got "
+                    f"{scheduler.config.variance_type!r}."
+                )
+            return scheduler
+        if expects_variance:
+            # DPM-Solver would cut the prediction to its first 3 channels.
+            return type(scheduler).from_config(scheduler.config, variance_type=None)
+        return scheduler
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        num_images_per_class: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["MPDiTPipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple[list[PIL.Image.Image] | np.ndarray | torch.Tensor]:
+        """Generate images.
+
+        Args:
+            class_labels (int, str, list of them, or integer tensor): class ids and names, one for each image; a string
+                is always a name. None for an unconditional transformer.
+            num_images_per_class (int): images for each entry of `class_labels`, which follow each other.
+            height (int, optional): height of the images in pixels; that of training by default.
+            width (int, optional): width of the images in pixels; that of training by default.
+            num_inference_steps (int): number of sampling steps.
+            guidance_scale (float, optional): weight of the class prediction over the unconditional one, for all
+                channels (arXiv 2207.12598 with w = guidance_scale - 1); 1 switches guidance off. By default 4 for a
+                transformer trained with label dropout, else 1.
+            generator (torch.Generator or list of them, optional): one for all or one for each image.
+            latents (torch.Tensor, optional): initial noise of RMS 1, shape (B, C, height / vae_scale_factor,
+                width / vae_scale_factor).
+            output_type (str): "pil", "np" (B, H, W, channels in [0, 1]), "pt" (B, channels, H, W in [0, 1]) or
+                "latent" (the transformer's standardised latents).
+            return_dict (bool): return an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end (callable, optional): called after each step as
+                `callback(pipe, step, timestep, tensors)`; "latents" in the dict it returns replace those of the loop.
+            callback_on_step_end_tensor_inputs (list of str, optional): tensors for the callback, out of "latents"
+                (the default) and "noise_pred".
+        Returns:
+            ImagePipelineOutput or tuple: `images`.
+        Raises:
+            ValueError: naming the argument, the rule and what was received.
+        """
+        config = self.transformer.config
+        default_size = config.sample_size * self.vae_scale_factor
+        height = default_size if height is None else height
+        width = default_size if width is None else width
+        if guidance_scale is None:
+            can_guide = config.num_classes is not None and config.class_dropout_prob > 0
+            guidance_scale = DEFAULT_GUIDANCE_SCALE if can_guide else 1.0
+        callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+
+        # 1. Check the inputs
+        self.check_inputs(
+            class_labels,
+            num_images_per_class,
+            height,
+            width,
+            guidance_scale,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        scheduler = self._sampler()
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+        device = self._execution_device
+
+        # 2. Labels, with the null class for the second half of a guided batch
+        batch_size, label_ids = num_images_per_class, None
+        if config.num_classes is not None:
+            label_ids = torch.tensor(self.get_label_ids(class_labels), device=device)
+            label_ids = label_ids.repeat_interleave(num_images_per_class)
+            batch_size = len(label_ids)
+            if self.do_classifier_free_guidance:
+                label_ids = torch.cat([label_ids, torch.full_like(label_ids, config.num_classes)])
+
+        # 3. Timesteps, then initial noise: some schedulers know its magnitude only after that
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        self._num_timesteps = len(scheduler.timesteps)
+        latents = self.prepare_latents(batch_size, height, width, generator, latents, scheduler.init_noise_sigma)
+        step_kwargs = {}
+        if "generator" in inspect.signature(scheduler.step).parameters:
+            step_kwargs["generator"] = generator
+        passes_variance = self._variance_is_learned() and (
+            isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in _LEARNED_VARIANCE_TYPES
+        )
+
+        # 4. Denoise
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for step, timestep in enumerate(scheduler.timesteps):
+                if self.interrupt:
+                    break
+                model_input = scheduler.scale_model_input(latents, timestep).to(self.transformer.dtype)
+                if self.do_classifier_free_guidance:
+                    model_input = torch.cat([model_input, model_input])
+                prediction = self.transformer(
+                    model_input,
+                    timestep=timestep.to(device).expand(len(model_input)),
+                    class_labels=label_ids,
+                    return_dict=False,
+                )[0].to(latents.dtype)
+
+                noise_pred, variance = prediction.split(
+                    [config.in_channels, prediction.shape[1] - config.in_channels], dim=1
+                )
+                if self.do_classifier_free_guidance:
+                    conditional, unconditional = noise_pred.chunk(2)
+                    noise_pred = torch.lerp(unconditional, conditional, self.guidance_scale)
+                    variance = variance.chunk(2)[0]
+                if passes_variance:
+                    noise_pred = torch.cat([noise_pred, variance], dim=1)
+                latents = scheduler.step(noise_pred, timestep, latents, **step_kwargs, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    latents = callback_on_step_end(self, step, timestep, callback_kwargs).pop("latents", latents)
+                progress_bar.update()
+
+        # 5. Decode
+        image = latents
+        if output_type != "latent":
+            image = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
+
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=image) if return_dict else (image,)
