@@ -59,7 +59,9 @@ def parameter_groups(
     return list(groups.values())
 
 
-def inverse_sqrt_schedule(optimizer: torch.optim.Optimizer, num_warmup_steps: int, num_constant_steps: int) -> LambdaLR:
+def inverse_sqrt_schedule(
+    optimizer: torch.optim.Optimizer, num_warmup_steps: int, num_constant_steps: int
+) -> LambdaLR:
     """Linear warm-up, constant, then decay with the inverse square root of the update.
 
         factor(u) = min(1, u / num_warmup_steps) / sqrt(max(1, u / num_constant_steps)),   u = 1, 2, …

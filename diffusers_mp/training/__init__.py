@@ -1,0 +1,18 @@
+"""What a training loop needs beside the model; `examples/train_mpdit.py` puts it together."""
+
+from .checkpoints import find_checkpoints as find_checkpoints
+from .checkpoints import load_checkpoint as load_checkpoint
+from .checkpoints import read_state as read_state
+from .checkpoints import register_model_hooks as register_model_hooks
+from .checkpoints import resolve_checkpoint as resolve_checkpoint
+from .checkpoints import save_checkpoint as save_checkpoint
+from .data import StreamBatchSampler as StreamBatchSampler
+from .data import TrainingSamples as TrainingSamples
+from .data import sample_generator as sample_generator
+from .data import split_validation as split_validation
+from .objectives import DDPMObjective as DDPMObjective
+from .optimization import inverse_sqrt_schedule as inverse_sqrt_schedule
+from .optimization import parameter_groups as parameter_groups
+from .tracking import JSONLinesTracker as JSONLinesTracker
+from .validation import validation_losses as validation_losses
+from .validation import validation_timesteps as validation_timesteps

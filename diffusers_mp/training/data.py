@@ -1,0 +1,212 @@
+"""Training samples as functions of (seed, epoch, index), and the order in which optimiser steps consume them.
+
+Nothing here depends on how many processes, workers or micro batches share the work, nor on what was drawn before: so
+one process and eight train the same run, and a resumed run needs no stored random state, only its step.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+
+if TYPE_CHECKING:
+    from ..latents import LatentDataset
+
+
+def _generator(seed: int, *key: int) -> torch.Generator:
+    # `SeedSequence([seed, epoch])` and `SeedSequence([seed, epoch, 0])` are the same stream. Spawn keys keep apart the
+    # hold-out (), the order of an epoch (epoch) and its samples (epoch, index).
+    state = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
+    """The CPU generator of one sample in one epoch, unrelated to that of any other.
+
+    Args:
+        seed (int): of the run, not negative.
+        epoch (int): how often the data were gone through before.
+        index (int): of the sample in the whole data set.
+    Returns:
+        torch.Generator: freshly seeded.
+    """
+    return _generator(seed, epoch, index)
+
+
+def split_validation(num_samples: int, num_validation: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sets samples aside for validation: the same ones for the same seed, and more of them contains fewer.
+
+    Args:
+        num_samples (int): in the data set.
+        num_validation (int): of them to hold out, in [0, num_samples).
+        seed (int): of the run.
+    Returns:
+        tuple[torch.Tensor, torch.Tensor]: sorted indices (int64) for training and for validation.
+    Raises:
+        ValueError: if nothing would be left to train on.
+    """
+    if not 0 <= num_validation < num_samples:
+        raise ValueError(f"`num_validation` must be in [0, {num_samples}), received {num_validation}.")
+    order = torch.randperm(num_samples, generator=_generator(seed))
+    return order[num_validation:].sort().values, order[:num_validation].sort().values
+
+
+class TrainingSamples(Dataset):
+    """One training sample per (epoch, position): standardised latents, noise, timestep and class id.
+
+        latents = (mean + std · e - latents_mean) / latents_std       e, noise ~ N(0, 1), timestep ~ U{0 … T-1}
+
+    Posterior draw e, noise, timestep, mirroring and label dropout are functions of (seed, epoch, index), where index
+    counts the whole data set. All are drawn in a fixed order whether used or not: no option moves another's draw.
+
+    Args:
+        dataset (LatentDataset): encoded pictures.
+        seed (int): of the run.
+        num_train_timesteps (int): T.
+        num_classes (int): of the model; its null id is `num_classes`. None: the model knows no classes.
+        class_dropout_prob (float): probability that the class id is replaced by the null id.
+        random_flip (bool): mirror half of the samples.
+        indices (Sequence[int]): the samples to use, for a hold-out; all by default.
+    Raises:
+        ValueError: if the data have no labels, too many classes or no mirror images for what is asked.
+    """
+
+    def __init__(
+        self,
+        dataset: "LatentDataset",
+        *,
+        seed: int,
+        num_train_timesteps: int = 1000,
+        num_classes: int | None = None,
+        class_dropout_prob: float = 0.0,
+        random_flip: bool = False,
+        indices: Sequence[int] | torch.Tensor | None = None,
+    ):
+        if num_classes is not None and dataset.id2label is None:
+            raise ValueError(f"`num_classes` must be None for unlabelled data, received {num_classes}.")
+        if num_classes is not None and num_classes <= max(dataset.id2label):
+            raise ValueError(f"`num_classes` must be at least {max(dataset.id2label) + 1}, received {num_classes}.")
+        if not 0 <= class_dropout_prob <= (0 if num_classes is None else 1):
+            raise ValueError(
+                f"`class_dropout_prob` must be in [0, 1], and 0 without classes, received {class_dropout_prob}."
+            )
+        if random_flip and not dataset.can_flip:
+            raise ValueError("`random_flip=True` needs data encoded with `random_flip=True`.")
+        self.dataset = dataset
+        self.seed = seed
+        self.num_train_timesteps = num_train_timesteps
+        self.num_classes = num_classes
+        self.class_dropout_prob = class_dropout_prob
+        self.random_flip = random_flip
+        self.indices = torch.arange(len(dataset)) if indices is None else torch.as_tensor(indices)
+        self.latents_mean = torch.tensor(dataset.latents_mean).view(-1, 1, 1)
+        self.latents_std = torch.tensor(dataset.latents_std).view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            key (tuple[int, int]): epoch and position in `indices`, what `StreamBatchSampler` yields.
+        Returns:
+            dict[str, torch.Tensor]: `latents` and `noise` (float32, (C, H, W)), `timestep`, `index` and, if the model
+            knows classes, `class_label` (int64 scalars).
+        """
+        epoch, position = key
+        index = int(self.indices[position])
+        generator = sample_generator(self.seed, epoch, index)
+        time, flip, dropout = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        noise = torch.randn(self.dataset.latent_shape, generator=generator)
+
+        posterior = self.dataset.read(index, flip=self.random_flip and flip < 0.5)
+        latents = posterior["mean"]
+        if "std" in posterior:
+            latents = latents + posterior["std"] * torch.randn(self.dataset.latent_shape, generator=generator)
+        sample = {
+            "latents": (latents - self.latents_mean) / self.latents_std,
+            "noise": noise,
+            "timestep": torch.tensor(int(time * self.num_train_timesteps)),
+            "index": torch.tensor(index),
+        }
+        if self.num_classes is not None:
+            dropped = dropout < self.class_dropout_prob
+            sample["class_label"] = torch.tensor(self.num_classes if dropped else posterior["label"])
+        return sample
+
+
+class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
+    """The micro batches of one process, as lists of (epoch, position), cut from one stream that all processes share.
+
+    The stream is one permutation of the data after another, each a function of (seed, epoch). With
+    G = train_batch_size · num_processes · gradient_accumulation_steps, optimiser step s consumes its places
+    [s·G, (s+1)·G): micro batches in order, within each the processes in order. Batches run over the borders of epochs,
+    nothing is dropped or repeated, and a run that resumes at `start_step` continues as if it had not stopped.
+
+    Args:
+        num_samples (int): in the data set.
+        seed (int): of the run.
+        train_batch_size (int): samples per process and micro batch.
+        max_train_steps (int): optimiser steps after which the stream ends.
+        start_step (int): optimiser steps already done.
+        num_processes, process_index (int): how many share the stream, and which one this is.
+        gradient_accumulation_steps (int): micro batches per optimiser step.
+    Raises:
+        ValueError: if a count is not positive, or `start_step` or `process_index` is out of range.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        seed: int,
+        train_batch_size: int,
+        max_train_steps: int,
+        start_step: int = 0,
+        num_processes: int = 1,
+        process_index: int = 0,
+        gradient_accumulation_steps: int = 1,
+    ):
+        counts = {
+            "num_samples": num_samples,
+            "train_batch_size": train_batch_size,
+            "num_processes": num_processes,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"`{name}` must be at least 1, received {count}.")
+        if not 0 <= process_index < num_processes:
+            raise ValueError(f"`process_index` must be in [0, {num_processes}), received {process_index}.")
+        if not 0 <= start_step <= max_train_steps:
+            raise ValueError(f"`start_step` must be in [0, {max_train_steps}], received {start_step}.")
+        self.num_samples = num_samples
+        self.seed = seed
+        self.train_batch_size = train_batch_size
+        self.max_train_steps = max_train_steps
+        self.start_step = start_step
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+
+    def __len__(self) -> int:
+        return (self.max_train_steps - self.start_step) * self.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        known_epoch, order = None, None
+        batch_of_all = self.train_batch_size * self.num_processes
+        for micro_step in range(
+            self.start_step * self.gradient_accumulation_steps, self.max_train_steps * self.gradient_accumulation_steps
+        ):
+            first = micro_step * batch_of_all + self.process_index * self.train_batch_size
+            batch = []
+            for place in range(first, first + self.train_batch_size):
+                epoch, place_in_epoch = divmod(place, self.num_samples)
+                if epoch != known_epoch:
+                    known_epoch = epoch
+                    order = torch.randperm(self.num_samples, generator=_generator(self.seed, epoch))
+                batch.append((epoch, int(order[place_in_epoch])))
+            yield batch

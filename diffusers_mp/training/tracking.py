@@ -1,0 +1,51 @@
+"""A tracker for Accelerate that needs no service and no package: one JSON object a line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker, on_main_process
+
+
+class JSONLinesTracker(GeneralTracker):
+    """Appends every logged dict with its step to `metrics.jsonl`, so that a run always has its curve.
+
+    Args:
+        logging_dir (str or Path): folder of the file, made if missing.
+    """
+
+    name = "jsonl"
+    requires_logging_directory = True
+
+    def __init__(self, logging_dir: str | Path):
+        super().__init__()
+        self.path = Path(logging_dir) / "metrics.jsonl"
+
+    @property
+    def tracker(self) -> Path:
+        """The file that is written."""
+        return self.path
+
+    @on_main_process
+    def discard_after(self, step: int) -> None:
+        """Drop what a run logged between its last checkpoint and its end, which a resumed run logs again.
+
+        Args:
+            step (int): optimiser updates done at the checkpoint.
+        """
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and (json.loads(line)["step"] or 0) <= step]
+            self.path.write_text("".join(kept), encoding="utf-8")
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs) -> None:
+        """Append one line.
+
+        Args:
+            values (dict): names to JSON-serialisable values.
+            step (int, optional): optimiser updates done.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")

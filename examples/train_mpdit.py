@@ -1,0 +1,334 @@
+"""Train a magnitude-preserving diffusion transformer on an image folder or a Hub data set.
+
+    accelerate launch examples/train_mpdit.py --train_data_dir photos --resolution 256 --preset B/2 --output_dir run
+
+The defaults are the recipe of arXiv 2505.19122: S/2 in configuration E with scale, rotation and gate, Adam at 1e-2
+with warm-up and inverse-square-root decay, 400 000 updates of 256 samples, learned variance, averages of widths 0.05
+and 0.10. The run's folder becomes a pipeline: `MPDiTPipeline.from_pretrained("run")`.
+
+Every sample's noise, timestep, posterior draw, flip and label dropout are functions of (seed, epoch, index), so that
+the number of processes, workers and micro batches does not change the run.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.utils import make_image_grid
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from training_arguments import model_config, parse_args
+
+from diffusers_mp import (
+    MPDiTPipeline,
+    MPDiTTransformer2DModel,
+    PowerFunctionEMA,
+    normalize_weights_,
+    parameter_groups,
+)
+from diffusers_mp.latents import LatentDataset, encode_dataset, load_image_dataset
+from diffusers_mp.training import (
+    DDPMObjective,
+    JSONLinesTracker,
+    StreamBatchSampler,
+    TrainingSamples,
+    inverse_sqrt_schedule,
+    load_checkpoint,
+    read_state,
+    register_model_hooks,
+    resolve_checkpoint,
+    save_checkpoint,
+    split_validation,
+    validation_losses,
+    validation_timesteps,
+)
+
+
+logger = get_logger(__name__)
+
+
+def main(args):
+    logging_dir = args.output_dir / args.logging_dir
+    curve = JSONLinesTracker(logging_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=[curve] if args.report_to == "none" else [curve, args.report_to],
+        project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(logging_dir)),
+    )
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    set_seed(args.seed)
+
+    # 1. Data: every image encoded once
+    vae = None if args.vae == "none" else AutoencoderKL.from_pretrained(args.vae, cache_dir=args.cache_dir)
+    latents = load_latents(args, vae, accelerator)
+    num_classes = None if latents.id2label is None else len(latents.id2label)
+    num_held_out = args.num_validation_images
+    if num_held_out is None:
+        num_held_out = min(256, len(latents) // 20)
+    train_indices, validation_indices = split_validation(len(latents), num_held_out, args.seed)
+
+    # 2. Model, objective, optimiser
+    model = MPDiTTransformer2DModel(**model_config(args, latents.latent_shape, num_classes))
+    model.train()
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    noise_scheduler = DDPMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="linear",
+        beta_start=1e-4,
+        beta_end=0.02,
+        variance_type=args.variance_type,
+        clip_sample=False,
+    )
+    objective = DDPMObjective(noise_scheduler)
+    learning_rate = args.learning_rate
+    if learning_rate is None:
+        learning_rate = 1e-2 if model.config.weight_normalization else 1e-4
+    optimizer = torch.optim.Adam(
+        parameter_groups(model, lr=learning_rate, eps=args.adam_epsilon), betas=(args.adam_beta1, args.adam_beta2)
+    )
+    samples = TrainingSamples(
+        latents,
+        seed=args.seed,
+        num_train_timesteps=objective.num_timesteps,
+        num_classes=num_classes,
+        class_dropout_prob=model.config.class_dropout_prob,
+        random_flip=args.random_flip,
+        indices=train_indices,
+    )
+    total_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    max_train_steps = args.max_train_steps or 400_000
+    if args.num_train_epochs is not None:
+        max_train_steps = math.ceil(args.num_train_epochs * len(samples) / total_batch_size)
+
+    # 3. Where a checkpoint was left, if one is resumed
+    checkpoint = None
+    if args.resume_from_checkpoint is not None:
+        checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+        if checkpoint is None:
+            logger.info("No checkpoint in %s yet, starting from the beginning", args.output_dir)
+    facts = {
+        "seed": args.seed,
+        "total_batch_size": total_batch_size,
+        "num_train_samples": len(samples),
+        "lr_scheduler": args.lr_scheduler,
+        "lr_warmup_steps": max_train_steps // 150 if args.lr_warmup_steps is None else args.lr_warmup_steps,
+        "lr_constant_steps": args.lr_constant_steps or max(1, max_train_steps // 10),
+    }
+    first_step = 0
+    if checkpoint is not None:
+        facts, first_step = resumed_facts(checkpoint, facts, args), read_state(checkpoint)["step"]
+    if args.lr_scheduler == "inverse_sqrt":
+        lr_scheduler = inverse_sqrt_schedule(optimizer, facts["lr_warmup_steps"], facts["lr_constant_steps"])
+    else:
+        lr_scheduler = get_scheduler(
+            args.lr_scheduler, optimizer, num_warmup_steps=facts["lr_warmup_steps"], num_training_steps=max_train_steps
+        )
+
+    model, optimizer = accelerator.prepare(model, optimizer)
+    transformer = accelerator.unwrap_model(model)
+    ema = PowerFunctionEMA(transformer, args.ema_stds)
+    accelerator.register_for_checkpointing(lr_scheduler)
+    register_model_hooks(accelerator)
+    if checkpoint is not None:
+        load_checkpoint(accelerator, checkpoint, ema)
+        curve.discard_after(first_step)
+    if accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        (args.output_dir / "training_arguments.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+    accelerator.init_trackers("train_mpdit", config={name: str(value) for name, value in vars(args).items()})
+
+    batch_sampler = StreamBatchSampler(
+        len(samples),
+        seed=args.seed,
+        train_batch_size=args.train_batch_size,
+        max_train_steps=max_train_steps,
+        start_step=min(first_step, max_train_steps),
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+    )
+    batches = DataLoader(
+        samples,
+        batch_sampler=batch_sampler,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    say = accelerator.print
+    say(f"{sum(p.numel() for p in transformer.parameters()):,} parameters, {len(samples):,} training images, ", end="")
+    say(f"{num_held_out:,} held out, {max_train_steps:,} updates of {total_batch_size} from update {first_step:,}")
+
+    def make_pipeline(scheduler):
+        return MPDiTPipeline(
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=vae,
+            id2label=latents.id2label,
+            latents_mean=latents.latents_mean,
+            latents_std=latents.latents_std,
+        )
+
+    def validate(step):
+        """Loss of the held-out images and a grid of samples, with the first average in the model."""
+        transformer.eval()
+        with ema.averaged(transformer, ema.stds[0]):
+            if num_held_out:
+                held_out = TrainingSamples(
+                    latents, seed=args.seed, num_classes=num_classes, indices=validation_indices
+                )
+                held_out_batches = DataLoader(
+                    held_out,
+                    batch_sampler=[
+                        [(0, i) for i in part.tolist()]
+                        for part in torch.arange(num_held_out).split(args.train_batch_size)
+                    ],
+                )
+                levels = validation_timesteps(objective.num_timesteps, args.num_validation_levels)
+                losses = validation_losses(transformer, objective, held_out_batches, levels, accelerator.device)
+                accelerator.log({f"validation/{name}": value for name, value in losses.items()}, step=step)
+            pipeline = make_pipeline(DPMSolverMultistepScheduler.from_config(noise_scheduler.config))
+            pipeline.set_progress_bar_config(disable=True)
+            pipeline.to(accelerator.device)
+            images = pipeline(
+                class_labels=None if num_classes is None else [i % num_classes for i in range(min(10, num_classes))],
+                num_images_per_class=10 if num_classes is None else 1,
+                num_inference_steps=args.validation_inference_steps,
+                guidance_scale=args.validation_guidance_scale,
+                generator=torch.Generator().manual_seed(args.seed),
+            ).images
+        (args.output_dir / "samples").mkdir(exist_ok=True)
+        make_image_grid(images, rows=1, cols=len(images)).save(args.output_dir / "samples" / f"step-{step:07d}.png")
+        transformer.train()
+
+    # 4. Train
+    progress_bar = tqdm(
+        total=max_train_steps, initial=first_step, desc="Training", disable=not accelerator.is_local_main_process
+    )
+    step, since_log, log_time = first_step, [], time.perf_counter()
+    for batch in batches:
+        with accelerator.accumulate(model):
+            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+            clean, noise, timesteps = batch["latents"], batch["noise"], batch["timestep"]
+            noisy = objective.add_noise(clean, noise, timesteps)
+            prediction = model(noisy, timestep=timesteps, class_labels=batch.get("class_label")).sample
+            loss = objective.loss(prediction, clean, noise, timesteps)["loss"].mean()
+            accelerator.backward(loss)
+            since_log.append(loss.detach())
+            if accelerator.sync_gradients and args.max_grad_norm is not None:
+                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+
+        lr_scheduler.step()
+        normalize_weights_(transformer)
+        step += 1
+        ema.update(step)
+        progress_bar.update()
+
+        if step % args.logging_steps == 0 or step == max_train_steps:
+            mean_loss = accelerator.reduce(torch.stack(since_log).mean(), reduction="mean").item()
+            if not math.isfinite(mean_loss):
+                raise FloatingPointError(
+                    f"the loss is {mean_loss} in the last {args.logging_steps} updates before update {step}; the last "
+                    f"checkpoint is intact: lower --learning_rate or clip with --max_grad_norm, then "
+                    "--resume_from_checkpoint latest"
+                )
+            elapsed = time.perf_counter() - log_time
+            images_per_second = len(since_log) * args.train_batch_size * accelerator.num_processes / elapsed
+            progress_bar.set_postfix({"loss": f"{mean_loss:.4f}", "images/s": f"{images_per_second:.0f}"})
+            learning_rate_factor = lr_scheduler.get_last_lr()[0] / lr_scheduler.base_lrs[0]
+            accelerator.log(
+                {
+                    "train/loss": mean_loss,
+                    "train/learning_rate": learning_rate * learning_rate_factor,
+                    "train/images_per_second": images_per_second,
+                },
+                step=step,
+            )
+            since_log, log_time = [], time.perf_counter()
+        if step % args.checkpointing_steps == 0 or step == max_train_steps:
+            save_checkpoint(accelerator, args.output_dir, step, ema, facts, args.checkpoints_total_limit)
+        if args.validation_steps and (step % args.validation_steps == 0 or step == max_train_steps):
+            if accelerator.is_main_process:
+                validate(step)
+            accelerator.wait_for_everyone()
+            log_time = time.perf_counter()
+    progress_bar.close()
+
+    # 5. The run's folder becomes a pipeline: the first average in `transformer`, the others beside it
+    if accelerator.is_main_process:
+        transformer.eval()
+        for std in ema.stds[1:]:
+            with ema.averaged(transformer, std):
+                transformer.save_pretrained(args.output_dir / f"transformer_ema_{std:g}")
+        with ema.averaged(transformer, ema.stds[0]):
+            make_pipeline(noise_scheduler).save_pretrained(args.output_dir)
+        say(f"Saved the pipeline to {args.output_dir}: MPDiTPipeline.from_pretrained({str(args.output_dir)!r})")
+    accelerator.end_training()
+
+
+def load_latents(args, vae, accelerator) -> LatentDataset:
+    """The encoded data set, made by the main process if it is not there yet."""
+    folder = Path(args.latents_dir or args.output_dir / "latents")
+    with accelerator.main_process_first():
+        if (folder / "index.json").is_file():
+            latents = LatentDataset(folder)
+            latents.validate(vae=vae, resolution=args.resolution, random_flip=args.random_flip)
+            return latents
+        dataset, id2label = load_image_dataset(
+            args.train_data_dir,
+            dataset_name=args.dataset_name,
+            dataset_config_name=args.dataset_config_name,
+            split=args.dataset_split,
+            cache_dir=args.cache_dir,
+            image_column=args.image_column,
+            label_column=args.label_column,
+            max_train_samples=args.max_train_samples,
+            seed=args.seed,
+        )
+        if vae is not None:
+            vae.to(accelerator.device).eval()
+        latents = encode_dataset(
+            dataset,
+            folder,
+            vae=vae,
+            resolution=args.resolution,
+            id2label=id2label,
+            vae_id=args.vae,
+            random_flip=args.random_flip,
+            num_channels=args.image_channels,
+            image_column=args.image_column,
+            label_column=args.label_column,
+            batch_size=args.encode_batch_size,
+            num_workers=args.dataloader_num_workers,
+            skip_corrupt=args.skip_corrupt,
+        )
+    return latents
+
+
+def resumed_facts(checkpoint: Path, facts: dict, args) -> dict:
+    """Facts of the run as its checkpoint has them; refuses a command line that would make it another run."""
+    stored = {name: read_state(checkpoint)[name] for name in facts}
+    given = {"lr_warmup_steps": args.lr_warmup_steps, "lr_constant_steps": args.lr_constant_steps}
+    # The lengths that follow from --max_train_steps stay what they were, so that a longer run keeps its rates.
+    wanted = {name: stored[name] if name in given and given[name] is None else value for name, value in facts.items()}
+    differences = [f"{name} {stored[name]} (now {wanted[name]})" for name in facts if stored[name] != wanted[name]]
+    if differences:
+        raise ValueError(
+            f"`--resume_from_checkpoint` must go on with the run of {checkpoint}, which has {', '.join(differences)}."
+        )
+    return stored
+
+
+if __name__ == "__main__":
+    main(parse_args())
