@@ -111,6 +111,7 @@ class DDPMObjective:
             )
         dtype = _compute_dtype(prediction, latents, noise)
         prediction, latents, noise = prediction.to(dtype), latents.to(dtype), noise.to(dtype)
+        timesteps = timesteps.to(latents.device)
         min_log_variance, max_log_variance, noise_to_mean = self._table_rows(latents, timesteps)
 
         if self.learns_variance:
@@ -155,7 +156,7 @@ class DDPMObjective:
         key = (latents.device, latents.dtype)
         if key not in self._tables:
             self._tables[key] = self._tables[torch.device("cpu"), torch.float64].to(latents.dtype).to(latents.device)
-        return [_broadcastable(row, latents) for row in self._tables[key][:, timesteps.to(latents.device)]]
+        return [_broadcastable(row, latents) for row in self._tables[key][:, timesteps]]
 
 
 def _ddpm_tables(alphas_cumprod: torch.Tensor) -> torch.Tensor:

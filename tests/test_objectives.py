@@ -1,0 +1,313 @@
+"""Losses against textbook forms in float64 that go the long way: noisy sample, predicted sample, both Normals."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch.distributions import Normal, kl_divergence
+
+from diffusers_mp.training import DDPMObjective
+
+
+SHAPE = (4, 3, 5, 6)
+
+
+def scheduler(**kwargs):
+    return DDPMScheduler(**{"variance_type": "learned_range", "clip_sample": False, **kwargs})
+
+
+def batch(timesteps, error=0.3, interpolation=0.5, dtype=torch.float64, channels=4):
+    """A prediction off by `error` in the noise, with some interpolation between the variances."""
+    shape = (len(timesteps), channels, 5, 6)
+    latents, noise = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    prediction = torch.cat(
+        [noise + error * torch.randn(shape, dtype=dtype), interpolation * torch.randn(shape, dtype=dtype)], dim=1
+    )
+    return prediction, latents, noise, torch.tensor(timesteps)
+
+
+def normals(prediction, latents, noise, timestep, alphas_cumprod):
+    """Posterior q(x_{t-1} | x_t, x_0) and model p(x_{t-1} | x_t) by equations 7 and 15 of arXiv 2006.11239."""
+    alpha_bar = alphas_cumprod.double()[timestep]
+    previous = alphas_cumprod.double()[timestep - 1] if timestep > 0 else torch.ones((), dtype=torch.float64)
+    beta = 1 - alpha_bar / previous
+    noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+
+    def posterior_mean(sample):
+        weight_sample = previous.sqrt() * beta / (1 - alpha_bar)
+        weight_noisy = (1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar)
+        return weight_sample * sample + weight_noisy * noisy
+
+    if timestep > 0:
+        variance = beta * (1 - previous) / (1 - alpha_bar)
+    else:
+        # Clipped: that of t = 1, written out.
+        ratio = alphas_cumprod.double()[1] / alpha_bar
+        variance = (1 - ratio) * (1 - alpha_bar) / (1 - alphas_cumprod.double()[1])
+    predicted_noise, interpolation = prediction.chunk(2, dim=1)
+    predicted_sample = (noisy - (1 - alpha_bar).sqrt() * predicted_noise) / alpha_bar.sqrt()
+    fraction = (interpolation + 1) / 2
+    model_std = (variance ** (1 - fraction) * beta**fraction).sqrt()
+    return Normal(posterior_mean(latents), variance.sqrt()), Normal(posterior_mean(predicted_sample), model_std)
+
+
+def test_noise_is_added_by_the_closed_form():
+    schedule = scheduler()
+    _, latents, noise, timesteps = batch([0, 1, 500, 999])
+    alpha_bar = schedule.alphas_cumprod.double()[timesteps].view(-1, 1, 1, 1)
+    noisy = DDPMObjective(schedule).add_noise(latents, noise, timesteps)
+    torch.testing.assert_close(noisy, alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise)
+
+
+def test_bf16_latents_get_their_noise_at_the_first_timestep():
+    latents, noise = torch.zeros(SHAPE, dtype=torch.bfloat16), torch.randn(SHAPE).bfloat16()
+    timesteps = torch.zeros(4, dtype=torch.int64)
+    noisy = DDPMObjective(scheduler()).add_noise(latents, noise, timesteps)
+    assert noisy.dtype == torch.bfloat16
+    torch.testing.assert_close(noisy.float(), 0.01 * noise.float(), rtol=0.01, atol=0)
+    # Control: what the scheduler does with them on its own.
+    assert scheduler().add_noise(latents, noise, timesteps).abs().max() == 0
+
+
+@pytest.mark.parametrize("timestep", [1, 2, 10, 500, 999])
+def test_bound_is_the_divergence_of_the_two_normals(timestep):
+    schedule = scheduler()
+    arguments = batch([timestep, timestep])
+    posterior, model = normals(*arguments[:3], timestep, schedule.alphas_cumprod)
+    expected = kl_divergence(posterior, model).flatten(1).mean(dim=1) / math.log(2)
+    # The long way subtracts means that nearly agree, and loses 1 / (1 - ᾱ) of float64's digits.
+    torch.testing.assert_close(DDPMObjective(schedule).loss(*arguments)["vb"], expected, rtol=1e-9, atol=0)
+
+
+def test_bound_at_the_first_timestep_is_the_discretised_likelihood():
+    schedule = scheduler()
+    arguments = batch([0, 0, 0])
+    latents = arguments[1]
+    assert (latents.abs() > 1).any()
+    assert (latents.abs() < 0.99).any()
+    _, model = normals(*arguments[:3], 0, schedule.alphas_cumprod)
+    below, above = model.cdf(latents - 1 / 255), model.cdf(latents + 1 / 255)
+    probability = torch.where(latents < -0.999, above, torch.where(latents > 0.999, 1 - below, above - below))
+    expected = -probability.log2().flatten(1).mean(dim=1)
+    torch.testing.assert_close(DDPMObjective(schedule).loss(*arguments)["vb"], expected, rtol=1e-9, atol=0)
+
+
+def test_likelihood_of_an_outlier_is_floored():
+    objective = DDPMObjective(scheduler())
+    latents, noise = torch.zeros(1, 4, 2, 2), torch.randn(1, 4, 2, 2)
+    prediction = torch.cat([noise + 1e4, torch.zeros_like(noise)], dim=1)
+    timesteps = torch.zeros(1, dtype=torch.int32)
+    outlier = objective.loss(prediction, latents, noise, timesteps)["vb"]
+    torch.testing.assert_close(outlier, torch.tensor([-math.log2(1e-12)]))
+
+
+@pytest.mark.parametrize("timestep", [1, 500, 999])
+def test_interpolation_ends_at_the_posterior_variance_and_at_beta(timestep):
+    schedule = scheduler()
+    objective = DDPMObjective(schedule)
+    _, latents, noise, timesteps = batch([timestep])
+    schedule.alphas_cumprod = schedule.alphas_cumprod.double()
+    variances = {}
+    for end in (-1.0, 1.0):
+        variances[end] = schedule._get_variance(timestep, torch.tensor(end, dtype=torch.float64)).exp()
+        prediction = torch.cat([noise, torch.full_like(noise, end)], dim=1)
+        posterior_std = schedule._get_variance(timestep, variance_type="fixed_small").sqrt()
+        expected = kl_divergence(Normal(0.0, posterior_std), Normal(0.0, variances[end].sqrt())) / math.log(2)
+        vb = objective.loss(prediction, latents, noise, timesteps)["vb"]
+        torch.testing.assert_close(vb, expected.expand(1), rtol=1e-6, atol=1e-14)
+    torch.testing.assert_close(variances[1.0].float(), schedule.betas[timestep], rtol=1e-3, atol=0)
+    # At t = 1 the two ends are a factor of two apart, so the test tells them apart.
+    assert variances[1.0] > variances[-1.0]
+
+
+def test_a_perfect_prediction_costs_nothing_but_the_first_likelihood():
+    _, latents, noise, timesteps = batch([0, 1, 500, 999])
+    terms = DDPMObjective(scheduler()).loss(
+        torch.cat([noise, -torch.ones_like(noise)], dim=1), latents, noise, timesteps
+    )
+    assert torch.equal(terms["mse"], torch.zeros(4, dtype=torch.float64))
+    assert torch.equal(terms["vb"][1:], torch.zeros(3, dtype=torch.float64))
+    assert 0 < terms["vb"][0] < 2
+
+
+def test_terms_are_per_sample_means_and_add_up():
+    prediction, latents, noise, timesteps = batch([0, 7, 500, 999])
+    objective = DDPMObjective(scheduler())
+    terms = objective.loss(prediction, latents, noise, timesteps)
+    for index in range(4):
+        expected = ((prediction[index, :4] - noise[index]) ** 2).mean()
+        torch.testing.assert_close(terms["mse"][index], expected)
+        alone = [tensor[index : index + 1] for tensor in (prediction, latents, noise, timesteps)]
+        for name, value in objective.loss(*alone).items():
+            torch.testing.assert_close(terms[name][index : index + 1], value)
+    torch.testing.assert_close(terms["loss"], terms["mse"] + terms["vb"])
+    assert set(terms) == {"loss", "mse", "vb"}
+
+
+def test_bound_trains_the_variance_only():
+    prediction, latents, noise, timesteps = batch([0, 1, 500, 999])
+    prediction.requires_grad_()
+    objective = DDPMObjective(scheduler())
+    (grad_vb,) = torch.autograd.grad(objective.loss(prediction, latents, noise, timesteps)["vb"].sum(), prediction)
+    (grad_mse,) = torch.autograd.grad(objective.loss(prediction, latents, noise, timesteps)["mse"].sum(), prediction)
+    (grad,) = torch.autograd.grad(objective.loss(prediction, latents, noise, timesteps)["loss"].sum(), prediction)
+    assert (grad_vb[:, :4] == 0).all()
+    assert (grad_vb[:, 4:] != 0).all()
+    assert (grad_mse[:, 4:] == 0).all()
+    assert (grad_mse[:, :4] != 0).all()
+    torch.testing.assert_close(grad, grad_vb + grad_mse)
+
+
+@pytest.mark.parametrize("timestep", [1, 2, 500, 999])
+def test_predicted_mean_is_that_of_the_scheduler_over_all_its_steps(timestep):
+    schedule = scheduler()
+    objective = DDPMObjective(schedule)
+    prediction, latents, noise, timesteps = batch([timestep])
+    noisy = objective.add_noise(latents, noise, timesteps)
+    # The scheduler's own arithmetic in float64, on the float32 table that it holds.
+    schedule.alphas_cumprod = schedule.alphas_cumprod.double()
+    schedule.one = schedule.one.double()
+    schedule.set_timesteps(1000)
+    prediction[:, 4:] = -1
+
+    def step_mean(model_output):
+        drawn = schedule.step(model_output, timestep, noisy, generator=torch.Generator().manual_seed(0)).prev_sample
+        fresh = torch.randn(model_output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        log_variance = schedule._get_variance(timestep, model_output[:, 4:])
+        return drawn - torch.exp(0.5 * log_variance) * fresh[:, :4]
+
+    true_prediction = torch.cat([noise, prediction[:, 4:]], dim=1)
+    posterior_std = schedule._get_variance(timestep, variance_type="fixed_small").sqrt()
+    expected = kl_divergence(
+        Normal(step_mean(true_prediction), posterior_std), Normal(step_mean(prediction), posterior_std)
+    )
+    vb = objective.loss(prediction, latents, noise, timesteps)["vb"]
+    torch.testing.assert_close(vb, expected.mean(dim=(1, 2, 3)) / math.log(2), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_small_log", "fixed_large"])
+def test_a_fixed_variance_is_trained_by_the_squared_error_alone(variance_type):
+    prediction, latents, noise, timesteps = batch([0, 1, 500, 999])
+    prediction = prediction[:, :4].clone().requires_grad_()
+    terms = DDPMObjective(scheduler(variance_type=variance_type)).loss(prediction, latents, noise, timesteps)
+    assert torch.equal(terms["loss"], terms["mse"])
+    assert terms["loss"].requires_grad
+    assert not terms["vb"].requires_grad
+    end = 1.0 if variance_type == "fixed_large" else -1.0
+    learned = torch.cat([prediction.detach(), torch.full_like(noise, end)], dim=1)
+    expected = DDPMObjective(scheduler()).loss(learned, latents, noise, timesteps)["vb"]
+    torch.testing.assert_close(terms["vb"], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_predictions_are_judged_in_float32(dtype):
+    prediction, latents, noise, timesteps = batch([0, 1, 500, 999], dtype=torch.float32)
+    objective = DDPMObjective(scheduler())
+    terms = objective.loss(prediction.to(dtype), latents, noise, timesteps)
+    expected = objective.loss(prediction.to(dtype).float(), latents, noise, timesteps)
+    for name in terms:
+        assert terms[name].dtype == torch.float32
+        assert torch.equal(terms[name], expected[name])
+
+
+def test_float32_agrees_with_float64_at_every_timestep():
+    prediction, latents, noise, timesteps = batch(list(range(1000)), error=1.0, dtype=torch.float32)
+    objective = DDPMObjective(scheduler())
+    single = objective.loss(prediction, latents, noise, timesteps)
+    double = objective.loss(prediction.double(), latents.double(), noise.double(), timesteps)
+    for name in single:
+        # About 50 roundings of float32 each, and no cancellation.
+        torch.testing.assert_close(single[name].double(), double[name], rtol=50 * 2**-24, atol=0)
+
+
+def test_float32_keeps_the_digits_of_unlikely_levels():
+    prediction, latents, noise, timesteps = batch([0] * 8, error=0.0, interpolation=0.0, dtype=torch.float32)
+    # About six standard deviations of p(x_0 | x_1): probabilities near 1e-9, above the floor.
+    prediction[:, :4] += 5.0
+    objective = DDPMObjective(scheduler())
+    single = objective.loss(prediction, latents, noise, timesteps)["vb"]
+    double = objective.loss(prediction.double(), latents.double(), noise.double(), timesteps)["vb"]
+    assert (double > 15).all()
+    assert (double < -0.9 * math.log2(1e-12)).all()
+    torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("timesteps_device", ["meta", "cpu"])
+def test_nothing_is_read_back_from_the_device(timesteps_device):
+    objective = DDPMObjective(scheduler())
+    with torch.device("meta"):
+        latents, noise, prediction = torch.randn(SHAPE), torch.randn(SHAPE), torch.randn(4, 6, 5, 6)
+    timesteps = torch.zeros(4, dtype=torch.int64, device=timesteps_device)
+    # A meta tensor raises when its values are asked for; the tables followed the latents onto its device.
+    for value in objective.loss(prediction, latents, noise, timesteps).values():
+        assert value.is_meta
+        assert value.shape == (4,)
+
+
+def test_gradients_stay_finite_however_wild_the_prediction():
+    prediction, latents, noise, timesteps = batch([0, 0, 1, 2, 500, 999], dtype=torch.float32)
+    prediction = (20 * prediction).requires_grad_()
+    loss = DDPMObjective(scheduler()).loss(prediction, latents, noise, timesteps)["loss"]
+    assert loss.isfinite().all()
+    loss.sum().backward()
+    assert prediction.grad.isfinite().all()
+
+
+def test_other_schedulers_are_refused():
+    with pytest.raises(TypeError, match="`scheduler` must be a DDPMScheduler, received DDIMScheduler"):
+        DDPMObjective(DDIMScheduler())
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"prediction_type": "v_prediction"}, "`prediction_type` .* must be 'epsilon', received 'v_prediction'"),
+        ({"variance_type": "learned"}, "`variance_type` .* must be one of .*'learned_range'.* received 'learned'"),
+        ({"variance_type": "fixed_large_log"}, "`variance_type` .* received 'fixed_large_log'"),
+        (
+            {"rescale_betas_zero_snr": True},
+            "`alphas_cumprod` .* must stay above 0.* received 0.0 .*rescale_betas_zero_snr",
+        ),
+    ],
+)
+def test_schedulers_without_this_objective_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        DDPMObjective(scheduler(**kwargs))
+
+
+@pytest.mark.parametrize(
+    "variance_type, channels, expected",
+    [("learned_range", 4, r"\(4, 6, 5, 6\)"), ("fixed_small", 6, r"\(4, 3, 5, 6\)")],
+)
+def test_predictions_with_other_channels_are_refused(variance_type, channels, expected):
+    objective = DDPMObjective(scheduler(variance_type=variance_type))
+    latents, prediction = torch.randn(SHAPE), torch.randn(4, channels, 5, 6)
+    message = rf"`prediction` must have shape {expected} .* '{variance_type}', received \(4, {channels}, 5, 6\)"
+    with pytest.raises(ValueError, match=message):
+        objective.loss(prediction, latents, torch.randn(SHAPE), torch.zeros(4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "timesteps, message",
+    [
+        (torch.zeros(4), r"`timesteps` must be integers of shape \(4,\), received torch.float32"),
+        (torch.zeros(3, dtype=torch.int64), r"of shape \(4,\), received torch.int64 of shape \(3,\)"),
+        (torch.tensor([0, 1, 2, 1000]), r"`timesteps` must lie in \[0, 1000\), received 0 to 1000"),
+        (torch.tensor([0, 1, 2, -1]), r"`timesteps` must lie in \[0, 1000\), received -1 to 2"),
+    ],
+)
+def test_timesteps_that_are_none_are_refused(timesteps, message):
+    objective = DDPMObjective(scheduler())
+    latents = torch.randn(SHAPE)
+    with pytest.raises(ValueError, match=message):
+        objective.add_noise(latents, latents, timesteps)
+    with pytest.raises(ValueError, match=message):
+        objective.loss(torch.randn(4, 6, 5, 6), latents, latents, timesteps)
+
+
+def test_noise_of_another_shape_is_refused():
+    objective = DDPMObjective(scheduler())
+    latents, timesteps = torch.randn(SHAPE), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"`noise` must have shape \(4, 3, 5, 6\), received \(1, 3, 5, 6\)"):
+        objective.add_noise(latents, torch.randn(1, 3, 5, 6), timesteps)
