@@ -33,7 +33,8 @@ from diffusers_mp import (
     normalize_weights_,
     parameter_groups,
 )
-from diffusers_mp.latents import LatentDataset, encode_dataset, load_image_dataset
+from diffusers_mp.images import load_image_dataset
+from diffusers_mp.latents import LatentDataset, encode_dataset
 from diffusers_mp.training import (
     DDPMObjective,
     JSONLinesTracker,

@@ -1,7 +1,28 @@
+import numpy as np
 import pytest
 import torch
+from helpers import random_picture
+
+from diffusers_mp.images import load_image_dataset
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory):
+    """Ten pictures in the classes cat (4), dog (3) and test (3); "test" is also the name of a split."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name, count in (("cat", 4), ("dog", 3), ("test", 3)):
+        (folder / name).mkdir()
+        for k in range(count):
+            random_picture(rng).save(folder / name / f"{k}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(picture_folder, tmp_path_factory):
+    """The data set of `picture_folder` and its class names."""
+    return load_image_dataset(picture_folder, cache_dir=str(tmp_path_factory.mktemp("cache")))

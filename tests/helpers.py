@@ -1,8 +1,16 @@
 """What several test modules share: the golden files and small real models."""
 
+import math
+import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
+import numpy as np
 import torch
+from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_mp import MPDiTTransformer2DModel, get_preset
@@ -101,3 +109,52 @@ def from_golden(tensors, prefix):
         if f"{theirs}.{kinds[0]}.gain" in golden:
             weights[f"{ours}.gain"] = torch.stack([golden[f"{theirs}.{kind}.gain"] for kind in kinds])
     return weights
+
+
+def assert_magnitude(x, expected=1.0, num_independent=None):
+    """RMS is `expected` within five standard errors of `num_independent` samples (all entries, if left out)."""
+    squares = x.detach().double().square().flatten()
+    # M^2 has the standard error std(x^2) / sqrt(n); M = sqrt(M^2) has half of that, relatively.
+    error = squares.std() / squares.mean() / 2 / math.sqrt(num_independent or squares.numel())
+    assert 5 * error < 0.2, "too few samples to tell anything"
+    assert abs(squares.mean().sqrt() / expected - 1) < 5 * error
+
+
+def relative_error(value, reference):
+    """Norm of the difference relative to the norm of the reference."""
+    return ((value.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def row_norms(weight):
+    return torch.linalg.vector_norm(weight.detach().double(), dim=-1)
+
+
+def run_python(code, *arguments, package=None):
+    """Run code in a fresh process that sees `package` (a folder that contains one) first; its standard output."""
+    environment = {**os.environ, "PYTHONPATH": str(package or Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", textwrap.dedent(code), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def tiny_vae(in_channels=3, latent_channels=4, seed=0):
+    """A real AutoencoderKL of factor 4."""
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        in_channels=in_channels,
+        out_channels=in_channels,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=latent_channels,
+    ).eval()
+
+
+def random_picture(rng, width=20, height=18):
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))

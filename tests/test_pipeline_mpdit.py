@@ -9,7 +9,6 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -17,7 +16,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from helpers import tiny_model
+from helpers import tiny_model, tiny_vae
 
 from diffusers_mp import MPDiTPipeline
 
@@ -35,20 +34,6 @@ NAMES = [
     "9",
 ]
 MEAN, STD = [0.5, -1.0, 0.0, 2.0], [1.0, 0.5, 2.0, 3.0]
-
-
-def tiny_vae(latent_channels=4, in_channels=3):
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        in_channels=in_channels,
-        out_channels=in_channels,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=latent_channels,
-    ).eval()
 
 
 def ddpm(variance_type="learned_range"):

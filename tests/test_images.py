@@ -1,0 +1,131 @@
+"""Opening and preparing pictures, on small real files."""
+
+import os
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from helpers import random_picture
+from PIL import Image
+
+from diffusers_mp.images import load_image_dataset, prepare_image
+
+
+def test_an_image_folder_brings_its_classes(pictures, picture_folder):
+    dataset, id2label = pictures
+    assert id2label == {0: "cat", 1: "dog", 2: "test"}
+    assert len(dataset) == 10
+    for row in dataset:
+        assert os.path.basename(os.path.dirname(row["image"]["path"])) == id2label[row["label"]]
+
+
+def test_a_stray_picture_does_not_silently_remove_the_labels(picture_folder, tmp_path):
+    for path in sorted(picture_folder.rglob("*.png")):
+        (tmp_path / "mixed" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mixed" / path.parent.name / path.name).write_bytes(path.read_bytes())
+    random_picture(np.random.default_rng(0)).save(tmp_path / "mixed" / "stray.png")
+    with pytest.raises(ValueError, match="class folders of one depth.*pictures in .*mixed' and in '.*mixed/"):
+        load_image_dataset(tmp_path / "mixed", cache_dir=str(tmp_path / "cache"))
+
+
+def save_table(folder, columns, **features):
+    """A data set of parquet files, found by `dataset_name` like one of the Hub."""
+    folder.mkdir()
+    features = datasets.Features({"image": datasets.Image(), **features}) if features else None
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "train.parquet")
+    return {"dataset_name": str(folder), "cache_dir": str(folder.parent / "cache")}
+
+
+def three_pictures():
+    rng = np.random.default_rng(2)
+    return [random_picture(rng) for _ in range(3)]
+
+
+def test_integer_and_string_labels(tmp_path):
+    integers = save_table(tmp_path / "a", {"image": three_pictures(), "kind": [1, 0, 1]})
+    assert load_image_dataset(**integers, label_column="kind")[1] == {0: "0", 1: "1"}
+    strings = save_table(tmp_path / "b", {"image": three_pictures(), "label": ["owl", "elk", "owl"]})
+    dataset, id2label = load_image_dataset(**strings)
+    assert id2label == {0: "elk", 1: "owl"}
+    assert dataset["label"][:] == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"), [([0, 2, 2], "has 2 but not 1"), ([0, -1, 1], "holds -1"), ([0, None, 1], "holds None")]
+)
+def test_wrong_ids_are_refused(tmp_path, ids, message):
+    source = save_table(tmp_path / "a", {"image": three_pictures(), "label": ids})
+    with pytest.raises(ValueError, match=message):
+        load_image_dataset(**source)
+
+
+def test_missing_columns_are_named_with_those_there(tmp_path):
+    source = save_table(tmp_path / "a", {"image": three_pictures(), "label": [0, 1, 0]})
+    with pytest.raises(ValueError, match=r"`image_column` must be one of \['image', 'label'\], received 'img'"):
+        load_image_dataset(**source, image_column="img")
+    with pytest.raises(ValueError, match=r"`label_column` must be one of \['image', 'label'\], received 'fine'"):
+        load_image_dataset(**source, label_column="fine")
+    with pytest.raises(ValueError, match="`image_column` must hold pictures or their paths, 'label' holds"):
+        load_image_dataset(**source, image_column="label")
+
+
+def test_exactly_one_existing_source(tmp_path):
+    for sources in ({}, {"train_data_dir": tmp_path, "dataset_name": "somebody/something"}):
+        with pytest.raises(ValueError, match="Exactly one of `train_data_dir` and `dataset_name`"):
+            load_image_dataset(**sources)
+    with pytest.raises(ValueError, match="`train_data_dir` must be a folder of pictures, received .*nowhere"):
+        load_image_dataset(tmp_path / "nowhere")
+
+
+def test_max_train_samples_draws_over_the_classes(picture_folder, tmp_path):
+    kept = [
+        load_image_dataset(picture_folder, cache_dir=str(tmp_path), max_train_samples=4, seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    paths = [[row["image"]["path"] for row in dataset] for dataset, _ in kept]
+    assert [len(set(p)) for p in paths] == [4, 4, 4]
+    assert paths[0] == paths[1] != paths[2]
+    assert all(id2label == {0: "cat", 1: "dog", 2: "test"} for _, id2label in kept)
+    assert set(kept[0][0]["label"][:]) != {0}  # the first four rows are all cats
+
+
+def test_prepare_image_keeps_the_centre_square():
+    wide = np.zeros((16, 48, 3), dtype=np.uint8)
+    wide[:, 16:32] = np.random.default_rng(3).integers(0, 256, (16, 16, 3))
+    pixels = prepare_image(Image.fromarray(wide), 16, 3)
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(pixels, torch.from_numpy(wide[:, 16:32]).permute(2, 0, 1))
+    tall = prepare_image(Image.fromarray(wide.transpose(1, 0, 2)), 16, 3)
+    assert torch.equal(tall, pixels.transpose(1, 2))
+
+
+def test_prepare_image_halves_by_averages():
+    fine = np.random.default_rng(4).integers(0, 256, (64, 64), dtype=np.uint8)
+    blocks = fine.reshape(16, 4, 16, 4).mean((1, 3))
+    pixels = prepare_image(Image.fromarray(fine), 16, 1)
+    assert pixels.shape == (1, 16, 16)
+    assert np.abs(pixels[0].numpy() - blocks).max() <= 1  # each of the two halvings rounds by half a level
+
+
+def test_prepare_image_of_other_modes():
+    deep = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    expected = torch.arange(256).view(1, 16, 16)
+    assert torch.equal(prepare_image(Image.fromarray(deep), 16, 1).long(), expected)
+    assert torch.equal(prepare_image(Image.fromarray(deep), 16, 3).long(), expected.expand(3, -1, -1))
+    palette = Image.fromarray(expected[0].numpy().astype(np.uint8)).convert("P")
+    palette.info["transparency"] = b"\x00\xff"
+    assert torch.equal(prepare_image(palette, 16, 1).long(), expected)
+    with pytest.raises(ValueError, match="mode 'F'"):
+        prepare_image(Image.fromarray(np.zeros((16, 16), dtype=np.float32)), 16, 1)
+
+
+def test_prepare_image_is_upright(tmp_path):
+    picture = np.zeros((16, 16), dtype=np.uint8)
+    picture[:4] = 255  # bright on top as stored; orientation 3 says: show it upside down
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(picture).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        pixels = prepare_image(image, 16, 1)
+    assert torch.equal(pixels[0], torch.from_numpy(picture).flip(0))

@@ -1,0 +1,295 @@
+"""Per-sample randomness and the order of the stream, on a small encoded data set in a folder."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from diffusers_mp.images import load_image_dataset
+from diffusers_mp.latents import encode_dataset
+from diffusers_mp.training.data import StreamBatchSampler, TrainingSamples, sample_generator, split_validation
+
+
+NUM_SAMPLES, NUM_CLASSES = 12, 3
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for k in range(NUM_SAMPLES):
+        (folder / f"class{k % NUM_CLASSES}").mkdir(exist_ok=True)
+        picture = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        picture.save(folder / f"class{k % NUM_CLASSES}" / f"{k}.png")
+    return load_image_dataset(folder, cache_dir=str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def latents(pictures, tmp_path_factory):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+    dataset, id2label = pictures
+    options = {"vae": vae, "resolution": 16, "id2label": id2label, "random_flip": True, "shard_size": 5}
+    return encode_dataset(dataset, tmp_path_factory.mktemp("latents"), **options)
+
+
+def samples_of(latents, **options):
+    defaults = {"seed": 7, "num_classes": NUM_CLASSES, "class_dropout_prob": 0.5, "random_flip": True}
+    return TrainingSamples(latents, **(defaults | options))
+
+
+def assert_equal_samples(first, second):
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+# --- one sample ---------------------------------------------------------------------------------------------------
+
+
+def test_generators_of_neighbours_are_unrelated():
+    keys = [(seed, epoch, index) for seed in range(8) for epoch in range(8) for index in range(64)]
+    draws = torch.stack([torch.randn(16, generator=sample_generator(*key)) for key in keys])
+    again = torch.randn(16, generator=sample_generator(3, 5, 7))
+    assert torch.equal(draws[keys.index((3, 5, 7))], again)
+    assert len(draws.unique(dim=0)) == len(keys)
+    # neighbours in the list are neighbours in index: their correlation is 0 within 4 standard errors
+    assert (draws[1:] * draws[:-1]).mean().abs() < 4 / math.sqrt(16 * len(keys))
+    assert draws.mean().abs() < 4 / math.sqrt(16 * len(keys))
+
+
+def test_streams_of_different_kinds_do_not_meet():
+    """Sample (seed, epoch, 0) and the order of (seed, epoch) would be one stream if seeded with lists of integers."""
+    order = list(StreamBatchSampler(64, seed=1, train_batch_size=64, max_train_steps=3))[2]
+    assert [position for _, position in order] != torch.randperm(64, generator=sample_generator(1, 2, 0)).tolist()
+    assert not torch.equal(
+        torch.rand(8, generator=sample_generator(2**32, 0, 0)), torch.rand(8, generator=sample_generator(0, 1, 0))
+    )
+
+
+def test_a_sample_is_what_the_formula_says(latents):
+    samples = samples_of(latents, class_dropout_prob=0.0, num_train_timesteps=10)
+    mean, std = (torch.tensor(x).view(4, 1, 1) for x in (latents.latents_mean, latents.latents_std))
+    flips = set()
+    for epoch in range(60):
+        sample = samples[(epoch, 5)]
+        generator = sample_generator(7, epoch, 5)
+        time, flip, _ = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        noise, draw = (torch.randn(4, 4, 4, generator=generator) for _ in range(2))
+        posterior = latents.read(5, flip=flip < 0.5)
+        torch.testing.assert_close(sample["latents"], (posterior["mean"] + posterior["std"] * draw - mean) / std)
+        assert torch.equal(sample["noise"], noise)
+        assert sample["timestep"] == math.floor(10 * time)
+        assert sample["class_label"] == posterior["label"]
+        assert sample["index"] == 5
+        assert sample["latents"].dtype == torch.float32
+        assert sample["timestep"].dtype == sample["class_label"].dtype == torch.int64
+        flips.add(flip < 0.5)
+    assert flips == {True, False}
+
+
+def test_samples_are_functions_of_their_key_alone(latents):
+    samples, others = samples_of(latents), samples_of(latents)
+    for key in ((3, 2), (0, 0), (3, 1)):  # another order, another object, another global state
+        torch.manual_seed(key[1])
+        others[key]
+    assert_equal_samples(samples[(3, 2)], others[(3, 2)])
+    for key, seed in (((3, 3), 7), ((4, 2), 7), ((3, 2), 8)):
+        assert not torch.equal(samples_of(latents, seed=seed)[key]["noise"], samples[(3, 2)]["noise"])
+
+
+def test_latents_are_standardised(latents):
+    samples = samples_of(latents)
+    draws = torch.stack([samples[(epoch, index)]["latents"] for epoch in range(200) for index in range(NUM_SAMPLES)])
+    std, mean = torch.std_mean(draws, (0, 2, 3))
+    # Every picture comes up equally often, so the error is at most that of independent draws of variance 1.
+    error = 4 / math.sqrt(200 * NUM_SAMPLES * 16)
+    assert mean.abs().max() < error
+    assert (std - 1).abs().max() < error
+
+
+def test_timesteps_are_uniform(latents):
+    samples = samples_of(latents, num_train_timesteps=4)
+    count = 200 * NUM_SAMPLES
+    timesteps = torch.stack([samples[(e, i)]["timestep"] for e in range(200) for i in range(NUM_SAMPLES)])
+    error = 4 * math.sqrt(0.25 * 0.75 / count)
+    assert ((timesteps.bincount(minlength=4) / count - 0.25).abs() < error).all()
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 1.0])
+def test_label_dropout_frequency(latents, probability):
+    samples = samples_of(latents, class_dropout_prob=probability)
+    labels = torch.stack([samples[(e, i)]["class_label"] for e in range(150) for i in range(NUM_SAMPLES)])
+    count = len(labels)
+    frequency = (labels == NUM_CLASSES).double().mean().item()
+    assert abs(frequency - probability) <= 4 * math.sqrt(probability * (1 - probability) / count)
+    kept = labels[labels != NUM_CLASSES].view(-1)
+    assert set(kept.tolist()) == (set() if probability == 1 else {0, 1, 2})
+
+
+@pytest.mark.parametrize(
+    ("option", "moved"),
+    [
+        ({"class_dropout_prob": 0.0}, {"class_label"}),
+        ({"num_train_timesteps": 50}, {"timestep"}),
+        ({"random_flip": False}, {"latents"}),
+        ({"num_classes": 5}, {"class_label"}),
+        ({"num_classes": None, "class_dropout_prob": 0.0}, {"class_label"}),
+    ],
+)
+def test_an_option_leaves_the_other_draws_untouched(latents, option, moved):
+    full, changed = samples_of(latents), samples_of(latents, **option)
+    differing = set()
+    for epoch in range(8):
+        first, second = full[(epoch, 4)], changed[(epoch, 4)]
+        differing |= {key for key in first if key not in second or not torch.equal(first[key], second[key])}
+    assert differing == moved
+
+
+def test_without_flips_only_flipped_samples_change(latents):
+    full, unflipped = samples_of(latents), samples_of(latents, random_flip=False)
+    same = [torch.equal(full[(e, 4)]["latents"], unflipped[(e, 4)]["latents"]) for e in range(200)]
+    assert abs(sum(same) / 200 - 0.5) < 4 * math.sqrt(0.25 / 200)
+
+
+def test_a_hold_out_changes_no_other_sample(latents):
+    train, validation = split_validation(NUM_SAMPLES, 4, seed=0)
+    whole, part = samples_of(latents), samples_of(latents, indices=train)
+    assert len(part) == NUM_SAMPLES - 4
+    for position, index in enumerate(train.tolist()):
+        assert_equal_samples(part[(1, position)], whole[(1, index)])
+    held_out = samples_of(latents, indices=validation.tolist())
+    assert {held_out[(0, k)]["index"].item() for k in range(4)} == set(validation.tolist())
+
+
+def test_split_validation_is_a_partition():
+    train, validation = split_validation(20, 5, seed=3)
+    assert sorted(train.tolist() + validation.tolist()) == list(range(20))
+    assert len(validation) == 5
+    assert torch.equal(split_validation(20, 5, seed=3)[1], validation)
+    assert not torch.equal(split_validation(20, 5, seed=4)[1], validation)
+    assert set(validation.tolist()) < set(split_validation(20, 8, seed=3)[1].tolist())
+    assert len(split_validation(20, 0, seed=3)[1]) == 0
+    for count in (20, -1):
+        with pytest.raises(ValueError, match=r"`num_validation` must be in \[0, 20\), received"):
+            split_validation(20, count, seed=3)
+
+
+def test_pixels_and_unlabelled_data(pictures, tmp_path):
+    pixels = encode_dataset(pictures[0], tmp_path, vae=None, resolution=16)
+    samples = TrainingSamples(pixels, seed=0, random_flip=True)
+    sample = samples[(0, 1)]
+    assert set(sample) == {"latents", "noise", "timestep", "index"}
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (pixels.latents_mean, pixels.latents_std))
+    flip = torch.rand(3, generator=sample_generator(0, 0, 1), dtype=torch.float64)[1] < 0.5
+    torch.testing.assert_close(sample["latents"] * std + mean, pixels.read(1, flip=bool(flip))["mean"])
+    with pytest.raises(ValueError, match="`num_classes` must be None for unlabelled data, received 3"):
+        TrainingSamples(pixels, seed=0, num_classes=3)
+
+
+def test_what_the_data_cannot_give_is_refused(latents, pictures, tmp_path):
+    with pytest.raises(ValueError, match="`num_classes` must be at least 3, received 2"):
+        samples_of(latents, num_classes=2)
+    for options in ({"class_dropout_prob": 1.5}, {"num_classes": None, "class_dropout_prob": 0.1}):
+        with pytest.raises(ValueError, match=r"`class_dropout_prob` must be in \[0, 1\], and 0 without classes"):
+            samples_of(latents, **options)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    unflipped = encode_dataset(pictures[0], tmp_path, vae=vae, resolution=16)
+    with pytest.raises(ValueError, match="needs data encoded with `random_flip=True`"):
+        TrainingSamples(unflipped, seed=0, random_flip=True)
+
+
+# --- the stream ---------------------------------------------------------------------------------------------------
+
+
+def stream(num_samples=NUM_SAMPLES, *, seed=1, train_batch_size=4, max_train_steps=10, **options):
+    sampler = StreamBatchSampler(
+        num_samples, seed=seed, train_batch_size=train_batch_size, max_train_steps=max_train_steps, **options
+    )
+    batches = list(sampler)
+    assert len(sampler) == len(batches)
+    assert batches == list(sampler)  # iterating again starts again
+    return batches
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, 12, 13, 100])
+def test_the_stream_is_one_permutation_after_another(num_samples):
+    batches = stream(num_samples, train_batch_size=5, max_train_steps=60)
+    assert [len(batch) for batch in batches] == [5] * 60
+    places = sum(batches, [])
+    orders = []
+    for epoch in range(len(places) // num_samples):
+        visit = places[epoch * num_samples : (epoch + 1) * num_samples]
+        assert {e for e, _ in visit} == {epoch}
+        orders.append([position for _, position in visit])
+        assert sorted(orders[-1]) == list(range(num_samples))
+    if num_samples >= 12 and len(orders) > 1:
+        assert orders[0] != orders[1] != list(range(num_samples))
+        other_seed = stream(num_samples, seed=2, train_batch_size=num_samples, max_train_steps=1)[0]
+        assert orders[0] != [position for _, position in other_seed]
+
+
+@pytest.mark.parametrize(("num_processes", "accumulation"), [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2), (1, 2)])
+def test_any_division_of_the_work_consumes_the_same_steps(num_processes, accumulation):
+    whole = stream(13, train_batch_size=8)
+    ranks = [
+        stream(
+            13,
+            train_batch_size=8 // (num_processes * accumulation),
+            num_processes=num_processes,
+            process_index=rank,
+            gradient_accumulation_steps=accumulation,
+        )
+        for rank in range(num_processes)
+    ]
+    assert all(len(batches) == 10 * accumulation for batches in ranks)
+    for step, expected in enumerate(whole):
+        # micro batches in order, within each the processes in order: not only the same set but the same order
+        parts = [batches[step * accumulation + m] for m in range(accumulation) for batches in ranks]
+        assert sum(parts, []) == expected
+
+
+@pytest.mark.parametrize("start_step", [0, 1, 4, 10])
+def test_a_resumed_stream_continues(start_step):
+    options = {"num_processes": 2, "process_index": 1, "gradient_accumulation_steps": 3, "train_batch_size": 3}
+    resumed = stream(7, start_step=start_step, **options)
+    assert resumed == stream(7, **options)[start_step * 3 :]
+    assert len(resumed) == (10 - start_step) * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 0}, "`num_samples` must be at least 1, received 0"),
+        ({"train_batch_size": 0}, "`train_batch_size` must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be at least 1"),
+        ({"num_processes": 2, "process_index": 2}, r"`process_index` must be in \[0, 2\), received 2"),
+        ({"start_step": 11}, r"`start_step` must be in \[0, 10\], received 11"),
+    ],
+)
+def test_wrong_counts_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        stream(**options)
+
+
+def test_workers_give_the_same_batches(latents):
+    """Two data workers, and workers started afresh (which pickles the data set), against none."""
+    samples = samples_of(latents)
+    latents[0]  # files already mapped in this process must not travel
+    for context in ("fork", "spawn"):
+        sampler = StreamBatchSampler(len(samples), seed=1, train_batch_size=5, max_train_steps=4)
+        alone = list(DataLoader(samples, batch_sampler=sampler))
+        shared = list(DataLoader(samples, batch_sampler=sampler, num_workers=2, multiprocessing_context=context))
+        assert len(alone) == len(shared) == 4
+        assert alone[0]["latents"].shape == (5, 4, 4, 4)
+        for first, second in zip(alone, shared, strict=True):
+            assert_equal_samples(first, second)
