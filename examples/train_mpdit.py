@@ -12,6 +12,7 @@ the number of processes, workers and micro batches does not change the run.
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -64,6 +65,12 @@ def main(args):
         log_with=[curve] if args.report_to == "none" else [curve, args.report_to],
         project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(logging_dir)),
     )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise RuntimeError(
+            f"launched as {launched} processes, but Accelerate runs {accelerator.num_processes}: each would train a "
+            "model of its own in the same folder. Without accelerators, use `ACCELERATE_USE_CPU=1 torchrun`."
+        )
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
 

@@ -138,6 +138,7 @@ def model_config(args: argparse.Namespace, latent_shape: tuple[int, int, int], n
         "sample_size": sample_size,
         "num_classes": num_classes,
     }
+    class_dropout_prob = 0.0 if num_classes is None else args.class_dropout_prob
     if args.model_config_name_or_path is None:
         flags = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
         return get_preset(
@@ -145,7 +146,7 @@ def model_config(args: argparse.Namespace, latent_shape: tuple[int, int, int], n
             args.configuration,
             args.modulation,
             activation_fn=args.activation_fn,
-            class_dropout_prob=args.class_dropout_prob if num_classes is not None else 0.0,
+            class_dropout_prob=class_dropout_prob,
             **of_data,
             **flags,
         )
@@ -157,4 +158,4 @@ def model_config(args: argparse.Namespace, latent_shape: tuple[int, int, int], n
                 f"`{name}` of {args.model_config_name_or_path} must be {value} for these data and "
                 f"--variance_type {args.variance_type}, got {config[name]}."
             )
-    return {**config, **of_data}
+    return {"class_dropout_prob": class_dropout_prob, **config, **of_data}

@@ -1,0 +1,367 @@
+"""The trainer on a small real image folder: digits-like pictures, a tiny AutoencoderKL, a tiny model, on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+MODEL = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two classes of 20 pictures 16x16, a VAE of factor 4, a model config."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name in ("dark", "light"):
+        (folder / "images" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 128, (16, 16, 3)) + (0 if name == "dark" else 127)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / name / f"{i:02d}.png")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=4,
+    ).save_pretrained(folder / "vae")
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    return folder
+
+
+def arguments(data, output_dir, *more):
+    return [
+        *("--train_data_dir", str(data / "images")),
+        *("--vae", str(data / "vae")),
+        *("--model_config_name_or_path", str(data / "model.json")),
+        *("--resolution", "16"),
+        *("--train_batch_size", "4"),
+        *("--max_train_steps", "6"),
+        *("--checkpointing_steps", "2"),
+        *("--validation_steps", "0"),
+        *("--num_validation_images", "5"),
+        *("--validation_inference_steps", "2"),
+        *("--output_dir", str(output_dir)),
+        *more,
+    ]
+
+
+def train(data, output_dir, *more):
+    import train_mpdit
+    import training_arguments
+
+    train_mpdit.main(training_arguments.parse_args(arguments(data, output_dir, *more)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return output_dir
+
+
+def metrics(output_dir, name):
+    lines = (output_dir / "logs" / "metrics.jsonl").read_text().splitlines()
+    return {entry["step"]: entry[name] for entry in map(json.loads, lines) if name in entry}
+
+
+def weights(folder, name="diffusion_pytorch_model.safetensors"):
+    return load_file(folder / name)
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_run_becomes_a_pipeline(data, tmp_path, capfd):
+    output_dir = train(data, tmp_path / "run", "--validation_steps", "3", "--logging_steps", "2")
+    pipe = MPDiTPipeline.from_pretrained(output_dir)
+    assert pipe.id2label == {0: "dark", 1: "light"}
+    assert pipe.transformer.config.out_channels == 8
+    assert pipe.transformer.config.num_classes == 2
+    assert pipe.scheduler.config.variance_type == "learned_range"
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    assert pipe(["dark", 1], num_inference_steps=2, output_type="pt").images.shape == (2, 3, 16, 16)
+
+    # The pipeline's transformer is the first average, the other one lies beside it; neither is the raw model.
+    first = weights(output_dir / "transformer")
+    second = weights(output_dir / "transformer_ema_0.1")
+    raw = weights(output_dir / "checkpoint-6" / "transformer")
+    for other in (second, raw):
+        assert any(not torch.equal(first[name], other[name]) for name in first)
+    rows = first["transformer_blocks.0.attn.to_q.weight"].norm(dim=1)
+    assert torch.allclose(rows, torch.ones_like(rows), atol=1e-5)
+
+    assert list(metrics(output_dir, "train/loss")) == [2, 4, 6]
+    assert list(metrics(output_dir, "validation/loss")) == [3, 6]
+    assert len([name for name in json.loads((output_dir / "logs" / "metrics.jsonl").read_text().splitlines()[-1])]) > 8
+    assert sorted(path.name for path in (output_dir / "samples").iterdir()) == ["step-0000003.png", "step-0000006.png"]
+    with Image.open(output_dir / "samples" / "step-0000006.png") as grid:
+        assert grid.size == (32, 16)
+    shown = capfd.readouterr().err
+    assert "loss=" in shown
+    assert "images/s=" in shown
+    assert "6/6" in shown
+
+
+def test_loss_falls(data, tmp_path):
+    output_dir = train(data, tmp_path / "run", "--max_train_steps", "150", "--checkpointing_steps", "150")
+    losses = list(metrics(output_dir, "train/loss").values())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_resume_gives_the_weights_and_losses_of_an_uninterrupted_run(data, tmp_path):
+    more = ("--logging_steps", "1", "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.5", "--random_flip")
+    whole = train(data, tmp_path / "whole", *more)
+    (tmp_path / "parts").mkdir()
+    resumed = tmp_path / "parts"
+    program = (
+        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        "import train_mpdit, training_arguments\n"
+        "ema_update, count = train_mpdit.PowerFunctionEMA.update, 0\n"
+        "def die(self, step):\n"
+        "    ema_update(self, step)\n"
+        "    if step == 5: raise KeyboardInterrupt\n"
+        "train_mpdit.PowerFunctionEMA.update = die\n"
+        "train_mpdit.main(training_arguments.parse_args(sys.argv[1:]))\n"
+    )
+    died = subprocess.run([sys.executable, "-c", program, *arguments(data, resumed, *more)], capture_output=True)
+    assert died.returncode != 0
+    assert sorted(path.name for path in resumed.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    train(data, resumed, *more, "--resume_from_checkpoint", "latest")
+
+    assert metrics(resumed, "train/loss") == metrics(whole, "train/loss")
+    assert list(metrics(resumed, "train/loss")) == [1, 2, 3, 4, 5, 6]
+    for part in ("checkpoint-6/transformer", "transformer", "transformer_ema_0.1"):
+        assert_same_weights(weights(whole / part), weights(resumed / part))
+
+
+def test_resume_at_the_end_trains_nothing_more(data, tmp_path):
+    output_dir = train(data, tmp_path / "run")
+    before = weights(output_dir / "transformer")
+    train(data, output_dir, "--resume_from_checkpoint", "checkpoint-6")
+    assert_same_weights(before, weights(output_dir / "transformer"))
+
+
+def test_resume_with_another_number_of_steps_keeps_the_rates(data, tmp_path):
+    more = ("--logging_steps", "1")
+    output_dir = train(data, tmp_path / "run", *more)
+    train(data, output_dir, *more, "--resume_from_checkpoint", "latest", "--max_train_steps", "8")
+    rates = metrics(output_dir, "train/learning_rate")
+    # Constant until update max(1, 6 // 10), then 1 / sqrt(u); the rate logged after update u is that of u + 1.
+    assert rates == pytest.approx({u: 1e-2 / (u + 1) ** 0.5 for u in range(1, 9)})
+
+
+def test_resume_of_another_run_is_refused(data, tmp_path):
+    output_dir = train(data, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"seed 0 \(now 1\), total_batch_size 4 \(now 8\)"):
+        train(data, output_dir, "--resume_from_checkpoint", "latest", "--seed", "1", "--train_batch_size", "8")
+    with pytest.raises(ValueError, match=r"lr_constant_steps 1 \(now 3\)"):
+        train(data, output_dir, "--resume_from_checkpoint", "latest", "--lr_constant_steps", "3")
+    with pytest.raises(FileNotFoundError, match=r"got 'checkpoint-3'; .* \['checkpoint-2', 'checkpoint-4'"):
+        train(data, output_dir, "--resume_from_checkpoint", "checkpoint-3")
+
+
+def test_checkpoints_total_limit(data, tmp_path):
+    output_dir = train(data, tmp_path / "run", "--checkpoints_total_limit", "2")
+    assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_accumulation_does_not_change_the_run(data, tmp_path):
+    # Each sample is a function of (seed, epoch, index), so that only the rounding of sums differs.
+    one = train(data, tmp_path / "one", "--adam_epsilon", "1e-2")
+    two = train(
+        *(data, tmp_path / "two", "--train_batch_size", "2", "--gradient_accumulation_steps", "2"),
+        *("--adam_epsilon", "1e-2"),
+    )
+    first, second = (weights(run / "checkpoint-6" / "transformer") for run in (one, two))
+    for name, tensor in first.items():
+        assert torch.allclose(tensor, second[name], atol=1e-5), name
+
+
+def test_two_workers_do_not_change_the_run(data, tmp_path):
+    one = train(data, tmp_path / "one", "--max_train_steps", "3")
+    two = train(data, tmp_path / "two", "--max_train_steps", "3", "--dataloader_num_workers", "2")
+    assert_same_weights(weights(one / "transformer"), weights(two / "transformer"))
+
+
+def test_pixels_without_a_vae(data, tmp_path):
+    output_dir = train(data, tmp_path / "run", "--vae", "none", "--image_channels", "1")
+    pipe = MPDiTPipeline.from_pretrained(output_dir)
+    assert pipe.vae is None
+    (image,) = pipe(1, num_inference_steps=2).images
+    assert (image.mode, image.size) == ("L", (16, 16))
+
+
+def test_unlabelled_images(data, tmp_path):
+    (tmp_path / "flat").mkdir()
+    for i, path in enumerate(sorted((data / "images").rglob("*.png"))):
+        (tmp_path / "flat" / f"{i}.png").write_bytes(path.read_bytes())
+    output_dir = train(data, tmp_path / "run", "--train_data_dir", str(tmp_path / "flat"), "--validation_steps", "6")
+    pipe = MPDiTPipeline.from_pretrained(output_dir)
+    assert pipe.transformer.config.num_classes is None
+    assert pipe.transformer.config.class_dropout_prob == 0
+    assert len(pipe(num_images_per_class=2, num_inference_steps=2).images) == 2
+
+
+def test_preset_flags_and_bf16(data, tmp_path):
+    import training_arguments
+
+    args = training_arguments.parse_args(
+        [
+            *("--train_data_dir", "x", "--output_dir", str(tmp_path / "new")),
+            *(
+                "--preset",
+                "B/4",
+                "--configuration",
+                "C",
+                "--modulation",
+                "scale",
+                "shift",
+                "--no-mp_silu",
+                "--layer_norm",
+            ),
+        ]
+    )
+    config = training_arguments.model_config(args, (4, 16, 16), 7)
+    assert (config["num_layers"], config["patch_size"], config["num_classes"]) == (12, 4, 7)
+    assert (config["modulation"], config["mp_silu"], config["layer_norm"]) == (["scale", "shift"], False, True)
+    assert (config["in_channels"], config["out_channels"]) == (4, 8)
+    output_dir = train(data, tmp_path / "run", "--mixed_precision", "bf16", "--max_train_steps", "2")
+    assert MPDiTTransformer2DModel.from_pretrained(output_dir, subfolder="transformer").dtype == torch.float32
+
+
+def test_every_scheduler_trains(data, tmp_path):
+    for name in ("constant_with_warmup", "cosine"):
+        train(data, tmp_path / name, "--lr_scheduler", name, "--max_train_steps", "2", "--num_validation_images", "0")
+
+
+class TestErrors:
+    def test_output_dir_in_use(self, data, tmp_path, capsys):
+        (tmp_path / "thesis.txt").write_text("years of work")
+        with pytest.raises(SystemExit):
+            train(data, tmp_path)
+        assert "--output_dir must be new or empty" in capsys.readouterr().err
+        assert (tmp_path / "thesis.txt").read_text() == "years of work"
+        assert list(tmp_path.iterdir()) == [tmp_path / "thesis.txt"]
+
+    def test_missing_column(self, data, tmp_path):
+        with pytest.raises(ValueError, match=r"`image_column` must be one of .*image.* received 'photo'"):
+            train(data, tmp_path / "run", "--image_column", "photo")
+
+    def test_corrupt_image_is_named_and_can_be_skipped(self, data, tmp_path):
+        folder = tmp_path / "images" / "dark"
+        folder.mkdir(parents=True)
+        (tmp_path / "images" / "light").mkdir()
+        for path in (data / "images").rglob("*.png"):
+            (tmp_path / "images" / path.parent.name / path.name).write_bytes(path.read_bytes())
+        (folder / "broken.png").write_bytes(b"not a picture")
+        with pytest.raises(ValueError, match=r"broken\.png.*--skip_corrupt"):
+            train(data, tmp_path / "run", "--train_data_dir", str(tmp_path / "images"))
+        output_dir = train(data, tmp_path / "skipped", "--train_data_dir", str(tmp_path / "images"), "--skip_corrupt")
+        assert (output_dir / "model_index.json").is_file()
+
+    def test_model_config_that_does_not_fit_the_data(self, data, tmp_path):
+        (tmp_path / "model.json").write_text(json.dumps({**MODEL, "num_classes": 5}))
+        with pytest.raises(ValueError, match=r"`num_classes` of .*model\.json must be 2 .* got 5"):
+            train(data, tmp_path / "run", "--model_config_name_or_path", str(tmp_path / "model.json"))
+
+    def test_latents_of_another_vae(self, data, tmp_path):
+        train(data, tmp_path / "run")
+        with pytest.raises(ValueError, match="do not fit"):
+            train(data, tmp_path / "other", "--vae", "none", "--latents_dir", str(tmp_path / "run" / "latents"))
+
+    def test_non_finite_loss_stops_and_keeps_the_checkpoint(self, data, tmp_path):
+        with pytest.raises(
+            FloatingPointError, match="the loss is nan in the last 1 updates before update 3; the last checkpoint"
+        ):
+            train(
+                *(
+                    data,
+                    tmp_path / "run",
+                    "--logging_steps",
+                    "1",
+                    "--learning_rate",
+                    "1e30",
+                    "--lr_scheduler",
+                    "linear",
+                ),
+                *("--lr_warmup_steps", "3"),
+            )
+        assert MPDiTTransformer2DModel.from_pretrained(tmp_path / "run" / "checkpoint-2", subfolder="transformer")
+
+    @pytest.mark.parametrize(
+        "more, message",
+        [
+            (("--dataset_name", "x"), "give one of --train_data_dir and --dataset_name"),
+            (("--num_train_epochs", "2"), "give one of --max_train_steps and --num_train_epochs"),
+            (("--report_to", "wandb"), "--report_to wandb: not installed"),
+            (("--train_batch_size", "0"), "--train_batch_size must be at least 1, got 0"),
+        ],
+    )
+    def test_arguments(self, data, tmp_path, capsys, more, message):
+        with pytest.raises(SystemExit):
+            train(data, tmp_path / "run", *more)
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+def launch(launcher, data, output_dir, *more, **environment):
+    command = [sys.executable, "-m", *launcher, str(EXAMPLES / "train_mpdit.py"), *arguments(data, output_dir, *more)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+ACCELERATE = ("accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+
+
+def test_accelerate_launch(data, tmp_path):
+    done = launch((*ACCELERATE, "--num_processes", "1"), data, tmp_path / "launched")
+    assert done.returncode == 0, done.stderr[-3000:]
+    called = train(data, tmp_path / "called")
+    assert_same_weights(weights(called / "transformer"), weights(tmp_path / "launched" / "transformer"))
+
+
+def test_two_processes_are_the_same_run(data, tmp_path):
+    """DDP over gloo on the CPU: the global batch, hence the run, is that of one process up to the rounding of sums."""
+    # `accelerate launch` starts several processes on accelerators only; torchrun starts them on the CPU.
+    done = launch(
+        ("torch.distributed.run", "--nproc_per_node", "2"),
+        *(data, tmp_path / "two", "--adam_epsilon", "1e-2", "--train_batch_size", "2", "--validation_steps", "3"),
+        ACCELERATE_USE_CPU="1",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = train(data, tmp_path / "one", "--adam_epsilon", "1e-2")
+    first, second = (weights(run / "checkpoint-6" / "transformer") for run in (one, tmp_path / "two"))
+    for name, tensor in first.items():
+        assert torch.allclose(tensor, second[name], atol=1e-5), name
+    assert MPDiTPipeline.from_pretrained(tmp_path / "two").id2label == {0: "dark", 1: "light"}
+    losses = [metrics(run, "train/loss")[6] for run in (one, tmp_path / "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_processes_that_did_not_find_each_other_are_refused(data, tmp_path):
+    done = launch((*ACCELERATE, "--num_processes", "2", "--multi_gpu"), data, tmp_path / "run")
+    assert done.returncode != 0
+    assert "launched as 2 processes, but Accelerate runs 1" in done.stderr
+    assert not (tmp_path / "run").exists()
