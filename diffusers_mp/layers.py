@@ -9,11 +9,16 @@ The row contract. Rows of a weight-normalised layer are stored at a fixed norm (
   training mode, and saving in training mode, do it too;
 - in evaluation mode with forced normalisation the stored rows are used as they are, which is what LoRA merging,
   quantisation and export see. Without it rows keep a norm of their own and are always normalised on use.
+
+Rows that are meant to have another norm (a LoRA was merged into them) survive saving and loading: save in evaluation
+mode; `from_pretrained` leaves rows as they are stored, and so does `load_state_dict` in evaluation mode.
 """
 
+import contextlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +30,17 @@ from . import functional
 # A foreign loop that lets rows drift further than this has an effective learning rate that decays on its own.
 DRIFT_WORTH_A_WARNING = 0.05
 _drift_warned = False
+_loading = ContextVar("_loading", default=False)
+
+
+@contextlib.contextmanager
+def rows_as_loaded() -> Iterator[None]:
+    """Leave rows alone within this context: a model that is being loaded leaves training mode without any training."""
+    token = _loading.set(True)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
 
 
 def _row_tolerance(dtype: torch.dtype) -> float:
@@ -52,7 +68,7 @@ class _NormalizedRows(nn.Module):
 
     def _settle_rows(self) -> None:
         """Normalise rows of a training module that is about to be read as it is stored."""
-        if not (self.training and self.forced_weight_normalization) or self.weight.is_meta:
+        if not (self.training and self.forced_weight_normalization) or self.weight.is_meta or _loading.get():
             return
         norm = self._relative_row_norms()
         drift = (norm - 1).abs().masked_fill(norm == 0, 0).max().item()

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from . import functional
-from .layers import MPLinear
+from .layers import MPLinear, rows_as_loaded
 
 
 # In the order in which they are applied; a gate acts on the output of the branch that follows.
@@ -100,7 +100,17 @@ class Modulation(nn.Module):
         return hidden_states, gate
 
 
-class _OneModulation(Modulation, ModelMixin, ConfigMixin):
+class LoadsRowsAsStored:
+    """For models beside `ModelMixin`: loading changes no row, so that a merged LoRA survives it."""
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As `ModelMixin.from_pretrained`, with the rows exactly as they were saved."""
+        with rows_as_loaded():
+            return super().from_pretrained(*args, **kwargs)
+
+
+class _OneModulation(Modulation, LoadsRowsAsStored, ModelMixin, ConfigMixin):
     """A `Modulation` of one kind that can be saved and loaded alone."""
 
     _no_split_modules = []

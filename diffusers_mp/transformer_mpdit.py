@@ -13,7 +13,7 @@ from torch import nn
 
 from . import functional
 from .layers import MPEmbedding, MPLeakyReLU, MPLinear, MPPatchEmbed, MPSiLU, MPTimestepEmbedding
-from .modulation import Modulation, check_kinds
+from .modulation import LoadsRowsAsStored, Modulation, check_kinds
 
 
 _ACTIVATIONS = {
@@ -189,7 +189,7 @@ def _make_norm(dim: int, layer_norm: bool) -> nn.Module:
     return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) if layer_norm else nn.Identity()
 
 
-class MPDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
+class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, AttentionMixin):
     """Class-conditional diffusion transformer, magnitude preserving in its default configuration (E).
 
     Every linear map, activation and sum keeps RMS 1, so that no normalisation layer is needed. `get_preset` gives the

@@ -6,6 +6,10 @@ from helpers import random_picture
 from diffusers_mp.images import load_image_dataset
 
 
+# On models this small, two threads spend their time waiting for each other.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
