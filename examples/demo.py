@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import make_image_grid
+from PIL import Image, ImageOps
 
 from diffusers_mp import MPDiTPipeline
 
@@ -115,8 +116,12 @@ def main(args):
         generator=torch.Generator().manual_seed(args.seed),
     ).images
     columns = min(10, args.num_images_per_class)
-    shown = [image for i, image in enumerate(images) if i % args.num_images_per_class < columns]
-    make_image_grid(shown, rows=10, cols=columns, resize=2 * digits.IMAGE_SIZE).save(args.output_dir / "samples.png")
+    shown = [
+        ImageOps.expand(image.resize((2 * digits.IMAGE_SIZE,) * 2, Image.Resampling.BICUBIC), border=3, fill=96)
+        for i, image in enumerate(images)
+        if i % args.num_images_per_class < columns
+    ]
+    make_image_grid(shown, rows=10, cols=columns).save(args.output_dir / "samples.png")
 
     print("5. A judge that neither the VAE nor the transformer has met")
     labels = np.repeat(np.arange(10), args.num_images_per_class)
