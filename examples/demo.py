@@ -66,6 +66,8 @@ def plot_losses(metrics_file, picture):
 
 def main(args):
     start = time.perf_counter()
+    # Our own lines are to appear before those of the scripts that follow them, in a log as well.
+    sys.stdout.reconfigure(line_buffering=True)
     data, vae, model = args.output_dir / "digits", args.output_dir / "vae", args.output_dir / "model"
 
     print("1. Real handwritten digits, written as image folders")

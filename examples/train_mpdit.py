@@ -16,6 +16,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -174,47 +175,16 @@ def main(args):
     say(f"{sum(p.numel() for p in transformer.parameters()):,} parameters, {len(samples):,} training images, ", end="")
     say(f"{num_held_out:,} held out, {max_train_steps:,} updates of {total_batch_size} from update {first_step:,}")
 
-    def make_pipeline(scheduler):
-        return MPDiTPipeline(
-            transformer=transformer,
-            scheduler=scheduler,
-            vae=vae,
-            id2label=latents.id2label,
-            latents_mean=latents.latents_mean,
-            latents_std=latents.latents_std,
-        )
-
-    def validate(step):
-        """Loss of the held-out images and a grid of samples, with the first average in the model."""
-        transformer.eval()
-        with ema.averaged(transformer, ema.stds[0]):
-            if num_held_out:
-                held_out = TrainingSamples(
-                    latents, seed=args.seed, num_classes=num_classes, indices=validation_indices
-                )
-                held_out_batches = DataLoader(
-                    held_out,
-                    batch_sampler=[
-                        [(0, i) for i in part.tolist()]
-                        for part in torch.arange(num_held_out).split(args.train_batch_size)
-                    ],
-                )
-                levels = validation_timesteps(objective.num_timesteps, args.num_validation_levels)
-                losses = validation_losses(transformer, objective, held_out_batches, levels, accelerator.device)
-                accelerator.log({f"validation/{name}": value for name, value in losses.items()}, step=step)
-            pipeline = make_pipeline(DPMSolverMultistepScheduler.from_config(noise_scheduler.config))
-            pipeline.set_progress_bar_config(disable=True)
-            pipeline.to(accelerator.device)
-            images = pipeline(
-                class_labels=None if num_classes is None else [i % num_classes for i in range(min(10, num_classes))],
-                num_images_per_class=10 if num_classes is None else 1,
-                num_inference_steps=args.validation_inference_steps,
-                guidance_scale=args.validation_guidance_scale,
-                generator=torch.Generator().manual_seed(args.seed),
-            ).images
-        (args.output_dir / "samples").mkdir(exist_ok=True)
-        make_image_grid(images, rows=1, cols=len(images)).save(args.output_dir / "samples" / f"step-{step:07d}.png")
-        transformer.train()
+    # Made before training, so that parts that do not fit each other stop the run before it costs anything.
+    pipeline = MPDiTPipeline(
+        transformer=transformer,
+        scheduler=noise_scheduler,
+        vae=vae,
+        id2label=latents.id2label,
+        latents_mean=latents.latents_mean,
+        latents_std=latents.latents_std,
+    )
+    held_out = TrainingSamples(latents, seed=args.seed, num_classes=num_classes, indices=validation_indices)
 
     # 4. Train
     progress_bar = tqdm(
@@ -266,9 +236,10 @@ def main(args):
             since_log, log_time = [], time.perf_counter()
         if step % args.checkpointing_steps == 0 or step == max_train_steps:
             save_checkpoint(accelerator, args.output_dir, step, ema, facts, args.checkpoints_total_limit)
+            log_time = time.perf_counter()
         if args.validation_steps and (step % args.validation_steps == 0 or step == max_train_steps):
             if accelerator.is_main_process:
-                validate(step)
+                validate(args, accelerator, pipeline, ema, objective, held_out, step)
             accelerator.wait_for_everyone()
             log_time = time.perf_counter()
     progress_bar.close()
@@ -280,9 +251,44 @@ def main(args):
             with ema.averaged(transformer, std):
                 transformer.save_pretrained(args.output_dir / f"transformer_ema_{std:g}")
         with ema.averaged(transformer, ema.stds[0]):
-            make_pipeline(noise_scheduler).save_pretrained(args.output_dir)
+            pipeline.save_pretrained(args.output_dir)
         say(f"Saved the pipeline to {args.output_dir}: MPDiTPipeline.from_pretrained({str(args.output_dir)!r})")
     accelerator.end_training()
+
+
+def validate(args, accelerator, pipeline, ema, objective, held_out, step):
+    """Loss of the held-out images at fixed noise levels and a row of samples, with the first average in the model."""
+    transformer, num_classes = pipeline.transformer, pipeline.transformer.config.num_classes
+    transformer.eval()
+    pipeline.to(accelerator.device)
+    pipeline.set_progress_bar_config(disable=True)
+    training_scheduler = pipeline.scheduler
+    with ema.averaged(transformer, ema.stds[0]):
+        if len(held_out):
+            keys = [(0, position) for position in range(len(held_out))]
+            batches = DataLoader(held_out, sampler=keys, batch_size=args.train_batch_size)
+            levels = validation_timesteps(objective.num_timesteps, args.num_validation_levels)
+            losses = validation_losses(transformer, objective, batches, levels, accelerator.device)
+            accelerator.log({f"validation/{name}": value for name, value in losses.items()}, step=step)
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(training_scheduler.config)
+        images = pipeline(
+            class_labels=None if num_classes is None else list(range(min(10, num_classes))),
+            num_images_per_class=10 if num_classes is None else 1,
+            num_inference_steps=args.validation_inference_steps,
+            guidance_scale=args.validation_guidance_scale,
+            generator=torch.Generator().manual_seed(args.seed),
+        ).images
+    pipeline.scheduler = training_scheduler
+    transformer.train()
+
+    (args.output_dir / "samples").mkdir(exist_ok=True)
+    make_image_grid(images, rows=1, cols=len(images)).save(args.output_dir / "samples" / f"step-{step:07d}.png")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            pictures = np.stack([np.asarray(image.convert("RGB")) for image in images])
+            tracker.log_images({"validation/samples": pictures}, step=step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({"validation/samples": images}, step=step)
 
 
 def load_latents(args, vae, accelerator) -> LatentDataset:

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel
 
@@ -95,7 +96,8 @@ def assert_same_weights(first, second):
 
 
 def test_run_becomes_a_pipeline(data, tmp_path, capfd):
-    output_dir = train(data, tmp_path / "run", "--validation_steps", "3", "--logging_steps", "2")
+    more = ("--validation_steps", "3", "--logging_steps", "2", "--report_to", "tensorboard")
+    output_dir = train(data, tmp_path / "run", *more)
     pipe = MPDiTPipeline.from_pretrained(output_dir)
     assert pipe.id2label == {0: "dark", 1: "light"}
     assert pipe.transformer.config.out_channels == 8
@@ -119,6 +121,9 @@ def test_run_becomes_a_pipeline(data, tmp_path, capfd):
     assert sorted(path.name for path in (output_dir / "samples").iterdir()) == ["step-0000003.png", "step-0000006.png"]
     with Image.open(output_dir / "samples" / "step-0000006.png") as grid:
         assert grid.size == (32, 16)
+    events = EventAccumulator(str(next((output_dir / "logs").rglob("events.*")).parent)).Reload()
+    assert [event.step for event in events.Images("validation/samples")] == [3, 6]
+    assert "train/loss" in events.Tags()["scalars"]
     shown = capfd.readouterr().err
     assert "loss=" in shown
     assert "images/s=" in shown
@@ -254,7 +259,11 @@ def test_preset_flags_and_bf16(data, tmp_path):
 
 def test_every_scheduler_trains(data, tmp_path):
     for name in ("constant_with_warmup", "cosine"):
-        train(data, tmp_path / name, "--lr_scheduler", name, "--max_train_steps", "2", "--num_validation_images", "0")
+        more = ("--lr_scheduler", name, "--lr_warmup_steps", "2", "--logging_steps", "1", "--max_train_steps", "4")
+        rates = metrics(train(data, tmp_path / name, *more, "--num_validation_images", "0"), "train/learning_rate")
+        # The rate logged after update u is that of update u + 1: half of it, then all, then the schedule's own way.
+        assert (rates[1], rates[2]) == pytest.approx((0.5e-2, 1e-2))
+        assert rates[4] == pytest.approx(1e-2 if name == "constant_with_warmup" else 0.0, abs=1e-9)
 
 
 class TestErrors:
