@@ -40,6 +40,7 @@ from diffusers_mp.latents import LatentDataset, encode_dataset
 from diffusers_mp.training import (
     DDPMObjective,
     JSONLinesTracker,
+    StopRequest,
     StreamBatchSampler,
     TrainingSamples,
     inverse_sqrt_schedule,
@@ -148,6 +149,7 @@ def main(args):
     accelerator.register_for_checkpointing(lr_scheduler)
     register_model_hooks(accelerator)
     if checkpoint is not None:
+        accelerator.print(f"Resuming from {checkpoint}")
         load_checkpoint(accelerator, checkpoint, ema)
         curve.discard_after(first_step)
     if accelerator.is_main_process:
@@ -191,6 +193,7 @@ def main(args):
         total=max_train_steps, initial=first_step, desc="Training", disable=not accelerator.is_local_main_process
     )
     step, since_log, log_time = first_step, [], time.perf_counter()
+    stop = StopRequest()
     for batch in batches:
         with accelerator.accumulate(model):
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
@@ -213,7 +216,14 @@ def main(args):
         ema.update(step)
         progress_bar.update()
 
-        if step % args.logging_steps == 0 or step == max_train_steps:
+        last, logging_due = step == max_train_steps, step % args.logging_steps == 0
+        stopping = stop.received is not None
+        if accelerator.num_processes > 1:
+            # All have to agree; asked only where the processes wait for each other anyway.
+            stopping = logging_due and accelerator.reduce(torch.tensor(stopping, device=accelerator.device).int()) > 0
+        checkpoint_due = last or stopping or step % args.checkpointing_steps == 0
+        # Logged before each checkpoint as well, so that a resumed run has nothing to remember of the entry under way.
+        if logging_due or checkpoint_due:
             mean_loss = accelerator.reduce(torch.stack(since_log).mean(), reduction="mean").item()
             if not math.isfinite(mean_loss):
                 raise FloatingPointError(
@@ -234,15 +244,23 @@ def main(args):
                 step=step,
             )
             since_log, log_time = [], time.perf_counter()
-        if step % args.checkpointing_steps == 0 or step == max_train_steps:
-            save_checkpoint(accelerator, args.output_dir, step, ema, facts, args.checkpoints_total_limit)
-            log_time = time.perf_counter()
-        if args.validation_steps and (step % args.validation_steps == 0 or step == max_train_steps):
+        if args.validation_steps and (step % args.validation_steps == 0 or last):
             if accelerator.is_main_process:
                 validate(args, accelerator, pipeline, ema, objective, held_out, step)
             accelerator.wait_for_everyone()
             log_time = time.perf_counter()
+        # After everything else of this update, which a run resumed from here will not do again.
+        if checkpoint_due:
+            save_checkpoint(accelerator, args.output_dir, step, ema, facts, args.checkpoints_total_limit)
+            log_time = time.perf_counter()
+        if stopping and not last:
+            break
     progress_bar.close()
+    stop.close()
+    if step < max_train_steps:
+        say(f"{stop.received or 'A signal'}: stopped after update {step:,}; --resume_from_checkpoint latest goes on")
+        accelerator.end_training()
+        return
 
     # 5. The run's folder becomes a pipeline: the first average in `transformer`, the others beside it
     if accelerator.is_main_process:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel
+from diffusers_mp.training import check_checkpoint
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -186,6 +188,60 @@ def test_resume_of_another_run_is_refused(data, tmp_path):
         train(data, output_dir, "--resume_from_checkpoint", "latest", "--lr_constant_steps", "3")
     with pytest.raises(FileNotFoundError, match=r"got 'checkpoint-3'; .* \['checkpoint-2', 'checkpoint-4'"):
         train(data, output_dir, "--resume_from_checkpoint", "checkpoint-3")
+
+
+def damage(path):
+    """Flip one byte in the middle of a file: its size stays."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_damaged_checkpoint_is_passed_over_aloud(data, tmp_path, caplog):
+    whole = train(data, tmp_path / "whole")
+    output_dir = train(data, tmp_path / "run", "--checkpointing_steps", "2")
+    damage(output_dir / "checkpoint-6" / "optimizer.bin")
+    with pytest.raises(ValueError, match=r"checkpoint-6` is damaged: optimizer.bin has other content"):
+        train(data, output_dir, "--resume_from_checkpoint", "checkpoint-6")
+    train(data, output_dir, "--resume_from_checkpoint", "latest")
+    assert "checkpoint-6 is damaged, going back to the one before it: optimizer.bin has other content" in caplog.text
+    assert_same_weights(
+        weights(whole / "checkpoint-6" / "transformer"), weights(output_dir / "checkpoint-6" / "transformer")
+    )
+    assert check_checkpoint(output_dir / "checkpoint-6") is None
+
+
+def test_all_checkpoints_damaged_is_no_fresh_start(data, tmp_path):
+    output_dir = train(data, tmp_path / "run", "--checkpointing_steps", "3")
+    (output_dir / "checkpoint-3" / "ema" / "ema.json").unlink()
+    (output_dir / "checkpoint-6" / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="all 2 in .* are damaged"):
+        train(data, output_dir, "--resume_from_checkpoint", "latest")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_signal_saves_a_checkpoint_and_leaves_with_0(data, tmp_path, monkeypatch, capfd, name):
+    import train_mpdit
+
+    whole = train(data, tmp_path / "whole", "--checkpointing_steps", "100")
+    update = train_mpdit.PowerFunctionEMA.update
+
+    def update_and_signal(self, step):
+        update(self, step)
+        if step == 3:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    former = signal.getsignal(getattr(signal, name))
+    monkeypatch.setattr(train_mpdit.PowerFunctionEMA, "update", update_and_signal)
+    output_dir = train(data, tmp_path / "run", "--checkpointing_steps", "100")
+    monkeypatch.undo()
+    assert signal.getsignal(getattr(signal, name)) is former
+    assert f"{name}: stopped after update 3" in capfd.readouterr().out
+    assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not (output_dir / "model_index.json").exists()
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    train(data, output_dir, "--checkpointing_steps", "100", "--resume_from_checkpoint", "latest")
+    assert_same_weights(weights(whole / "transformer"), weights(output_dir / "transformer"))
 
 
 def test_checkpoints_total_limit(data, tmp_path):
@@ -367,6 +423,22 @@ def test_two_processes_are_the_same_run(data, tmp_path):
     assert MPDiTPipeline.from_pretrained(tmp_path / "two").id2label == {0: "dark", 1: "light"}
     losses = [metrics(run, "train/loss")[6] for run in (one, tmp_path / "two")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_checkpoint_resumes_under_another_number_of_processes(data, tmp_path):
+    """One process for 4 updates, two for 2 more: still the run of one, up to the rounding of sums."""
+    more = ("--adam_epsilon", "1e-2", "--lr_constant_steps", "1")
+    whole = train(data, tmp_path / "whole", *more)
+    parts = train(data, tmp_path / "parts", *more, "--max_train_steps", "4")
+    done = launch(
+        ("torch.distributed.run", "--nproc_per_node", "2"),
+        *(data, parts, *more, "--train_batch_size", "2", "--resume_from_checkpoint", "latest"),
+        ACCELERATE_USE_CPU="1",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (weights(run / "checkpoint-6" / "transformer") for run in (whole, parts))
+    for name, tensor in first.items():
+        assert torch.allclose(tensor, second[name], atol=1e-5), name
 
 
 def test_processes_that_did_not_find_each_other_are_refused(data, tmp_path):

@@ -1,5 +1,6 @@
 """What a training loop needs beside the model; `examples/train_mpdit.py` puts it together."""
 
+from .checkpoints import check_checkpoint as check_checkpoint
 from .checkpoints import find_checkpoints as find_checkpoints
 from .checkpoints import load_checkpoint as load_checkpoint
 from .checkpoints import read_state as read_state
@@ -13,6 +14,7 @@ from .data import split_validation as split_validation
 from .objectives import DDPMObjective as DDPMObjective
 from .optimization import inverse_sqrt_schedule as inverse_sqrt_schedule
 from .optimization import parameter_groups as parameter_groups
+from .signals import StopRequest as StopRequest
 from .tracking import JSONLinesTracker as JSONLinesTracker
 from .validation import validation_losses as validation_losses
 from .validation import validation_timesteps as validation_timesteps

@@ -1,5 +1,15 @@
-"""Checkpoints of a training run: `checkpoint-N` folders that Accelerate and diffusers both understand."""
+"""Checkpoints of a training run: `checkpoint-N` folders that Accelerate and diffusers both understand.
 
+    checkpoint-N/manifest.json         size and SHA-256 of every other file; written last
+    checkpoint-N/training_state.json   the step, and what must not change when the run goes on
+    checkpoint-N/transformer/          the raw model, a diffusers folder
+    checkpoint-N/ema/                  the averages
+    checkpoint-N/optimizer.bin, …      Accelerate's own: optimiser, schedule, random states
+
+A folder of that name is complete: it is written as `checkpoint-N.unfinished` and then renamed.
+"""
+
+import hashlib
 import json
 import re
 import shutil
@@ -17,6 +27,7 @@ logger = get_logger(__name__)
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = "training_state.json"
+MANIFEST_FILE = "manifest.json"
 MODEL_FOLDER = "transformer"
 EMA_FOLDER = "ema"
 
@@ -33,8 +44,31 @@ def find_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(CHECKPOINT_NAME.fullmatch(path.name)[1]))
 
 
+def check_checkpoint(checkpoint: Path) -> str | None:
+    """Compare a checkpoint with its manifest.
+
+    Args:
+        checkpoint (Path): a `checkpoint-N` folder.
+    Returns:
+        str or None: what is wrong with it, naming the file; None if nothing is.
+    """
+    try:
+        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text())
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST_FILE} cannot be read ({error})"
+    for name, expected in manifest.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["num_bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['num_bytes']}"
+        if _sha256(path) != expected["sha256"]:
+            return f"{name} has other content than was written"
+    return None
+
+
 def resolve_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` asks for.
+    """The checkpoint that `--resume_from_checkpoint` asks for; a damaged latest one is passed over, said aloud.
 
     Args:
         resume_from_checkpoint (str): "latest", a name in `output_dir`, or a path.
@@ -43,12 +77,26 @@ def resolve_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> P
         Path or None: None if "latest" is asked for and there is none yet.
     Raises:
         FileNotFoundError: if the named checkpoint does not exist.
+        ValueError: if the named checkpoint is damaged, or all there are.
     """
     checkpoints = find_checkpoints(output_dir)
     if resume_from_checkpoint == "latest":
-        return checkpoints[-1] if checkpoints else None
+        for path in reversed(checkpoints):
+            damage = check_checkpoint(path)
+            if damage is None:
+                return path
+            logger.warning("%s is damaged, going back to the one before it: %s", path, damage)
+        if checkpoints:
+            raise ValueError(
+                f"`--resume_from_checkpoint latest` needs an intact checkpoint, but all {len(checkpoints)} in "
+                f"{output_dir} are damaged."
+            )
+        return None
     for path in (Path(output_dir) / resume_from_checkpoint, Path(resume_from_checkpoint)):
-        if (path / STATE_FILE).is_file():
+        if path.is_dir():
+            damage = check_checkpoint(path)
+            if damage is not None:
+                raise ValueError(f"`--resume_from_checkpoint {resume_from_checkpoint}` is damaged: {damage}.")
             return path
     raise FileNotFoundError(
         f"`--resume_from_checkpoint` must be 'latest' or a finished checkpoint, got {resume_from_checkpoint!r}; "
@@ -102,19 +150,24 @@ def save_checkpoint(
         Path: the checkpoint.
     """
     output_dir = Path(output_dir)
-    final = output_dir / f"checkpoint-{step}"
-    # Written under a name that is no checkpoint's, then renamed: a kill in between leaves nothing that looks finished.
-    unfinished = output_dir / f"checkpoint-{step}.unfinished"
+    final, unfinished = output_dir / f"checkpoint-{step}", output_dir / f"checkpoint-{step}.unfinished"
     if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for leftover in output_dir.glob("checkpoint-*.unfinished"):
+            shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         ema.save(unfinished / EMA_FOLDER)
         (unfinished / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
+        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+        manifest = {
+            path.relative_to(unfinished).as_posix(): {"num_bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in files
+        }
+        (unfinished / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+        if final.exists():  # a damaged one that was passed over
+            shutil.rmtree(final)
         unfinished.rename(final)
         if total_limit is not None:
             for path in find_checkpoints(output_dir)[:-total_limit]:
@@ -122,6 +175,11 @@ def save_checkpoint(
                 shutil.rmtree(path)
     accelerator.wait_for_everyone()
     return final
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A tracker for Accelerate that needs no service and no package: one JSON object a line."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ class JSONLinesTracker(GeneralTracker):
         if self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and (json.loads(line)["step"] or 0) <= step]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            # Replaced as a whole: a run killed here must not lose its curve.
+            shortened = self.path.with_suffix(".tmp")
+            shortened.write_text("".join(kept), encoding="utf-8")
+            os.replace(shortened, self.path)
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs) -> None:

@@ -1,0 +1,87 @@
+"""A run killed again and again, at random moments and in the middle of saving, is the run that never was.
+
+The trainer is imported once and forked for each try, so that a try costs no start-up; children get SIGKILL.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_train_mpdit import EXAMPLES, MODEL, arguments, assert_same_weights, data, metrics, weights  # noqa: F401
+
+
+OPTIONS = [
+    *("--checkpointing_steps", "4", "--logging_steps", "3", "--checkpoints_total_limit", "2"),
+    *("--train_batch_size", "3", "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2"),
+    *("--max_grad_norm", "0.5", "--num_validation_images", "5", "--validation_steps", "40", "--random_flip"),
+]
+
+# argv: number of kills, seed, the trainer's arguments. Prints JSON: how many kills, how many of them while saving.
+HARNESS = """
+import os, random, signal, sys, time
+sys.path.insert(0, {examples!r})
+import train_mpdit, training_arguments
+from pathlib import Path
+
+num_kills, seed, argv = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+output_dir = Path(argv[argv.index("--output_dir") + 1])
+rng = random.Random(seed)
+kills = while_saving = tries = 0
+while True:
+    child = os.fork()
+    if child == 0:
+        log = os.open(str(output_dir) + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        train_mpdit.main(training_arguments.parse_args([*argv, "--resume_from_checkpoint", "latest"]))
+        os._exit(0)
+    tries += 1
+    if kills < num_kills:
+        deadline, at_save = time.monotonic() + rng.uniform(0.1, 1.5), kills % 2 == 1
+        while time.monotonic() < deadline and os.waitpid(child, os.WNOHANG) == (0, 0):
+            saving = list(output_dir.glob("*.unfinished"))
+            if at_save and saving and time.monotonic() > deadline - 0.7:
+                time.sleep(rng.uniform(0, 0.005))
+                break
+            time.sleep(0.001)
+        else:
+            saving = list(output_dir.glob("*.unfinished"))
+        try:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+        except (ProcessLookupError, ChildProcessError):
+            raise SystemExit("the run ended before it could be killed often enough")
+        if os.WIFSIGNALED(status):
+            kills += 1
+            while_saving += bool(list(output_dir.glob("*.unfinished")))
+    else:
+        _, status = os.waitpid(child, 0)
+        if status:
+            raise SystemExit("the run failed, see its log: " + open(str(output_dir) + ".log").read()[-3000:])
+        print('{{"kills": %d, "while_saving": %d}}' % (kills, while_saving))
+        break
+"""
+
+
+def run(data, output_dir, num_steps, num_kills, seed=0):  # noqa: F811
+    program = HARNESS.format(examples=str(EXAMPLES))
+    argv = arguments(data, output_dir, *OPTIONS, "--max_train_steps", str(num_steps))
+    command = [sys.executable, "-c", program, str(num_kills), str(seed), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("num_steps, num_kills", [(120, 4), pytest.param(800, 24, marks=pytest.mark.slow)])
+def test_killed_run_is_the_uninterrupted_one(data, tmp_path, num_steps, num_kills):  # noqa: F811
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(data, whole, num_steps, 0)
+    report = run(data, killed, num_steps, num_kills)
+    print(report)
+    assert report["kills"] == num_kills
+    assert report["while_saving"] > 0 or num_kills < 20
+    assert metrics(killed, "train/loss") == metrics(whole, "train/loss")
+    assert metrics(killed, "validation/loss") == metrics(whole, "validation/loss")
+    for part in (f"checkpoint-{num_steps}/transformer", "transformer", "transformer_ema_0.1"):
+        assert_same_weights(weights(killed / part), weights(whole / part))
+    assert not list(killed.glob("*.unfinished"))
