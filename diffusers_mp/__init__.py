@@ -21,6 +21,7 @@ _EXPORTS = {
     "pipeline_mpdit": ["MPDiTPipeline"],
     "presets": ["get_preset"],
     "ema": ["PowerFunctionEMA"],
+    "reconstruction": ["reconstruct_ema"],
     "training": ["parameter_groups"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .modulation import ShiftModulation as ShiftModulation
     from .pipeline_mpdit import MPDiTPipeline as MPDiTPipeline
     from .presets import get_preset as get_preset
+    from .reconstruction import reconstruct_ema as reconstruct_ema
     from .training import parameter_groups as parameter_groups
     from .transformer_mpdit import MPDiTTransformer2DModel as MPDiTTransformer2DModel
 

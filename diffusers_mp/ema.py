@@ -1,5 +1,7 @@
 """Power-function averages of weights (EDM2, arXiv 2312.02696, section 3 and appendix C): profile maths, then tracking.
 
+Widths that were not tracked are rebuilt in reconstruction.py.
+
 The weights θ(τ), 0 <= τ <= t, enter the average in proportion to τ^γ. The width `std` of that profile is its standard
 deviation as a fraction of t, so a width means the same at every length of training. The profile maths is plain
 float64: steps reach 1e6 and exponents 100, which float32 cannot multiply out.
@@ -7,7 +9,7 @@ float64: steps reach 1e6 and exponents 100, which float32 cannot multiply out.
 
 import json
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .layers import normalize_weights_
+from .layers import normalize_weights_, return_to_shards
 
 
 # The width of γ = 0, the plain mean of all weights so far: no power function that grows is wider.
@@ -84,46 +86,6 @@ def profile_inner_product(
     overlap = (step_a / step_b) ** np.where(step_a < step_b, exponent_b, -exponent_a)
     scale = (exponent_a + 1) * (exponent_b + 1) / (exponent_a + exponent_b + 1)
     return scale * overlap / np.maximum(step_a, step_b)
-
-
-# weights = argmin ‖Σ_i weights_i p_i - target‖², then divided by their sum: EDM2, algorithm 3.
-def reconstruction_weights(
-    snapshot_steps: Sequence[int], snapshot_stds: Sequence[float], step: int, std: float
-) -> np.ndarray:
-    """Weights whose combination of stored averages comes closest to the average of another width.
-
-    Snapshots that are many and close together make the system ill-conditioned; the weights stay a near-optimal fit,
-    but single ones grow large and cancel.
-
-    Args:
-        snapshot_steps (sequence of int): step of each snapshot.
-        snapshot_stds (sequence of float): width of each snapshot, in the same order.
-        step (int): step of the wanted average.
-        std (float): width of the wanted average, in (0, 0.2887).
-    Returns:
-        np.ndarray: one weight per snapshot, float64, with sum 1.
-    Raises:
-        ValueError: if the two sequences differ in length or are empty, a snapshot comes twice, a step is not positive
-            or a width is out of range.
-    """
-    snapshots = list(zip(snapshot_steps, snapshot_stds, strict=False))
-    if not snapshots or len(snapshot_steps) != len(snapshot_stds):
-        raise ValueError(
-            "`snapshot_steps` and `snapshot_stds` must have the same length, at least 1, received "
-            f"{len(snapshot_steps)} and {len(snapshot_stds)}"
-        )
-    if len(set(snapshots)) < len(snapshots):
-        raise ValueError(f"snapshots must differ in step or std, received {snapshots}")
-    if min(step, *snapshot_steps) < 1:
-        raise ValueError(
-            f"steps must be 1 or more, received `step` {step} and `snapshot_steps` {list(snapshot_steps)}"
-        )
-    steps = np.float64(snapshot_steps)
-    exponents = np.float64([exponent_of_std(snapshot_std) for snapshot_std in snapshot_stds])
-    gram = profile_inner_product(steps[:, None], exponents[:, None], steps[None, :], exponents[None, :])
-    target = profile_inner_product(steps, exponents, step, exponent_of_std(std))
-    weights = np.linalg.solve(gram, target)
-    return weights / weights.sum()
 
 
 # Tracking.
@@ -212,7 +174,7 @@ class PowerFunctionEMA:
             ValueError: if `std` is not tracked or the model's parameters differ in name or shape.
         """
         averages = self._averages_of(std)
-        torch._foreach_copy_(self._parameters_of(model), list(averages.values()))
+        _copy_each(self._parameters_of(model), averages.values())
         normalize_weights_(model)
 
     @contextmanager
@@ -229,14 +191,13 @@ class PowerFunctionEMA:
         Raises:
             ValueError: as in `copy_to`.
         """
-        parameters = self._parameters_of(model)
-        raw = [parameter.clone() for parameter in parameters]
+        raw = [parameter.clone() for parameter in self._parameters_of(model)]
         try:
             self.copy_to(model, std)
             yield model
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(parameters, raw)
+                _copy_each(self._parameters_of(model), raw)
 
     def state_dict(self) -> dict:
         """Step, widths and averages. Tensors are the live ones, as in `nn.Module.state_dict`: copy them to keep them.
@@ -286,7 +247,14 @@ class PowerFunctionEMA:
 
         Args:
             directory (str or Path): folder, made if missing. Files of an earlier save are replaced.
+        Raises:
+            ValueError: if the model is sharded: pass `state_dict()` to `torch.distributed.checkpoint` then.
         """
+        if any(hasattr(average, "placements") for average in self._averages[self.stds[0]].values()):
+            raise ValueError(
+                "`save` writes averages of a model that is whole in this process, these are DTensors; save "
+                "`state_dict()` with torch.distributed.checkpoint"
+            )
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for std in self.stds:
@@ -333,7 +301,14 @@ class PowerFunctionEMA:
         return [parameters[name] for name in averages]
 
 
+def _copy_each(targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> None:
+    # One by one: DTensors know `copy_` but not `_foreach_copy_`.
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
 def _floating_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return_to_shards(model)
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.is_floating_point()}
 
 

@@ -5,10 +5,13 @@ import os
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
+
+
+SHUFFLE_BUFFER_SIZE = 1000
 
 
 def load_image_dataset(
@@ -22,7 +25,8 @@ def load_image_dataset(
     label_column: str = "label",
     max_train_samples: int | None = None,
     seed: int = 0,
-) -> tuple[datasets.Dataset, dict[int, str] | None]:
+    streaming: bool = False,
+) -> tuple[datasets.Dataset | datasets.IterableDataset, dict[int, str] | None]:
     """Opens a folder of pictures, or a data set known to `datasets`, without decoding a picture.
 
     Args:
@@ -31,23 +35,27 @@ def load_image_dataset(
         dataset_name, dataset_config_name, split (str): what `datasets.load_dataset` is asked for instead.
         cache_dir (str): where `datasets` keeps its tables.
         image_column, label_column (str): names of the columns. The default `label` may be missing: unlabelled data.
-        max_train_samples (int): keep only so many, drawn with `seed`, because sources are often sorted by class.
+        max_train_samples (int): keep only so many, drawn with `seed`, because sources are often sorted by class. A
+            stream is drawn from `SHUFFLE_BUFFER_SIZE` pictures at a time.
+        streaming (bool): read the source as it comes instead of keeping a copy of it in `cache_dir`.
     Returns:
-        tuple[datasets.Dataset, dict[int, str] | None]: the data, and the names of the classes, None if unlabelled.
+        tuple[datasets.Dataset | datasets.IterableDataset, dict[int, str] | None]: the data, and the names of the
+        classes: None if unlabelled, empty if only the end of a stream will tell how many ids there are.
     Raises:
         ValueError: if not exactly one source is given, or a column is missing or holds something else.
     """
+    options = {"split": split, "cache_dir": cache_dir, "streaming": streaming}
     if (train_data_dir is None) == (dataset_name is None):
         sources = f"received {train_data_dir!r} and {dataset_name!r}"
         raise ValueError(f"Exactly one of `train_data_dir` and `dataset_name` must be given, {sources}.")
     if train_data_dir is None:
-        dataset = datasets.load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
+        dataset = datasets.load_dataset(dataset_name, dataset_config_name, **options)
     elif not Path(train_data_dir).is_dir():
         raise ValueError(f"`train_data_dir` must be a folder of pictures, received {str(train_data_dir)!r}.")
     else:
         # The explicit pattern keeps `datasets` from taking a class called "test" for a split of its own.
         source = {"data_dir": str(train_data_dir), "data_files": {"train": "**"}}
-        dataset = datasets.load_dataset("imagefolder", **source, split="train", cache_dir=cache_dir)
+        dataset = datasets.load_dataset("imagefolder", **source, **options | {"split": "train"})
         if "label" not in dataset.column_names:
             _check_one_folder(dataset, train_data_dir)
 
@@ -63,10 +71,15 @@ def load_image_dataset(
 
     id2label = None
     if label_column in columns:
-        if dataset.features[label_column] == datasets.Value("string"):
-            dataset = dataset.class_encode_column(label_column)
-        id2label = _class_names(dataset, label_column)
-    if max_train_samples is not None and max_train_samples < len(dataset):
+        if streaming:
+            id2label = _class_names_of_stream(dataset, label_column)
+        else:
+            if dataset.features[label_column] == datasets.Value("string"):
+                dataset = dataset.class_encode_column(label_column)
+            id2label = _class_names(dataset, label_column)
+    if max_train_samples is not None and streaming:
+        dataset = dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER_SIZE).take(max_train_samples)
+    elif max_train_samples is not None and max_train_samples < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(max_train_samples))
     return dataset, id2label
 
@@ -94,6 +107,18 @@ def _class_names(dataset: datasets.Dataset, label_column: str) -> dict[int, str]
     if missing:
         raise ValueError(f"Ids must run from 0 without a gap, {label_column!r} has {max(ids)} but not {missing[0]}.")
     return {id_: str(id_) for id_ in sorted(ids)}
+
+
+def _class_names_of_stream(dataset: datasets.IterableDataset, label_column: str) -> dict[int, str]:
+    kind = dataset.features[label_column]
+    if isinstance(kind, datasets.ClassLabel):
+        return dict(enumerate(kind.names))
+    if not isinstance(kind, datasets.Value) or not kind.dtype.startswith(("int", "uint")):
+        raise ValueError(
+            f"`streaming=True` needs ids or classes with names in `label_column`, {label_column!r} holds {kind}: "
+            "the ids of other labels are known only when all are read."
+        )
+    return {}
 
 
 def prepare_image(image: Image.Image, resolution: int, num_channels: int) -> torch.Tensor:
@@ -128,33 +153,29 @@ def prepare_image(image: Image.Image, resolution: int, num_channels: int) -> tor
     return torch.from_numpy(pixels).reshape(resolution, resolution, num_channels).permute(2, 0, 1).contiguous()
 
 
-class ImageRows(Dataset):
-    """Row → (name, pixels, label, error): workers report what they cannot read, the caller decides.
+def read_picture(
+    picture: dict | None, resolution: int, num_channels: int
+) -> tuple[torch.Tensor, None] | tuple[None, str]:
+    """What `prepare_image` makes of a cell of an undecoded image column, or the reason why it cannot be read.
 
     Args:
-        dataset (datasets.Dataset): from `load_image_dataset`.
-        image_column (str): column of the pictures.
-        label_column (str, optional): column of the class ids.
+        picture (dict): `bytes`, or None and a `path` or an address that fsspec opens.
         resolution, num_channels (int): as in `prepare_image`.
+    Returns:
+        tuple: pixels and None, or None and the error in words: the caller decides what a damaged picture means.
     """
-
-    def __init__(self, dataset, image_column, label_column, resolution, num_channels):
-        self.dataset = dataset.select_columns([image_column] + ([label_column] if label_column else []))
-        self.image_column, self.label_column = image_column, label_column
-        self.resolution, self.num_channels = resolution, num_channels
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, row: int) -> tuple[str, torch.Tensor | None, int | None, str | None]:
-        sample = self.dataset[row]
-        picture = sample[self.image_column] or {"path": None, "bytes": b""}
-        name, label = picture["path"] or f"row {row}", sample.get(self.label_column)
-        source = picture["path"] if picture["bytes"] is None else io.BytesIO(picture["bytes"])
-        try:
-            with Image.open(source) as image:
-                return name, prepare_image(image, self.resolution, self.num_channels), label, None
-        except MemoryError:
-            raise
-        except Exception as error:  # a damaged file raises whatever the parser of its format stumbles over
-            return name, None, label, f"{type(error).__name__}: {error}"
+    picture = picture or {"path": None, "bytes": b""}
+    try:
+        if picture["bytes"] is not None:
+            source = io.BytesIO(picture["bytes"])
+        elif "://" in picture["path"]:
+            with fsspec.open(picture["path"], "rb") as file:
+                source = io.BytesIO(file.read())
+        else:
+            source = picture["path"]
+        with Image.open(source) as image:
+            return prepare_image(image, resolution, num_channels), None
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file raises whatever the parser of its format stumbles over
+        return None, f"{type(error).__name__}: {error}"

@@ -7,6 +7,7 @@ The row contract. Rows of a weight-normalised layer are stored at a fixed norm (
   that has never heard of this package is correct;
 - `normalize_weights_` puts rows back after an optimiser step (forced weight normalisation, EDM2 section 2.3); leaving
   training mode, and saving in training mode, do it too;
+- under `fully_shard`, which shards rows, each process puts its own rows back: nothing is gathered or sent;
 - in evaluation mode with forced normalisation the stored rows are used as they are, which is what LoRA merging,
   quantisation and export see. Without it rows keep a norm of their own and are always normalised on use.
 
@@ -48,6 +49,20 @@ def _row_tolerance(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps + 32 * torch.finfo(functional.compute_dtype(dtype)).eps
 
 
+def _rows_here(weight: torch.Tensor) -> torch.Tensor:
+    """The rows of a weight that this process holds: all of them unless it is a DTensor. Shares its memory."""
+    # Asked of the tensor, since importing DTensor takes half a second.
+    placements = getattr(weight, "placements", None)
+    if placements is None:
+        return weight
+    if not all(placement.is_replicate() or getattr(placement, "dim", None) == 0 for placement in placements):
+        raise ValueError(
+            "the weight of a weight-normalised layer must be sharded on dimension 0, which keeps its rows whole, or "
+            f"replicated, got {tuple(placements)}."
+        )
+    return weight.to_local()
+
+
 class _NormalizedRows(nn.Module):
     """The row contract, for modules that own a `weight` of shape (rows, n) and the attributes below."""
 
@@ -56,7 +71,8 @@ class _NormalizedRows(nn.Module):
 
     @torch.no_grad()
     def _relative_row_norms(self) -> torch.Tensor:
-        weight = self.weight.to(functional.compute_dtype(self.weight.dtype))
+        weight = _rows_here(self.weight)
+        weight = weight.to(functional.compute_dtype(weight.dtype))
         return torch.linalg.vector_norm(weight, dim=-1, keepdim=True) / self.row_norm
 
     @torch.no_grad()
@@ -64,13 +80,16 @@ class _NormalizedRows(nn.Module):
         norm = self._relative_row_norms()
         # Rows that are there already are left alone to the bit, without asking the device how many that are.
         settled = ((norm - 1).abs() <= _row_tolerance(self.weight.dtype)) | (norm == 0)
-        self.weight.copy_(self.weight / norm.masked_fill(settled, 1))
+        weight = _rows_here(self.weight)
+        weight.copy_(weight / norm.masked_fill(settled, 1))
 
     def _settle_rows(self) -> None:
         """Normalise rows of a training module that is about to be read as it is stored."""
         if not (self.training and self.forced_weight_normalization) or self.weight.is_meta or _loading.get():
             return
         norm = self._relative_row_norms()
+        if not norm.numel():
+            return  # More processes than rows: this one holds none.
         drift = (norm - 1).abs().masked_fill(norm == 0, 0).max().item()
         if drift <= _row_tolerance(self.weight.dtype):
             return
@@ -287,17 +306,34 @@ class MPPatchEmbed(nn.Module):
         return self.proj(F.pad(functional.patchify(hidden_states, self.patch_size), (0, 1), value=1.0))
 
 
+def return_to_shards(module: nn.Module) -> None:
+    """Make the modules of `fully_shard` drop the parameters that they have gathered. Nothing happens to others.
+
+    After a forward without a backward, the outermost of them still holds gathered copies as its parameters: what is
+    written into these is lost, and what is written into the shards is not seen before they are gathered again.
+
+    Args:
+        module (nn.Module): any module.
+    """
+    for submodule in module.modules():
+        if hasattr(submodule, "reshard"):
+            submodule.reshard()
+
+
 def normalize_weights_(module: nn.Module) -> nn.Module:
     """Put the rows of every layer with forced weight normalisation back to their norm, in place.
 
-    Call it after each `optimizer.step()`. Idempotent to the bit: a row whose norm is right up to the rounding of its
-    dtype is not touched. EDM2 (arXiv 2312.02696), section 2.3.
+    Call it after each `optimizer.step()`, on every process. Idempotent to the bit: a row whose norm is right up to the
+    rounding of its dtype is not touched. EDM2 (arXiv 2312.02696), section 2.3.
 
     Args:
         module (nn.Module): any module that contains `MPLinear` or `MPEmbedding` layers, or none.
     Returns:
         nn.Module: the same module.
+    Raises:
+        ValueError: if a weight is sharded through its rows.
     """
+    return_to_shards(module)
     for submodule in module.modules():
         if isinstance(submodule, _NormalizedRows) and submodule.forced_weight_normalization:
             submodule.normalize_weights_()

@@ -7,13 +7,23 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+)
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
 from .transformer_mpdit import MPDiTTransformer2DModel
 
+
+# From the Hub, unlike from a folder, diffusers loads components of the libraries in this table alone.
+LOADABLE_CLASSES["diffusers_mp"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 
 DEFAULT_GUIDANCE_SCALE = 4.0
 _LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
@@ -27,7 +37,8 @@ class MPDiTPipeline(DiffusionPipeline):
 
     Args:
         transformer (MPDiTTransformer2DModel): the denoiser.
-        scheduler (SchedulerMixin): noise schedule and sampler.
+        scheduler (SchedulerMixin): noise schedule and sampler, told by its config whether the transformer predicts
+            noise, v or a flow.
         vae (AutoencoderKL, optional): decoder of latents; None for a model of pixels.
         id2label (dict, optional): names of the classes; synonyms in one name are separated by commas.
         latents_mean (list of float, optional): mean of the training data's latents, one for each channel.
@@ -46,7 +57,7 @@ class MPDiTPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: MPDiTTransformer2DModel,
-        scheduler: KarrasDiffusionSchedulers,
+        scheduler: KarrasDiffusionSchedulers | FlowMatchEulerDiscreteScheduler,
         vae: AutoencoderKL | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
         latents_mean: list[float] | None = None,
@@ -120,10 +131,14 @@ class MPDiTPipeline(DiffusionPipeline):
             ValueError: if an id is out of range, or a name is unknown or stands for several classes.
         """
         num_classes = self.transformer.config.num_classes
+        if num_classes is None:
+            raise ValueError("`class_labels` must be None for an unconditional transformer (`num_classes=None`).")
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.reshape(-1).tolist()
         if isinstance(class_labels, (int, str, np.integer)):
             class_labels = [class_labels]
+        if not isinstance(class_labels, (list, tuple, range, np.ndarray)) or len(class_labels) == 0:
+            raise ValueError(f"`class_labels` must be a label or a non-empty list of labels, got {class_labels!r}.")
         ids_of: dict[str, set[int]] = {}
         for id, label in (self.id2label or {}).items():
             for name in (label, *label.split(",")):
@@ -156,42 +171,15 @@ class MPDiTPipeline(DiffusionPipeline):
                 raise ValueError(f"`class_labels` must be ids (int) or names (str), got {label!r}.")
         return ids
 
-    def check_inputs(
-        self,
-        class_labels,
-        num_images_per_class: int,
-        height: int,
-        width: int,
-        guidance_scale: float,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
-    ) -> None:
-        """Check the arguments of a call against the components.
+    def check_guidance(self, guidance_scale: float) -> None:
+        """Check that the transformer can be guided.
 
         Args:
-            class_labels, num_images_per_class, height, width, guidance_scale, output_type,
-            callback_on_step_end_tensor_inputs: as in `__call__`, defaults filled in.
+            guidance_scale (float): as in `__call__`.
         Raises:
-            ValueError: naming the argument, the rule and what was received.
+            ValueError: if it is not 1 for a transformer that has no null class, or never saw it in training.
         """
         config = self.transformer.config
-        multiple = self.vae_scale_factor * config.patch_size
-        if height % multiple or width % multiple or height < 1 or width < 1:
-            raise ValueError(
-                f"`height` and `width` must be positive multiples of {multiple} (VAE factor {self.vae_scale_factor} x "
-                f"patch size {config.patch_size}), got {height}x{width}."
-            )
-        if num_images_per_class < 1:
-            raise ValueError(f"`num_images_per_class` must be at least 1, got {num_images_per_class}.")
-        if config.num_classes is None and class_labels is not None:
-            raise ValueError(
-                "`class_labels` must be None for an unconditional transformer (`num_classes=None`); set "
-                f"`num_images_per_class` for the number of images. Got {class_labels!r}."
-            )
-        if config.num_classes is not None and class_labels is None:
-            raise ValueError(
-                f"`class_labels` must be given: ids in [0, {config.num_classes - 1}] or names from `pipe.id2label`."
-            )
         if guidance_scale != 1 and config.num_classes is None:
             raise ValueError(
                 "`guidance_scale` must be 1 for an unconditional transformer, which has no class to be guided to; "
@@ -202,6 +190,49 @@ class MPDiTPipeline(DiffusionPipeline):
                 "`guidance_scale` must be 1 for a transformer trained without label dropout (`class_dropout_prob=0`), "
                 f"which has never seen the null class; got {guidance_scale}."
             )
+
+    def check_inputs(
+        self,
+        class_labels,
+        num_images_per_class: int,
+        num_inference_steps: int,
+        height: int,
+        width: int,
+        guidance_scale: float,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Check the arguments of a call against the components.
+
+        Args:
+            class_labels, num_images_per_class, num_inference_steps, height, width, guidance_scale, output_type,
+            callback_on_step_end_tensor_inputs: as in `__call__`, defaults filled in.
+        Raises:
+            ValueError: naming the argument, the rule and what was received.
+        """
+        config = self.transformer.config
+        multiple = self.vae_scale_factor * config.patch_size
+        if any(not isinstance(side, int) or side < 1 or side % multiple for side in (height, width)):
+            raise ValueError(
+                f"`height` and `width` must be positive multiples of {multiple} (VAE factor {self.vae_scale_factor} x "
+                f"patch size {config.patch_size}), got {height}x{width}."
+            )
+        for name, value in (
+            ("num_images_per_class", num_images_per_class),
+            ("num_inference_steps", num_inference_steps),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
+        if config.num_classes is None and class_labels is not None:
+            raise ValueError(
+                "`class_labels` must be None for an unconditional transformer (`num_classes=None`); set "
+                f"`num_images_per_class` for the number of images. Got {class_labels!r}."
+            )
+        if config.num_classes is not None and class_labels is None:
+            raise ValueError(
+                f"`class_labels` must be given: ids in [0, {config.num_classes - 1}] or names from `pipe.id2label`."
+            )
+        self.check_guidance(guidance_scale)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
@@ -345,11 +376,14 @@ class MPDiTPipeline(DiffusionPipeline):
             can_guide = config.num_classes is not None and config.class_dropout_prob > 0
             guidance_scale = DEFAULT_GUIDANCE_SCALE if can_guide else 1.0
         callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        if isinstance(generator, tuple):
+            generator = list(generator)  # diffusers' randn_tensor knows lists only
 
         # 1. Check the inputs
         self.check_inputs(
             class_labels,
             num_images_per_class,
+            num_inference_steps,
             height,
             width,
             guidance_scale,
@@ -373,7 +407,10 @@ class MPDiTPipeline(DiffusionPipeline):
         # 3. Timesteps, then initial noise: some schedulers know its magnitude only after that
         scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(scheduler.timesteps)
-        latents = self.prepare_latents(batch_size, height, width, generator, latents, scheduler.init_noise_sigma)
+        # Flow matching starts from noise of RMS 1 and leaves the model's input as it is: its schedulers know neither.
+        init_noise_sigma = getattr(scheduler, "init_noise_sigma", 1.0)
+        scales_input = hasattr(scheduler, "scale_model_input")
+        latents = self.prepare_latents(batch_size, height, width, generator, latents, init_noise_sigma)
         step_kwargs = {}
         if "generator" in inspect.signature(scheduler.step).parameters:
             step_kwargs["generator"] = generator
@@ -386,7 +423,8 @@ class MPDiTPipeline(DiffusionPipeline):
             for step, timestep in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     break
-                model_input = scheduler.scale_model_input(latents, timestep).to(self.transformer.dtype)
+                model_input = scheduler.scale_model_input(latents, timestep) if scales_input else latents
+                model_input = model_input.to(self.transformer.dtype)
                 if self.do_classifier_free_guidance:
                     model_input = torch.cat([model_input, model_input])
                 prediction = self.transformer(

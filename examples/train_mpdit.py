@@ -6,7 +6,7 @@ The defaults are the recipe of arXiv 2505.19122: S/2 in configuration E with sca
 with warm-up and inverse-square-root decay, 400 000 updates of 256 samples, learned variance, averages of widths 0.05
 and 0.10. The run's folder becomes a pipeline: `MPDiTPipeline.from_pretrained("run")`.
 
-Every sample's noise, timestep, posterior draw, flip and label dropout are functions of (seed, epoch, index), so that
+Every sample's noise, time, posterior draw, flip and label dropout are functions of (seed, epoch, index), so that
 the number of processes, workers and micro batches does not change the run.
 """
 
@@ -21,12 +21,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from training_arguments import model_config, parse_args
+from training_arguments import OBJECTIVE_FLAGS, latents_folder, model_config, parse_args
 
 from diffusers_mp import (
     MPDiTPipeline,
@@ -35,14 +35,20 @@ from diffusers_mp import (
     normalize_weights_,
     parameter_groups,
 )
+from diffusers_mp.hub import check_hub_access, public_arguments, publish, write_model_card
 from diffusers_mp.images import load_image_dataset
 from diffusers_mp.latents import LatentDataset, encode_dataset
+from diffusers_mp.snapshots import discard_snapshots_after, save_snapshots
 from diffusers_mp.training import (
     DDPMObjective,
+    FlowMatchObjective,
     JSONLinesTracker,
+    NonFiniteError,
     StopRequest,
     StreamBatchSampler,
     TrainingSamples,
+    Watchdog,
+    check_optimizer,
     inverse_sqrt_schedule,
     load_checkpoint,
     read_state,
@@ -67,14 +73,16 @@ def main(args):
         log_with=[curve] if args.report_to == "none" else [curve, args.report_to],
         project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(logging_dir)),
     )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
-        raise RuntimeError(
-            f"launched as {launched} processes, but Accelerate runs {accelerator.num_processes}: each would train a "
-            "model of its own in the same folder. Without accelerators, use `ACCELERATE_USE_CPU=1 torchrun`."
-        )
+    check_engine(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
+
+    repo_id = None
+    if args.push_to_hub and accelerator.is_main_process:
+        # Now, not after weeks: the token, the right to write, the repository.
+        repo_id = check_hub_access(
+            args.hub_model_id or args.output_dir.name, token=args.hub_token, private=args.hub_private_repo or None
+        )
 
     # 1. Data: every image encoded once
     vae = None if args.vae == "none" else AutoencoderKL.from_pretrained(args.vae, cache_dir=args.cache_dir)
@@ -90,32 +98,24 @@ def main(args):
     model.train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    noise_scheduler = DDPMScheduler(
-        num_train_timesteps=1000,
-        beta_schedule="linear",
-        beta_start=1e-4,
-        beta_end=0.02,
-        variance_type=args.variance_type,
-        clip_sample=False,
-    )
-    objective = DDPMObjective(noise_scheduler)
+    objective = training_objective(args)
     learning_rate = args.learning_rate
     if learning_rate is None:
         learning_rate = 1e-2 if model.config.weight_normalization else 1e-4
     optimizer = torch.optim.Adam(
         parameter_groups(model, lr=learning_rate, eps=args.adam_epsilon), betas=(args.adam_beta1, args.adam_beta2)
     )
+    check_optimizer(model, optimizer)
     samples = TrainingSamples(
         latents,
         seed=args.seed,
-        num_train_timesteps=objective.num_timesteps,
         num_classes=num_classes,
         class_dropout_prob=model.config.class_dropout_prob,
         random_flip=args.random_flip,
         indices=train_indices,
     )
     total_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    max_train_steps = args.max_train_steps or 400_000
+    max_train_steps = 400_000 if args.max_train_steps is None else args.max_train_steps
     if args.num_train_epochs is not None:
         max_train_steps = math.ceil(args.num_train_epochs * len(samples) / total_batch_size)
 
@@ -129,9 +129,16 @@ def main(args):
         "seed": args.seed,
         "total_batch_size": total_batch_size,
         "num_train_samples": len(samples),
+        "random_flip": args.random_flip,
+        "learning_rate": learning_rate,
+        **{name: getattr(args, name) for name in ("adam_beta1", "adam_beta2", "adam_epsilon")},
+        **{name: getattr(args, name) for name in OBJECTIVE_FLAGS},
+        **{f"model.{name}": value for name, value in model.config.items() if not name.startswith("_")},
         "lr_scheduler": args.lr_scheduler,
         "lr_warmup_steps": max_train_steps // 150 if args.lr_warmup_steps is None else args.lr_warmup_steps,
-        "lr_constant_steps": args.lr_constant_steps or max(1, max_train_steps // 10),
+        "lr_constant_steps": max(1, max_train_steps // 10)
+        if args.lr_constant_steps is None
+        else args.lr_constant_steps,
     }
     first_step = 0
     if checkpoint is not None:
@@ -144,18 +151,27 @@ def main(args):
         )
 
     model, optimizer = accelerator.prepare(model, optimizer)
-    transformer = accelerator.unwrap_model(model)
+    transformer = accelerator.unwrap_model(model, keep_torch_compile=False)
     ema = PowerFunctionEMA(transformer, args.ema_stds)
     accelerator.register_for_checkpointing(lr_scheduler)
     register_model_hooks(accelerator)
     if checkpoint is not None:
         accelerator.print(f"Resuming from {checkpoint}")
         load_checkpoint(accelerator, checkpoint, ema)
-        curve.discard_after(first_step)
+        if args.learning_rate is not None and args.learning_rate != facts["learning_rate"]:
+            accelerator.print(
+                f"Learning rate {facts['learning_rate']:g} of the checkpoint, now {args.learning_rate:g}"
+            )
+            scale_learning_rate(optimizer, lr_scheduler, args.learning_rate / facts["learning_rate"])
+            facts["learning_rate"] = args.learning_rate
+    learning_rate = facts["learning_rate"]
+    curve.discard_after(first_step)
+    arguments = public_arguments(vars(args))
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        (args.output_dir / "training_arguments.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
-    accelerator.init_trackers("train_mpdit", config={name: str(value) for name, value in vars(args).items()})
+        discard_snapshots_after(args.output_dir / "ema_snapshots", first_step)
+        (args.output_dir / "training_arguments.json").write_text(json.dumps(arguments, indent=2, default=str) + "\n")
+    accelerator.init_trackers("train_mpdit", config={name: str(value) for name, value in arguments.items()})
 
     batch_sampler = StreamBatchSampler(
         len(samples),
@@ -180,40 +196,62 @@ def main(args):
     # Made before training, so that parts that do not fit each other stop the run before it costs anything.
     pipeline = MPDiTPipeline(
         transformer=transformer,
-        scheduler=noise_scheduler,
+        scheduler=objective.scheduler,
         vae=vae,
         id2label=latents.id2label,
         latents_mean=latents.latents_mean,
         latents_std=latents.latents_std,
     )
+    if args.validation_steps and args.validation_guidance_scale is not None:
+        pipeline.check_guidance(args.validation_guidance_scale)
     held_out = TrainingSamples(latents, seed=args.seed, num_classes=num_classes, indices=validation_indices)
 
     # 4. Train
     progress_bar = tqdm(
         total=max_train_steps, initial=first_step, desc="Training", disable=not accelerator.is_local_main_process
     )
-    step, since_log, log_time = first_step, [], time.perf_counter()
+
+    def compute_loss(batch):
+        clean, noise, timesteps = batch["latents"], batch["noise"], batch["timestep"]
+        noisy = objective.add_noise(clean, noise, timesteps)
+        prediction = model(noisy, timestep=timesteps, class_labels=batch.get("class_label")).sample
+        return objective.loss(prediction, clean, noise, timesteps)["loss"].mean()
+
+    watchdog = Watchdog(
+        model,
+        args.output_dir / "non_finite",
+        compute_loss,
+        action=args.on_non_finite,
+        save_weights=True,
+        scaler=accelerator.scaler,
+    )
+    step, losses, since_log, log_time = first_step, [], [], time.perf_counter()
     stop = StopRequest()
     for batch in batches:
         with accelerator.accumulate(model):
+            batch["timestep"] = objective.timesteps(batch.pop("time"))
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-            clean, noise, timesteps = batch["latents"], batch["noise"], batch["timestep"]
-            noisy = objective.add_noise(clean, noise, timesteps)
-            prediction = model(noisy, timestep=timesteps, class_labels=batch.get("class_label")).sample
-            loss = objective.loss(prediction, clean, noise, timesteps)["loss"].mean()
+            loss = compute_loss(batch)
             accelerator.backward(loss)
-            since_log.append(loss.detach())
-            if accelerator.sync_gradients and args.max_grad_norm is not None:
-                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            watchdog.record(batch, loss)
+            losses.append(loss.detach())
+            if accelerator.sync_gradients:
+                grad_norm = None
+                if args.max_grad_norm is not None:
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                if watchdog.check(step + 1, grad_norm):
+                    optimizer.step()
+                    since_log += losses
+                losses = []
+                optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
 
         lr_scheduler.step()
         normalize_weights_(transformer)
         step += 1
-        ema.update(step)
+        if step % args.ema_update_steps == 0:
+            ema.update(step)
         progress_bar.update()
 
         last, logging_due = step == max_train_steps, step % args.logging_steps == 0
@@ -223,14 +261,8 @@ def main(args):
             stopping = logging_due and accelerator.reduce(torch.tensor(stopping, device=accelerator.device).int()) > 0
         checkpoint_due = last or stopping or step % args.checkpointing_steps == 0
         # Logged before each checkpoint as well, so that a resumed run has nothing to remember of the entry under way.
-        if logging_due or checkpoint_due:
+        if since_log and (logging_due or checkpoint_due):
             mean_loss = accelerator.reduce(torch.stack(since_log).mean(), reduction="mean").item()
-            if not math.isfinite(mean_loss):
-                raise FloatingPointError(
-                    f"the loss is {mean_loss} in the last {args.logging_steps} updates before update {step}; the last "
-                    f"checkpoint is intact: lower --learning_rate or clip with --max_grad_norm, then "
-                    "--resume_from_checkpoint latest"
-                )
             elapsed = time.perf_counter() - log_time
             images_per_second = len(since_log) * args.train_batch_size * accelerator.num_processes / elapsed
             progress_bar.set_postfix({"loss": f"{mean_loss:.4f}", "images/s": f"{images_per_second:.0f}"})
@@ -244,15 +276,19 @@ def main(args):
                 step=step,
             )
             since_log, log_time = [], time.perf_counter()
+        pause = time.perf_counter()
         if args.validation_steps and (step % args.validation_steps == 0 or last):
             if accelerator.is_main_process:
                 validate(args, accelerator, pipeline, ema, objective, held_out, step)
             accelerator.wait_for_everyone()
-            log_time = time.perf_counter()
+        if args.ema_snapshot_steps and (step % args.ema_snapshot_steps == 0 or last) and accelerator.is_main_process:
+            save_snapshots(ema, args.output_dir / "ema_snapshots", pipeline)
         # After everything else of this update, which a run resumed from here will not do again.
         if checkpoint_due:
+            if not all(parameter.isfinite().all() for parameter in transformer.parameters()):
+                raise NonFiniteError(f"weights are not finite after update {step}: no checkpoint of them is written")
             save_checkpoint(accelerator, args.output_dir, step, ema, facts, args.checkpoints_total_limit)
-            log_time = time.perf_counter()
+        log_time += time.perf_counter() - pause
         if stopping and not last:
             break
     progress_bar.close()
@@ -271,7 +307,61 @@ def main(args):
         with ema.averaged(transformer, ema.stds[0]):
             pipeline.save_pretrained(args.output_dir)
         say(f"Saved the pipeline to {args.output_dir}: MPDiTPipeline.from_pretrained({str(args.output_dir)!r})")
+        write_model_card(
+            args.output_dir, repo_id, license=args.hub_license, num_images_seen=max_train_steps * total_batch_size
+        )
+        if args.push_to_hub:
+            url = publish(
+                args.output_dir,
+                repo_id,
+                token=args.hub_token,
+                private=args.hub_private_repo or None,
+                commit_message=f"After {max_train_steps:,} updates",
+            )
+            say(f"Published: {url}")
     accelerator.end_training()
+
+
+def scale_learning_rate(optimizer, lr_scheduler, factor):
+    """Another learning rate from here on: the schedule multiplies rates that the checkpoint has brought back."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] *= factor
+        group["lr"] *= factor
+    lr_scheduler.base_lrs = [rate * factor for rate in lr_scheduler.base_lrs]
+
+
+def training_objective(args):
+    """The objective asked for; its scheduler is saved with the pipeline and says how to sample."""
+    if args.prediction_type == "flow_prediction":
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
+        return FlowMatchObjective(scheduler, logit_mean=args.logit_mean, logit_std=args.logit_std)
+    scheduler = DDPMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="linear",
+        beta_start=1e-4,
+        beta_end=0.02,
+        prediction_type=args.prediction_type,
+        variance_type=args.variance_type,
+        clip_sample=False,
+    )
+    return DDPMObjective(scheduler, snr_gamma=args.snr_gamma)
+
+
+def check_engine(accelerator):
+    """Refuse an engine that is not supported, or was asked for and not given: Accelerate says nothing about it."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise RuntimeError(
+            f"launched as {launched} processes, but Accelerate runs {accelerator.num_processes}: each would train a "
+            "model of its own in the same folder. Without accelerators, use `ACCELERATE_USE_CPU=1 torchrun`."
+        )
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
+            raise RuntimeError(
+                f"{engine} was asked for, but this trainer runs on one process or DDP (Accelerate chose "
+                f"{accelerator.distributed_type.value}): its checkpoints and averages are those of whole parameters. "
+                "Launch without it; --gradient_checkpointing and --gradient_accumulation_steps save memory."
+            )
 
 
 def validate(args, accelerator, pipeline, ema, objective, held_out, step):
@@ -285,10 +375,10 @@ def validate(args, accelerator, pipeline, ema, objective, held_out, step):
         if len(held_out):
             keys = [(0, position) for position in range(len(held_out))]
             batches = DataLoader(held_out, sampler=keys, batch_size=args.train_batch_size)
-            levels = validation_timesteps(objective.num_timesteps, args.num_validation_levels)
+            levels = validation_timesteps(objective, args.num_validation_levels)
             losses = validation_losses(transformer, objective, batches, levels, accelerator.device)
             accelerator.log({f"validation/{name}": value for name, value in losses.items()}, step=step)
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(training_scheduler.config)
+        pipeline.scheduler = objective.preview_scheduler()
         images = pipeline(
             class_labels=None if num_classes is None else list(range(min(10, num_classes))),
             num_images_per_class=10 if num_classes is None else 1,
@@ -310,13 +400,14 @@ def validate(args, accelerator, pipeline, ema, objective, held_out, step):
 
 
 def load_latents(args, vae, accelerator) -> LatentDataset:
-    """The encoded data set, made by the main process if it is not there yet."""
-    folder = Path(args.latents_dir or args.output_dir / "latents")
-    with accelerator.main_process_first():
-        if (folder / "index.json").is_file():
-            latents = LatentDataset(folder)
-            latents.validate(vae=vae, resolution=args.resolution, random_flip=args.random_flip)
-            return latents
+    """The encoded data set, checked for alterations; made by all processes together if it is not there yet."""
+    folder = latents_folder(args)
+    processes = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
+    if (folder / "index.json").is_file():
+        LatentDataset(folder).validate(vae=vae, resolution=args.resolution, random_flip=args.random_flip)
+    if args.train_data_dir is None and args.dataset_name is None:
+        latents = LatentDataset(folder)
+    else:
         dataset, id2label = load_image_dataset(
             args.train_data_dir,
             dataset_name=args.dataset_name,
@@ -330,6 +421,8 @@ def load_latents(args, vae, accelerator) -> LatentDataset:
         )
         if vae is not None:
             vae.to(accelerator.device).eval()
+        # Encodes what is missing, and refuses a folder of other data. No barriers here: they time out long before a
+        # large data set is downloaded and encoded.
         latents = encode_dataset(
             dataset,
             folder,
@@ -344,16 +437,20 @@ def load_latents(args, vae, accelerator) -> LatentDataset:
             batch_size=args.encode_batch_size,
             num_workers=args.dataloader_num_workers,
             skip_corrupt=args.skip_corrupt,
+            **processes,
         )
+    latents.verify(**processes)
     return latents
 
 
 def resumed_facts(checkpoint: Path, facts: dict, args) -> dict:
     """Facts of the run as its checkpoint has them; refuses a command line that would make it another run."""
-    stored = {name: read_state(checkpoint)[name] for name in facts}
-    given = {"lr_warmup_steps": args.lr_warmup_steps, "lr_constant_steps": args.lr_constant_steps}
-    # The lengths that follow from --max_train_steps stay what they were, so that a longer run keeps its rates.
-    wanted = {name: stored[name] if name in given and given[name] is None else value for name, value in facts.items()}
+    state = read_state(checkpoint)
+    stored = {name: state.get(name) for name in facts}
+    # The lengths that follow from --max_train_steps stay what they were, so that a longer run keeps its rates. Another
+    # learning rate is applied once the checkpoint is loaded.
+    kept = [name for name in ("lr_warmup_steps", "lr_constant_steps") if getattr(args, name) is None]
+    wanted = {**facts, **{name: stored[name] for name in [*kept, "learning_rate"]}}
     differences = [f"{name} {stored[name]} (now {wanted[name]})" for name in facts if stored[name] != wanted[name]]
     if differences:
         raise ValueError(

@@ -1,12 +1,16 @@
 """Command line of train_mpdit.py, with diffusers' own flag names and the recipe of arXiv 2505.19122 as defaults."""
 
 import argparse
+import json
 from pathlib import Path
 
+from accelerate import init_empty_weights
 from accelerate.tracking import get_available_trackers
 from diffusers.optimization import SchedulerType
 
 from diffusers_mp import MPDiTTransformer2DModel, get_preset
+from diffusers_mp.ema import exponent_of_std
+from diffusers_mp.hub import check_trackers
 
 
 MODEL_FLAGS = (
@@ -19,6 +23,26 @@ MODEL_FLAGS = (
     "mp_embedding",
     "layer_norm",
 )
+DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
+AT_LEAST_1 = (
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "ema_update_steps",
+    "encode_batch_size",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "lr_constant_steps",
+    "max_train_steps",
+    "num_validation_levels",
+    "train_batch_size",
+)
+PRESET_DEFAULTS = {
+    "preset": "S/2",
+    "configuration": "E",
+    "modulation": ["scale", "rotate", "gate"],
+    "activation_fn": "silu",
+}
+OBJECTIVE_FLAGS = ("prediction_type", "variance_type", "snr_gamma", "logit_mean", "logit_std")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,7 +52,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
 
     group = parser.add_argument_group("data")
-    group.add_argument("--train_data_dir", help="folder of images, one sub-folder for each class")
+    group.add_argument(
+        "--train_data_dir", help="folder of images, one sub-folder for each class; of several splits, name one"
+    )
     group.add_argument("--dataset_name", help="data set on the Hub, or a path `datasets.load_dataset` understands")
     group.add_argument("--dataset_config_name", help="configuration of the data set")
     group.add_argument("--dataset_split", default="train", help="split to train on")
@@ -37,31 +63,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--cache_dir", help="where `datasets` and the Hub client keep their files")
     group.add_argument("--max_train_samples", type=int, help="use this many samples only, chosen by the seed")
     group.add_argument("--skip_corrupt", action="store_true", help="leave unreadable images out instead of stopping")
-    group.add_argument("--resolution", type=int, default=128, help="side of the images in pixels, after centre crop")
+    group.add_argument("--resolution", type=int, help="side of the images in pixels, after centre crop [128]")
     group.add_argument("--random_flip", action="store_true", help="mirror half of the samples")
-    group.add_argument(
-        "--vae", default="stabilityai/sd-vae-ft-mse", help="AutoencoderKL by path or Hub id; 'none' trains on pixels"
-    )
+    group.add_argument("--vae", help=f"AutoencoderKL by path or Hub id; 'none' trains on pixels [{DEFAULT_VAE}]")
     group.add_argument("--image_channels", type=int, default=3, choices=(1, 3), help="with `--vae none`: grey or RGB")
     group.add_argument("--encode_batch_size", type=int, default=32, help="images per forward pass of the VAE")
     group.add_argument("--latents_dir", help="where encoded images are kept and found again [OUTPUT_DIR/latents]")
     group.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that prepare batches")
 
     group = parser.add_argument_group("model")
-    group.add_argument("--preset", default="S/2", help="XS, S, B, L or XL, a slash, and a patch size of 2, 4 or 8")
-    group.add_argument("--configuration", default="E", help="A (DiT) to E (magnitude preserving)")
-    group.add_argument("--modulation", nargs="+", default=["scale", "rotate", "gate"], help="kinds of modulation")
-    group.add_argument("--activation_fn", default="silu", choices=("silu", "leaky_relu"), help="activation")
-    group.add_argument("--class_dropout_prob", type=float, default=0.1, help="share of labels replaced by the null id")
+    group.add_argument("--preset", help="XS, S, B, L or XL, a slash, and a patch size of 2, 4 or 8 [S/2]")
+    group.add_argument("--configuration", help="A (DiT) to E (magnitude preserving) [E]")
+    group.add_argument("--modulation", nargs="+", help="kinds of modulation [scale rotate gate]")
+    group.add_argument("--activation_fn", choices=("silu", "leaky_relu"), help="activation [silu]")
+    group.add_argument("--class_dropout_prob", type=float, help="share of labels replaced by the null id [0.1]")
     for flag in MODEL_FLAGS:
         group.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help="overrides the configuration")
     group.add_argument("--model_config_name_or_path", help="config of a model, instead of the preset and its flags")
     group.add_argument(
         "--variance_type",
-        default="learned_range",
         choices=("learned_range", "fixed_small", "fixed_large"),
-        help="learned_range doubles the output channels and adds the variational bound to the loss",
+        help="learned_range doubles the output channels and adds the variational bound to the loss "
+        "[learned_range; none for flow_prediction]",
     )
+
+    group = parser.add_argument_group("objective")
+    group.add_argument(
+        "--prediction_type",
+        default="epsilon",
+        choices=("epsilon", "v_prediction", "flow_prediction"),
+        help="what the model predicts; flow_prediction is rectified flow, sampled by FlowMatchEulerDiscreteScheduler",
+    )
+    group.add_argument(
+        "--snr_gamma", type=float, help="min-SNR weights of the squared error (arXiv 2303.09556), 5.0 there [none]"
+    )
+    group.add_argument("--logit_mean", type=float, help="of flow_prediction's logit-normal times; up is noisier [0.0]")
+    group.add_argument("--logit_std", type=float, help="of flow_prediction's logit-normal times [1.0]")
 
     group = parser.add_argument_group("training")
     group.add_argument("--output_dir", type=Path, default=Path("mpdit"), help="folder of the run and of the pipeline")
@@ -83,14 +120,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--adam_beta2", type=float, default=0.99, help="Adam's second decay rate")
     group.add_argument("--adam_epsilon", type=float, default=1e-8, help="Adam's epsilon, for rows of RMS 1")
     group.add_argument("--max_grad_norm", type=float, help="clip gradients to this norm [no clipping]")
+    group.add_argument(
+        "--on_non_finite",
+        default="stop",
+        choices=("stop", "skip"),
+        help="what to do about an update whose loss or gradient is not finite; evidence goes to OUTPUT_DIR/non_finite",
+    )
     group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="[as `accelerate config` says]")
     group.add_argument("--allow_tf32", action="store_true", help="faster float32 products on Ampere and later")
     group.add_argument("--ema_stds", type=float, nargs="+", default=[0.05, 0.10], help="relative widths of averages")
+    group.add_argument("--ema_update_steps", type=int, default=1, help="updates of the weights for each of an average")
 
     group = parser.add_argument_group("checkpoints, validation, logs")
     group.add_argument("--checkpointing_steps", type=int, default=5000, help="updates between checkpoints")
     group.add_argument("--checkpoints_total_limit", type=int, help="keep this many, delete the oldest")
+    group.add_argument(
+        "--ema_snapshot_steps",
+        type=int,
+        default=0,
+        help="updates between snapshots of the averages, of which reconstruct_ema.py makes other widths; 0 for none",
+    )
     group.add_argument("--resume_from_checkpoint", help="'latest', or a checkpoint-N folder")
     group.add_argument("--validation_steps", type=int, default=5000, help="updates between validations; 0 for none")
     group.add_argument(
@@ -105,28 +155,98 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--logging_dir", default="logs", help="folder for logs in output_dir")
 
+    group = parser.add_argument_group("publishing")
+    group.add_argument("--push_to_hub", action="store_true", help="publish the pipeline with a model card at the end")
+    group.add_argument("--hub_model_id", help="repository, as in user/name [name of output_dir]")
+    group.add_argument("--hub_token", help="better: `hf auth login`, which leaves it out of the process list")
+    group.add_argument("--hub_private_repo", action="store_true", help="make the repository private")
+    group.add_argument("--hub_license", help="licence of the weights, as the Hub names it, for the model card")
+
     args = parser.parse_args(argv)
     _check(args, parser)
     return args
 
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    if (args.train_data_dir is None) == (args.dataset_name is None):
+    if args.train_data_dir is not None and args.dataset_name is not None:
         parser.error("give one of --train_data_dir and --dataset_name")
+    index_file, index = latents_folder(args) / "index.json", {"resolution": 128, "vae": {"id": DEFAULT_VAE}}
+    if index_file.is_file():
+        index = json.loads(index_file.read_text())
+    elif args.train_data_dir is None and args.dataset_name is None:
+        parser.error("give one of --train_data_dir and --dataset_name, or the --latents_dir of encoded images")
+    # What encoded images were made with need not be said again.
+    if args.resolution is None:
+        args.resolution = index["resolution"]
+    if args.vae is None:
+        args.vae = index["vae"]["id"] if index["vae"] else "none"
     if args.max_train_steps is not None and args.num_train_epochs is not None:
         parser.error("give one of --max_train_steps and --num_train_epochs")
+    try:
+        check_trackers(args.report_to, args.hub_token)
+    except ValueError as error:
+        parser.error(str(error))
+    is_flow = args.prediction_type == "flow_prediction"
+    for name in ("variance_type", "snr_gamma") if is_flow else ("logit_mean", "logit_std"):
+        if getattr(args, name) is not None:
+            parser.error(f"--{name} has no meaning for --prediction_type {args.prediction_type}")
+    if is_flow:
+        args.logit_mean = 0.0 if args.logit_mean is None else args.logit_mean
+        args.logit_std = 1.0 if args.logit_std is None else args.logit_std
+    elif args.variance_type is None:
+        args.variance_type = "learned_range"
+    for name in ("snr_gamma", "logit_std"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            parser.error(f"--{name} must be positive, got {getattr(args, name)}")
     if args.report_to != "none" and args.report_to not in map(str, get_available_trackers()):
         parser.error(f"--report_to {args.report_to}: not installed; there are {[*map(str, get_available_trackers())]}")
-    for name in ("checkpointing_steps", "logging_steps", "train_batch_size", "gradient_accumulation_steps"):
-        if getattr(args, name) < 1:
+    for name in AT_LEAST_1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
-        parser.error(f"--checkpoints_total_limit must be at least 1, got {args.checkpoints_total_limit}")
-    if args.resume_from_checkpoint is None and args.output_dir.is_dir() and any(args.output_dir.iterdir()):
+    if args.num_train_epochs is not None and not args.num_train_epochs > 0:
+        parser.error(f"--num_train_epochs must be positive, got {args.num_train_epochs}")
+    for std in args.ema_stds:
+        try:
+            exponent_of_std(std)
+        except ValueError as error:
+            parser.error(f"--ema_stds: {error}")
+    _check_model_flags(args, parser)
+    if args.ema_snapshot_steps < 0 or args.ema_snapshot_steps % args.ema_update_steps:
+        parser.error(
+            f"--ema_snapshot_steps must be a multiple of --ema_update_steps ({args.ema_update_steps}) or 0, got "
+            f"{args.ema_snapshot_steps}"
+        )
+    # Encoded images alone are what a run leaves that stopped before its first update: nothing to lose, much to keep.
+    found = [path.name for path in args.output_dir.iterdir()] if args.output_dir.is_dir() else []
+    if args.resume_from_checkpoint is None and set(found) - {"latents"}:
         parser.error(
             f"--output_dir must be new or empty, {args.output_dir} is not: choose another, or go on with "
             "--resume_from_checkpoint latest"
         )
+
+
+def latents_folder(args: argparse.Namespace) -> Path:
+    """Where the run keeps its encoded images."""
+    return Path(args.latents_dir or args.output_dir / "latents")
+
+
+def _check_model_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse what a config would silently replace; build the model on no device, before images are encoded."""
+    given = [name for name in (*PRESET_DEFAULTS, *MODEL_FLAGS) if getattr(args, name) is not None]
+    if args.model_config_name_or_path is not None:
+        if given:
+            parser.error(
+                f"--model_config_name_or_path stands instead of --{', --'.join(given)}: give one or the other"
+            )
+        return
+    for name, default in PRESET_DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    try:
+        with init_empty_weights():
+            MPDiTTransformer2DModel(**model_config(args, (4, 8 * int(args.preset.partition("/")[2] or 1), 0), 2))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def model_config(args: argparse.Namespace, latent_shape: tuple[int, int, int], num_classes: int | None) -> dict:
@@ -138,7 +258,9 @@ def model_config(args: argparse.Namespace, latent_shape: tuple[int, int, int], n
         "sample_size": sample_size,
         "num_classes": num_classes,
     }
-    class_dropout_prob = 0.0 if num_classes is None else args.class_dropout_prob
+    class_dropout_prob = 0.1 if args.class_dropout_prob is None else args.class_dropout_prob
+    if num_classes is None:
+        class_dropout_prob = 0.0
     if args.model_config_name_or_path is None:
         flags = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
         return get_preset(
@@ -156,6 +278,9 @@ def model_config(args: argparse.Namespace, latent_shape: tuple[int, int, int], n
         if config.get(name, value) != value:
             raise ValueError(
                 f"`{name}` of {args.model_config_name_or_path} must be {value} for these data and "
-                f"--variance_type {args.variance_type}, got {config[name]}."
+                f"--prediction_type {args.prediction_type} with --variance_type {args.variance_type}, got "
+                f"{config[name]}."
             )
-    return {"class_dropout_prob": class_dropout_prob, **config, **of_data}
+    if args.class_dropout_prob is None and num_classes is not None:
+        class_dropout_prob = config.get("class_dropout_prob", class_dropout_prob)
+    return {**config, **of_data, "class_dropout_prob": class_dropout_prob}

@@ -17,9 +17,9 @@ from diffusers_mp.ema import (
     exponent_of_std,
     power_function_decay,
     profile_inner_product,
-    reconstruction_weights,
 )
 from diffusers_mp.layers import MPEmbedding, MPLinear
+from diffusers_mp.reconstruction import reconstruction_weights
 
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures" / "golden" / "ema.json").read_text())

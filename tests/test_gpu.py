@@ -1,4 +1,4 @@
-"""What only a GPU can show. Skipped without one; written where there was none, so unproven until a run says otherwise."""
+"""What only a GPU can show; skipped without one. Written where there was none: unproven until a run says so."""
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """Opening and preparing pictures, on small real files."""
 
 import os
+import zipfile
 
 import datasets
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from helpers import random_picture
 from PIL import Image
 
-from diffusers_mp.images import load_image_dataset, prepare_image
+from diffusers_mp.images import load_image_dataset, prepare_image, read_picture
 
 
 def test_an_image_folder_brings_its_classes(pictures, picture_folder):
@@ -76,6 +77,54 @@ def test_exactly_one_existing_source(tmp_path):
             load_image_dataset(**sources)
     with pytest.raises(ValueError, match="`train_data_dir` must be a folder of pictures, received .*nowhere"):
         load_image_dataset(tmp_path / "nowhere")
+
+
+def test_a_stream_has_the_rows_and_classes_of_the_table(picture_folder, pictures, tmp_path):
+    stream, id2label = load_image_dataset(picture_folder, streaming=True)
+    assert isinstance(stream, datasets.IterableDataset)
+    assert id2label == pictures[1]
+    assert list(stream) == list(pictures[0])
+    (tmp_path / "mixed" / "a").mkdir(parents=True)
+    for name in ("a/1.png", "stray.png"):
+        random_picture(np.random.default_rng(0)).save(tmp_path / "mixed" / name)
+    with pytest.raises(ValueError, match="class folders of one depth"):
+        load_image_dataset(tmp_path / "mixed", streaming=True)
+
+
+def test_labels_of_a_stream(tmp_path):
+    integers = save_table(tmp_path / "a", {"image": three_pictures(), "kind": [1, 0, 1]})
+    assert load_image_dataset(**integers, label_column="kind", streaming=True)[1] == {}
+    assert load_image_dataset(**integers, streaming=True)[1] is None
+    strings = save_table(tmp_path / "b", {"image": three_pictures(), "label": ["owl", "elk", "owl"]})
+    with pytest.raises(
+        ValueError, match="`streaming=True` needs ids or classes with names in `label_column`, 'label'"
+    ):
+        load_image_dataset(**strings, streaming=True)
+
+
+def test_max_train_samples_of_a_stream(picture_folder):
+    rows = [
+        [row["image"]["path"] for row in load_image_dataset(picture_folder, streaming=True, **options)[0]]
+        for options in ({"max_train_samples": 4}, {"max_train_samples": 4}, {"max_train_samples": 4, "seed": 1}, {})
+    ]
+    assert [len(set(paths)) for paths in rows] == [4, 4, 4, 10]
+    assert rows[0] == rows[1] != rows[2]
+    assert rows[0] != rows[3][:4]
+
+
+def test_read_picture_from_an_address(tmp_path):
+    """Streams name pictures by addresses that fsspec opens."""
+    picture = random_picture(np.random.default_rng(0), 16, 16)
+    picture.save(tmp_path / "a.png")
+    expected = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "a.png")
+    addresses = (f"file://{tmp_path}/a.png", f"zip://a.png::file://{tmp_path}/a.zip", str(tmp_path / "a.png"))
+    for path in addresses:
+        pixels, error = read_picture({"path": path, "bytes": None}, 16, 3)
+        assert error is None
+        assert torch.equal(pixels, expected)
+    assert "FileNotFoundError" in read_picture({"path": f"file://{tmp_path}/b.png", "bytes": None}, 16, 3)[1]
 
 
 def test_max_train_samples_draws_over_the_classes(picture_folder, tmp_path):

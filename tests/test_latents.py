@@ -2,8 +2,12 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import pickle
+import random
+import signal
+import time
 
 import datasets
 import numpy as np
@@ -13,6 +17,7 @@ from diffusers import AutoencoderKL
 from helpers import random_picture, tiny_vae
 from PIL import Image
 
+from diffusers_mp import latents
 from diffusers_mp.images import load_image_dataset, prepare_image
 from diffusers_mp.latents import LatentDataset, _ChannelStatistics, encode_dataset, vae_fingerprint
 
@@ -219,11 +224,6 @@ def test_unfit_vaes_are_refused(pictures, tmp_path, vae):
     assert len(grey) == 10
 
 
-def test_an_encoded_folder_is_not_overwritten(encoded, pictures, vae):
-    with pytest.raises(FileExistsError, match="already holds an encoded data set"):
-        encode_dataset(pictures[0], encoded.folder, vae=vae, resolution=RESOLUTION)
-
-
 def test_fingerprint_tells_weights_and_configurations_apart(vae):
     same, other = vae_fingerprint(tiny_vae()), vae_fingerprint(tiny_vae(seed=1))
     assert same == vae_fingerprint(vae)
@@ -247,18 +247,337 @@ def test_validate_accepts_a_reloaded_vae_and_names_each_difference(encoded, pict
         unflipped.read(0, flip=True)
 
 
-def test_damaged_folders_are_refused(pictures, tmp_path):
-    folder = tmp_path / "encoded"
-    encode_dataset(pictures[0], folder, vae=None, resolution=RESOLUTION, shard_size=6)
-    shard, content = folder / "shard-00001.safetensors", (folder / "shard-00001.safetensors").read_bytes()
-    shard.write_bytes(content[:-5])
-    with pytest.raises(ValueError, match=f"shard-00001.safetensors must have {len(content)} bytes, found"):
-        LatentDataset(folder)
-    shard.unlink()
-    with pytest.raises(ValueError, match="shard-00001.safetensors must have .* found 0"):
-        LatentDataset(folder)
-    shard.write_bytes(content)
-    index = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps(index | {"format_version": 99}))
-    with pytest.raises(ValueError, match="`folder` must have format version 1, .* has 99"):
-        LatentDataset(folder)
+def test_an_unknown_format_is_refused(pictures, tmp_path):
+    encode_dataset(pictures[0], tmp_path, vae=None, resolution=RESOLUTION)
+    index = json.loads((tmp_path / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps(index | {"format_version": 99}))
+    with pytest.raises(ValueError, match="`folder` must have format version 2, .* has 99"):
+        LatentDataset(tmp_path)
+
+
+def test_truncated_shards_are_named_and_made_again(pictures, tmp_path, vae):
+    options = {"vae": vae, "resolution": RESOLUTION, "shard_size": 4}
+    encode_dataset(pictures[0], tmp_path, **options)
+    before, name = content_of(tmp_path), "shard-00001.safetensors"
+    shard, num_bytes = tmp_path / name, len(before[name])
+    for damage in (lambda: shard.write_bytes(before[name][:-5]), shard.unlink):
+        damage()
+        with pytest.raises(
+            ValueError, match=f"{name} must have {num_bytes} bytes, found .*delete the file and encode"
+        ):
+            LatentDataset(tmp_path)
+        encode_dataset(pictures[0], tmp_path, **options)
+        assert content_of(tmp_path) == before
+
+
+def test_altered_files_are_named(pictures, tmp_path):
+    encode_dataset(pictures[0], tmp_path, vae=None, resolution=RESOLUTION, shard_size=2).verify()
+    for number in (1, 4):
+        path = tmp_path / f"shard-0000{number}.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    encoded = LatentDataset(tmp_path)  # sizes are right
+    with pytest.raises(ValueError, match="differ from what was written: shard-00001.safetensors, shard-00004.safe"):
+        encoded.verify()
+    with pytest.raises(ValueError, match="written: shard-00001.safetensors: delete"):
+        encoded.verify(num_processes=2, process_index=1)
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["latents_std"][0] *= 2
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="index.json must be as it was written, it was altered"):
+        LatentDataset(tmp_path)
+
+
+def content_of(folder, *without):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in without}
+
+
+# Processes that start within milliseconds, because the server that forks them has imported everything.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(
+    [
+        "diffusers_mp.latents",
+        "diffusers_mp.transformer_mpdit",
+        "diffusers.models.autoencoders.autoencoder_kl",
+        "pytest",
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A table of 46 pictures, two of them damaged, and its encoding by one process that was left alone."""
+    folder, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(8)
+    rows = []
+    for k in range(46):
+        random_picture(rng).save(folder / "picture.png")
+        content = (folder / "picture.png").read_bytes()
+        rows.append({"path": f"{k}.png", "bytes": content[:150] if k in (7, 24) else content})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["elk", "owl", "ram", "yak"])}
+    )
+    table = datasets.Dataset.from_dict({"image": rows, "label": [k % 3 for k in range(46)]}, features=features)
+    (folder / "table").mkdir()
+    table.to_parquet(folder / "table" / "train.parquet")
+    encode_many(folder, folder / "reference")
+    return folder
+
+
+def encode_many(source, folder, *, kill_at=None, streaming=False, **options):
+    """What the processes of these tests run: `kill_at` kills this one before or after that many renames."""
+    torch.set_num_threads(1)
+    if kill_at is not None:
+        replace, count = os.replace, iter(range(1000))
+
+        def replace_or_die(*paths):
+            number = next(count)
+            if number == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*paths)
+            if number + 0.5 == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = replace_or_die
+    latents.POLL_SECONDS = 0.02
+    dataset, id2label = load_image_dataset(
+        dataset_name=str(source / "table"), cache_dir=str(source / "cache"), streaming=streaming
+    )
+    options = {"resolution": RESOLUTION, "random_flip": True, "batch_size": 3, "shard_size": 4} | options
+    vae = tiny_vae()
+    return encode_dataset(dataset, folder, vae=vae, id2label=id2label, vae_id="tiny", skip_corrupt=True, **options)
+
+
+def start(*arguments, **options):
+    process = processes.Process(target=encode_many, args=arguments, kwargs=options)
+    process.start()
+    return process
+
+
+def finish(*all_started):
+    for process in all_started:
+        process.join(60)
+    assert [process.exitcode for process in all_started] == [0] * len(all_started)
+
+
+def test_the_reference_counts_everything_once(many):
+    encoded = LatentDataset(many / "reference")
+    assert len(encoded) == 44
+    assert encoded.index["skipped"] == ["7.png", "24.png"]
+    assert [encoded[k]["label"] for k in range(44)] == [k % 3 for k in range(46) if k not in (7, 24)]
+    assert encoded.index["num_samples_per_class"] == {"0": 15, "1": 14, "2": 15, "3": 0}  # 16, 15, 15 less 24 and 7
+
+
+def test_killed_at_random_moments_nothing_is_lost_or_repeated(many, tmp_path):
+    num_killed = 0
+    while num_killed < 5:
+        process, already = start(many, tmp_path / "a"), len(list((tmp_path / "a").glob("*.json")))
+        while process.is_alive() and len(list((tmp_path / "a").glob("*.json"))) == already:
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        num_killed += 1
+        if (tmp_path / "a" / "index.json").exists():
+            break
+    assert num_killed > 1, "too fast to be killed"
+    finish(start(many, tmp_path / "a"))
+    assert content_of(tmp_path / "a") == content_of(many / "reference")
+
+
+def test_killed_during_a_save_nothing_is_lost_or_repeated(many, tmp_path):
+    # settings, then shard and sidecar in turn, then the index: 26 renames when nothing is interrupted
+    for kill_at in (0, 0.5, 1, 1.5, 2, 2.5, 5):
+        process = start(many, tmp_path / "a", kill_at=kill_at)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        assert not (tmp_path / "a" / "index.json").exists()
+    assert list((tmp_path / "a").glob("*.tmp"))
+    finish(start(many, tmp_path / "a"))
+    assert content_of(tmp_path / "a") == content_of(many / "reference")
+
+
+def test_finished_shards_are_not_made_again(many, tmp_path):
+    process = start(many, tmp_path / "a", kill_at=9)
+    process.join(60)
+    shards = {path: path.stat().st_ino for path in (tmp_path / "a").glob("shard-*.safetensors")}
+    assert len(shards) == 4
+    finish(start(many, tmp_path / "a"))
+    assert {path: path.stat().st_ino for path in shards} == shards
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_several_processes_equal_one(many, tmp_path, num_processes):
+    shares = [{"num_processes": num_processes, "process_index": k} for k in range(num_processes)]
+    finish(*(start(many, tmp_path / "a", **share) for share in shares))
+    assert content_of(tmp_path / "a") == content_of(many / "reference")
+
+
+def test_killed_with_two_processes_and_finished_by_three(many, tmp_path):
+    two = [start(many, tmp_path / "a", num_processes=2, process_index=k, kill_at=4 - k) for k in range(2)]
+    for process in two:
+        process.join(60)
+    assert not (tmp_path / "a" / "index.json").exists()
+    finish(*(start(many, tmp_path / "a", num_processes=3, process_index=k) for k in range(3)))
+    assert content_of(tmp_path / "a") == content_of(many / "reference")
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_stream_equals_a_table(many, tmp_path, num_processes):
+    for kill_at in (3, 4):
+        process = start(many, tmp_path / "a", streaming=True, kill_at=kill_at)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+    shares = [{"num_processes": num_processes, "process_index": k} for k in range(num_processes)]
+    finish(*(start(many, tmp_path / "a", streaming=True, **share) for share in shares))
+    assert content_of(tmp_path / "a", "settings.json") == content_of(many / "reference", "settings.json")
+
+
+def test_threads_change_nothing(many, tmp_path):
+    for num_workers in (0, 3):  # a batch of 3 keeps 6 pictures ahead, of the 46 in this shard
+        encode_many(many, tmp_path / str(num_workers), num_workers=num_workers, shard_size=46)
+    assert content_of(tmp_path / "3") == content_of(tmp_path / "0")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_process_makes_its_own_shards_only(many, tmp_path, monkeypatch, streaming):
+    def no_others(ready, path):
+        if not ready():
+            raise InterruptedError(path.name)
+
+    monkeypatch.setattr(latents, "_wait_until", no_others)
+    for process_index, waits_for in ((0, "shard-00001.safetensors"), (2, "shard-00001.safetensors")):
+        with pytest.raises(InterruptedError, match=waits_for):
+            encode_many(many, tmp_path, num_processes=3, process_index=process_index, streaming=streaming)
+        made = {int(path.stem.removeprefix("shard-")) for path in tmp_path.glob("shard-*.json")}
+        assert made == {k for k in range(12) if k % 3 in (0, process_index)}
+
+
+def test_a_stream_of_a_folder_and_of_bare_ids(pictures, picture_folder, tmp_path, vae, caplog):
+    options = {"vae": vae, "resolution": RESOLUTION, "shard_size": 5}
+    whole = encode_dataset(pictures[0], tmp_path / "a", id2label=pictures[1], **options)
+    stream, id2label = load_image_dataset(picture_folder, streaming=True)
+    encode_dataset(stream, tmp_path / "b", id2label=id2label, **options)
+    assert content_of(tmp_path / "b", "settings.json") == content_of(tmp_path / "a", "settings.json")
+
+    rows = [{"image": row["image"], "label": 2 * row["label"]} for row in pictures[0]]
+    ids = datasets.Dataset.from_list(
+        rows, features=datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
+    )
+    bare = encode_dataset(ids.to_iterable_dataset(), tmp_path / "c", id2label={}, **options)
+    assert bare.id2label == {k: str(k) for k in range(5)}
+    assert [bare[k]["label"] for k in range(10)] == [2 * whole[k]["label"] for k in range(10)]
+    assert bare.index["num_samples_per_class"] == {"0": 4, "1": 0, "2": 3, "3": 0, "4": 3}
+    with pytest.raises(ValueError, match=r"Labels must be ids of `id2label`, .*dog.*0.png has 2"):
+        encode_dataset(ids.to_iterable_dataset(), tmp_path / "d", id2label={0: "a", 1: "b"}, **options)
+
+
+def test_a_finished_folder_is_opened(encoded, pictures, vae):
+    before = {path: path.stat().st_mtime_ns for path in encoded.folder.iterdir()}
+    options = {"vae": vae, "vae_id": "another name", "id2label": pictures[1], "resolution": RESOLUTION}
+    again = encode_dataset(pictures[0], encoded.folder, random_flip=True, shard_size=3, **options)
+    assert again.index == encoded.index
+    assert {path: path.stat().st_mtime_ns for path in encoded.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_begun_with_other_settings_is_refused(pictures, tmp_path, vae, finished):
+    dataset, id2label = pictures
+    options = {"vae": vae, "resolution": RESOLUTION, "random_flip": True, "shard_size": 4, "id2label": id2label}
+    encode_dataset(dataset, tmp_path, **options)
+    if not finished:
+        (tmp_path / "index.json").unlink()
+    before = content_of(tmp_path)
+    others = [
+        ({"resolution": 32}, r"resolution 16 \(now 32\)"),
+        ({"random_flip": False}, r"random_flip true \(now false\)"),
+        ({"shard_size": 5}, r"shard_size 4 \(now 5\)"),
+        ({"vae": tiny_vae(seed=1)}, r"vae .*weights_hash.* \(now .*weights_hash"),
+        ({"vae": None, "num_channels": 1}, r"vae .* \(now null\), num_channels 3 \(now 1\)"),
+        ({"id2label": None}, r"id2label .*cat.* \(now null\)"),
+        ({"dataset": dataset.select(range(9))}, r"num_rows 10 \(now 9\)"),
+    ]
+    for other, message in others:
+        with pytest.raises(ValueError, match=f"holds an encoding with {message}"):
+            encode_dataset(**{"dataset": dataset, "folder": tmp_path, **options, **other})
+    assert content_of(tmp_path) == before
+    encode_dataset(dataset, tmp_path, **options, batch_size=1)
+    if finished:
+        assert content_of(tmp_path) == before
+
+
+def test_a_folder_begun_with_other_data_is_refused(pictures, tmp_path):
+    dataset, id2label = pictures
+    options = {"vae": None, "resolution": RESOLUTION, "shard_size": 4, "id2label": id2label}
+    encode_dataset(dataset, tmp_path, **options)
+    (tmp_path / "index.json").unlink()
+
+    def changed(row, **columns):
+        rows = dataset.to_list()
+        rows[row] |= columns
+        return datasets.Dataset.from_list(rows, features=dataset.features)
+
+    resized = tmp_path / "elsewhere" / os.path.basename(dataset[6]["image"]["path"])
+    resized.parent.mkdir()
+    random_picture(np.random.default_rng(9), 30, 30).save(resized)
+    cases = [
+        (changed(1, label=2), "shard-00000"),
+        (changed(6, image={"path": str(resized), "bytes": None}), "shard-00001"),
+        (changed(9, image={"path": None, "bytes": b"nonsense"}), "shard-00002"),
+        (dataset.select([1, 0, *range(2, 10)]), "shard-00000"),
+        (dataset.to_iterable_dataset().take(9), "shard-00002"),
+        (dataset.to_iterable_dataset().take(8), "these end before .*shard-00002"),
+    ]
+    for data, message in cases:
+        with pytest.raises(ValueError, match=f"must have been begun with the same data: .*{message}"):
+            encode_dataset(data, tmp_path, **options)
+    encode_dataset(dataset, tmp_path, **options)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match="`folder` must be new or hold settings.json beside its shards"):
+        encode_dataset(dataset, tmp_path, **options)
+
+
+def test_a_process_out_of_range_is_refused(pictures, tmp_path):
+    with pytest.raises(ValueError, match=r"`process_index` must be in \[0, 2\), received 2"):
+        encode_dataset(pictures[0], tmp_path, vae=None, resolution=16, num_processes=2, process_index=2)
+
+
+def anonymous_megabytes():
+    """Memory that is no view of a file, which the system could drop."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
+
+
+def rows_that_watch(content, measured):
+    for row in range(3000):
+        if row % 100 == 99:
+            measured.append(anonymous_megabytes())
+        yield {"image": {"path": None, "bytes": content}}
+
+
+def encode_and_watch(folder, queue):
+    random_picture(np.random.default_rng(0), 64, 64).save(folder / "a.png")
+    measured = []
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    arguments = {"content": (folder / "a.png").read_bytes(), "measured": measured}
+    stream = datasets.IterableDataset.from_generator(rows_that_watch, features=features, gen_kwargs=arguments)
+    encoded = encode_dataset(stream, folder / "encoded", vae=None, resolution=64, shard_size=100, num_workers=1)
+    reading = []
+    for index in range(3000):
+        encoded[index]
+        if index % 100 == 99:
+            reading.append(anonymous_megabytes())
+    queue.put((len(encoded), measured, reading))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads RssAnon of Linux")
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    queue = processes.Queue()
+    process = processes.Process(target=encode_and_watch, args=(tmp_path, queue))
+    process.start()
+    num_samples, encoding, reading = queue.get(timeout=60)
+    finish(process)
+    assert num_samples == 3000
+    megabytes_of_data = 1500 * 64 * 64 * 3 / 2**20  # between the middles of the two spans compared: 18 MiB
+    for measured in (encoding, reading):  # medians, because freed memory returns to the system by fits and starts
+        assert np.median(measured[20:]) - np.median(measured[5:15]) < megabytes_of_data / 3

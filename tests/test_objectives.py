@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch.distributions import Normal, kl_divergence
 
 from diffusers_mp.training import DDPMObjective
@@ -50,6 +50,31 @@ def normals(prediction, latents, noise, timestep, alphas_cumprod):
     fraction = (interpolation + 1) / 2
     model_std = (variance ** (1 - fraction) * beta**fraction).sqrt()
     return Normal(posterior_mean(latents), variance.sqrt()), Normal(posterior_mean(predicted_sample), model_std)
+
+
+@pytest.mark.parametrize("num_timesteps", [1000, 50])
+def test_times_become_timesteps_that_are_equally_likely(num_timesteps):
+    objective = DDPMObjective(scheduler(num_train_timesteps=num_timesteps))
+    time = (torch.arange(3 * num_timesteps, dtype=torch.float64) + 0.5) / (3 * num_timesteps)
+    timesteps = objective.timesteps(time)
+    assert timesteps.dtype == torch.int64
+    assert torch.equal(timesteps, torch.arange(num_timesteps).repeat_interleave(3))
+    ends = torch.tensor([0.0, math.nextafter(1, 0)], dtype=torch.float64)
+    assert objective.timesteps(ends).tolist() == [0, num_timesteps - 1]
+
+
+@pytest.mark.parametrize(
+    "time, message",
+    [
+        (torch.tensor([0.5, 1.0]), r"`time` must lie in \[0, 1\), received 0.5 to 1.0"),
+        (torch.tensor([-0.1]), "received -0.1"),
+        (torch.tensor([float("nan")]), "received nan"),
+        (torch.tensor([0]), "`time` must be of floating point, received torch.int64"),
+    ],
+)
+def test_times_that_are_none_are_refused(time, message):
+    with pytest.raises(ValueError, match=message):
+        DDPMObjective(scheduler()).timesteps(time)
 
 
 def test_noise_is_added_by_the_closed_form():
@@ -254,6 +279,113 @@ def test_gradients_stay_finite_however_wild_the_prediction():
     assert prediction.grad.isfinite().all()
 
 
+def velocity(latents, noise, alpha_bar):
+    """Equation in appendix D of arXiv 2202.00512."""
+    return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
+
+
+def v_objective(**kwargs):
+    return DDPMObjective(scheduler(prediction_type="v_prediction", **kwargs))
+
+
+def test_a_perfect_v_costs_nothing_and_implies_the_sample():
+    objective = v_objective()
+    _, latents, noise, timesteps = batch([0, 1, 500, 999])
+    alpha_bar = objective.scheduler.alphas_cumprod.double()[timesteps].view(-1, 1, 1, 1)
+    v = velocity(latents, noise, alpha_bar)
+    terms = objective.loss(torch.cat([v, -torch.ones_like(v)], dim=1), latents, noise, timesteps)
+    torch.testing.assert_close(terms["mse"], torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-30)
+    torch.testing.assert_close(terms["vb"][1:], torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-20)
+    noisy = objective.add_noise(latents, noise, timesteps)
+    # The two waves are at right angles, so that turning back gives the sample and the noise.
+    torch.testing.assert_close(alpha_bar.sqrt() * noisy - (1 - alpha_bar).sqrt() * v, latents)
+    torch.testing.assert_close((1 - alpha_bar).sqrt() * noisy + alpha_bar.sqrt() * v, noise)
+
+
+@pytest.mark.parametrize("variance_type", ["learned_range", "fixed_small", "fixed_large"])
+def test_v_and_the_noise_it_implies_have_one_bound(variance_type):
+    prediction, latents, noise, timesteps = batch([0, 1, 500, 999])
+    alpha_bar = scheduler().alphas_cumprod.double()[timesteps].view(-1, 1, 1, 1)
+    noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+    v, interpolation = prediction.chunk(2, dim=1)
+    implied_noise = (1 - alpha_bar).sqrt() * noisy + alpha_bar.sqrt() * v
+    if variance_type != "learned_range":
+        interpolation = interpolation[:, :0]
+    of_v = v_objective(variance_type=variance_type).loss(
+        torch.cat([v, interpolation], dim=1), latents, noise, timesteps
+    )
+    of_noise = DDPMObjective(scheduler(variance_type=variance_type)).loss(
+        torch.cat([implied_noise, interpolation], dim=1), latents, noise, timesteps
+    )
+    torch.testing.assert_close(of_v["vb"], of_noise["vb"], rtol=1e-9, atol=0)
+    expected = (v - velocity(latents, noise, alpha_bar)).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(of_v["mse"], expected)
+    torch.testing.assert_close(of_noise["mse"], alpha_bar.flatten() * expected)
+
+
+def test_v_may_end_at_zero_signal():
+    objective = v_objective(rescale_betas_zero_snr=True)
+    prediction, latents, noise, timesteps = batch([999, 999])
+    assert torch.equal(objective.add_noise(latents, noise, timesteps), noise)
+    terms = objective.loss(prediction.requires_grad_(), latents, noise, timesteps)
+    torch.testing.assert_close(terms["mse"], (prediction[:, :4] + latents).square().mean(dim=(1, 2, 3)))
+    assert terms["vb"].isfinite().all()
+    terms["loss"].sum().backward()
+    assert prediction.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("variance_type", ["learned_range", "fixed_small"])
+def test_min_snr_weights_the_squared_error_and_not_the_bound(prediction_type, variance_type):
+    schedule = scheduler(prediction_type=prediction_type, variance_type=variance_type)
+    # γ = 5 is reached between timesteps 260 and 270.
+    prediction, latents, noise, timesteps = batch([0, 100, 260, 270, 500, 999])
+    prediction = prediction if variance_type == "learned_range" else prediction[:, :4]
+    plain = DDPMObjective(schedule).loss(prediction, latents, noise, timesteps)
+    weighted = DDPMObjective(schedule, snr_gamma=5.0).loss(prediction, latents, noise, timesteps)
+    for name in ("mse", "vb"):
+        assert torch.equal(plain[name], weighted[name])
+    expected = []
+    for alpha_bar in schedule.alphas_cumprod.double()[timesteps].tolist():
+        snr = alpha_bar / (1 - alpha_bar)
+        expected.append(min(snr, 5) / (snr if prediction_type == "epsilon" else snr + 1))
+    bound = plain["vb"] if variance_type == "learned_range" else 0
+    torch.testing.assert_close((weighted["loss"] - bound) / plain["mse"], torch.tensor(expected).double())
+
+
+def test_min_snr_weighs_an_error_in_the_sample_alike_for_noise_and_for_v():
+    _, latents, noise, timesteps = batch([0, 100, 260, 270, 500, 999])
+    alpha_bar = scheduler().alphas_cumprod.double()[timesteps]
+    error = torch.ones_like(noise)
+    signal, rate = (x.sqrt().view(-1, 1, 1, 1) for x in (alpha_bar, 1 - alpha_bar))
+    # Both predictions imply a sample that is off by 1.
+    options = {"variance_type": "fixed_small"}
+    of_noise = DDPMObjective(scheduler(**options), snr_gamma=5.0).loss(
+        noise - signal / rate * error, latents, noise, timesteps
+    )
+    of_v = DDPMObjective(scheduler(prediction_type="v_prediction", **options), snr_gamma=5.0).loss(
+        signal * noise - rate * latents - error / rate, latents, noise, timesteps
+    )
+    snr = alpha_bar / (1 - alpha_bar)
+    torch.testing.assert_close(of_noise["loss"], snr.clamp(max=5))
+    torch.testing.assert_close(of_v["loss"], snr.clamp(max=5))
+
+
+@pytest.mark.parametrize("snr_gamma", [0.0, -1.0, float("nan")])
+def test_gamma_must_be_positive(snr_gamma):
+    with pytest.raises(ValueError, match="`snr_gamma` must be positive, or None for equal weights, received"):
+        DDPMObjective(scheduler(), snr_gamma=snr_gamma)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_previews_predict_what_was_trained(prediction_type):
+    objective = DDPMObjective(scheduler(prediction_type=prediction_type, beta_end=0.03))
+    preview = objective.preview_scheduler()
+    assert isinstance(preview, DPMSolverMultistepScheduler)
+    assert preview.config.prediction_type == prediction_type
+    assert torch.equal(preview.alphas_cumprod, objective.scheduler.alphas_cumprod)
+
+
 def test_other_schedulers_are_refused():
     with pytest.raises(TypeError, match="`scheduler` must be a DDPMScheduler, received DDIMScheduler"):
         DDPMObjective(DDIMScheduler())
@@ -262,7 +394,10 @@ def test_other_schedulers_are_refused():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"prediction_type": "v_prediction"}, "`prediction_type` .* must be 'epsilon', received 'v_prediction'"),
+        (
+            {"prediction_type": "sample"},
+            r"`prediction_type` .* must be one of \['epsilon', 'v_pred.* received 'sample'",
+        ),
         ({"variance_type": "learned"}, "`variance_type` .* must be one of .*'learned_range'.* received 'learned'"),
         ({"variance_type": "fixed_large_log"}, "`variance_type` .* received 'fixed_large_log'"),
         (

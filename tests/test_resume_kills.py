@@ -72,7 +72,7 @@ def run(data, output_dir, num_steps, num_kills, seed=0):  # noqa: F811
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("num_steps, num_kills", [(120, 4), pytest.param(800, 24, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_steps, num_kills", [(300, 4), pytest.param(800, 24, marks=pytest.mark.slow)])
 def test_killed_run_is_the_uninterrupted_one(data, tmp_path, num_steps, num_kills):  # noqa: F811
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(data, whole, num_steps, 0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,19 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel
-from diffusers_mp.training import check_checkpoint
+from diffusers_mp.latents import LatentDataset
+from diffusers_mp.presets import CONFIGURATIONS
+from diffusers_mp.training import (
+    DDPMObjective,
+    TrainingSamples,
+    check_checkpoint,
+    split_validation,
+    validation_losses,
+    validation_timesteps,
+)
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -261,6 +272,136 @@ def test_accumulation_does_not_change_the_run(data, tmp_path):
         assert torch.allclose(tensor, second[name], atol=1e-5), name
 
 
+def test_the_recipe_reaches_the_run(data, tmp_path, monkeypatch):
+    """What the flags say is what the run is made with: a wire that is not connected shows nowhere else."""
+    import train_mpdit
+
+    made = {}
+
+    def spy(owner, name):
+        original = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            made.setdefault(name, []).append((args, kwargs))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for name in ("TrainingSamples", "parameter_groups", "validation_losses"):
+        spy(train_mpdit, name)
+    spy(torch.optim, "Adam")
+    output_dir = train(
+        *(data, tmp_path / "run", "--random_flip", "--class_dropout_prob", "0.25", "--adam_beta2", "0.95"),
+        *("--max_train_steps", "2", "--validation_steps", "2", "--gradient_checkpointing"),
+    )
+    (_, training), (_, held_out) = made["TrainingSamples"]
+    assert (training["class_dropout_prob"], training["random_flip"], training["num_classes"]) == (0.25, True, 2)
+    assert held_out.get("class_dropout_prob", 0) == 0
+    assert len(held_out["indices"]) == 5
+    assert not set(training["indices"].tolist()) & set(held_out["indices"].tolist())
+    (groups,), adam = made["Adam"][0]
+    assert adam["betas"] == (0.9, 0.95)
+    rates = {group["name"]: group["lr"] for group in groups}
+    assert rates["as_published"] == 1e-2
+    assert rates["unit_rows_16"] == 1e-2 / 4
+    model = made["parameter_groups"][0][0][0]
+    assert model.is_gradient_checkpointing
+    pipe = MPDiTPipeline.from_pretrained(output_dir)
+    index = json.loads((output_dir / "latents" / "index.json").read_text())
+    assert pipe.config.latents_mean == index["latents_mean"]
+    assert pipe.config.latents_std == index["latents_std"]
+    assert pipe.transformer.config.class_dropout_prob == 0.25
+
+
+def test_validation_is_that_of_the_averaged_weights(data, tmp_path):
+    more = ("--validation_steps", "6", "--learning_rate", "3e-2", "--lr_constant_steps", "6")
+    output_dir = train(data, tmp_path / "run", *more)
+    latents = LatentDataset(output_dir / "latents")
+    _, held_out = split_validation(len(latents), 5, 0)
+    samples = TrainingSamples(latents, seed=0, num_classes=2, indices=held_out)
+    pipe = MPDiTPipeline.from_pretrained(output_dir)
+    objective = DDPMObjective(pipe.scheduler)
+    batches = DataLoader(samples, sampler=[(0, i) for i in range(5)], batch_size=5)
+    levels = validation_timesteps(objective, 8)
+    expected = validation_losses(pipe.transformer.eval(), objective, batches, levels, torch.device("cpu"))
+    assert metrics(output_dir, "validation/loss")[6] == pytest.approx(expected["loss"], rel=1e-5)
+    raw = MPDiTTransformer2DModel.from_pretrained(output_dir / "checkpoint-6", subfolder="transformer")
+    of_raw = validation_losses(raw, objective, batches, levels, torch.device("cpu"))["loss"]
+    assert of_raw != pytest.approx(expected["loss"], rel=1e-4)
+
+
+def test_clipping_and_the_rate_of_configuration_a(data, tmp_path):
+    clipped = train(data, tmp_path / "clipped", "--max_grad_norm", "1e-3", "--adam_epsilon", "1e-2")
+    free = train(data, tmp_path / "free", "--adam_epsilon", "1e-2")
+    first, second = (weights(run / "checkpoint-6" / "transformer") for run in (clipped, free))
+    assert (first["output.gain"] - second["output.gain"]).abs() > 1e-3
+    (tmp_path / "a.json").write_text(json.dumps({**MODEL, **CONFIGURATIONS["A"]}))
+    more = (
+        "--model_config_name_or_path",
+        str(tmp_path / "a.json"),
+        "--lr_constant_steps",
+        "100",
+        "--logging_steps",
+        "1",
+    )
+    assert set(metrics(train(data, tmp_path / "a", *more), "train/learning_rate").values()) == {1e-4}
+
+
+def test_another_rate_on_resume_is_applied(data, tmp_path, capfd):
+    more = ("--lr_constant_steps", "100", "--logging_steps", "1")
+    output_dir = train(data, tmp_path / "run", *more)
+    train(
+        data,
+        output_dir,
+        *more,
+        "--resume_from_checkpoint",
+        "latest",
+        "--max_train_steps",
+        "8",
+        "--learning_rate",
+        "2e-3",
+    )
+    assert "Learning rate 0.01 of the checkpoint, now 0.002" in capfd.readouterr().out
+    assert metrics(output_dir, "train/learning_rate")[8] == pytest.approx(2e-3)
+    groups = torch.load(output_dir / "checkpoint-8" / "optimizer.bin", weights_only=True)["param_groups"]
+    assert {group["name"]: group["lr"] for group in groups}["as_published"] == pytest.approx(2e-3)
+
+
+def test_another_model_on_resume_is_refused(data, tmp_path):
+    output_dir = train(data, tmp_path / "run")
+    (tmp_path / "model.json").write_text(json.dumps({**MODEL, "cosine_attention": False}))
+    more = ("--model_config_name_or_path", str(tmp_path / "model.json"), "--random_flip")
+    with pytest.raises(ValueError, match=r"random_flip False \(now True\), model.cosine_attention True \(now False\)"):
+        train(data, output_dir, "--resume_from_checkpoint", "latest", "--latents_dir", str(tmp_path / "new"), *more)
+
+
+def test_encoded_images_alone_are_enough_and_keep_their_settings(data, tmp_path):
+    first = train(data, tmp_path / "first")
+    (tmp_path / "second").mkdir()
+    # What a run leaves that stopped before its first update does not stand in the way of the next try.
+    shutil.copytree(first / "latents", tmp_path / "second" / "latents")
+    import train_mpdit
+    import training_arguments
+
+    argv = arguments(data, tmp_path / "second")
+    for flag in ("--train_data_dir", "--vae", "--resolution"):
+        del argv[argv.index(flag) : argv.index(flag) + 2]
+    train_mpdit.main(training_arguments.parse_args(argv))
+    assert_same_weights(weights(first / "transformer"), weights(tmp_path / "second" / "transformer"))
+
+
+def test_encoded_images_of_other_data_are_refused(data, tmp_path):
+    first = train(data, tmp_path / "first")
+    for name in ("dark", "light"):
+        (tmp_path / "other" / name).mkdir(parents=True)
+        for path in sorted((data / "images" / name).iterdir())[1:]:
+            (tmp_path / "other" / name / path.name).write_bytes(path.read_bytes())
+    more = ("--train_data_dir", str(tmp_path / "other"), "--latents_dir", str(first / "latents"))
+    with pytest.raises(ValueError, match="num_rows 40"):
+        train(data, tmp_path / "second", *more)
+    assert (first / "latents" / "index.json").is_file()
+
+
 def test_two_workers_do_not_change_the_run(data, tmp_path):
     one = train(data, tmp_path / "one", "--max_train_steps", "3")
     two = train(data, tmp_path / "two", "--max_train_steps", "3", "--dataloader_num_workers", "2")
@@ -357,24 +498,31 @@ class TestErrors:
         with pytest.raises(ValueError, match="do not fit"):
             train(data, tmp_path / "other", "--vae", "none", "--latents_dir", str(tmp_path / "run" / "latents"))
 
-    def test_non_finite_loss_stops_and_keeps_the_checkpoint(self, data, tmp_path):
-        with pytest.raises(
-            FloatingPointError, match="the loss is nan in the last 1 updates before update 3; the last checkpoint"
-        ):
-            train(
-                *(
-                    data,
-                    tmp_path / "run",
-                    "--logging_steps",
-                    "1",
-                    "--learning_rate",
-                    "1e30",
-                    "--lr_scheduler",
-                    "linear",
-                ),
-                *("--lr_warmup_steps", "3"),
-            )
-        assert MPDiTTransformer2DModel.from_pretrained(tmp_path / "run" / "checkpoint-2", subfolder="transformer")
+    def test_non_finite_update_stops_and_no_checkpoint_holds_it(self, data, tmp_path):
+        more = ("--learning_rate", "1e30", "--lr_scheduler", "constant", "--checkpointing_steps", "1")
+        with pytest.raises(FloatingPointError, match="update 2|after update 1"):
+            train(data, tmp_path / "run", *more, "--logging_steps", "100")
+        for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+            assert all(tensor.isfinite().all() for tensor in weights(checkpoint / "transformer").values())
+
+    def test_non_finite_update_can_be_skipped(self, data, tmp_path, monkeypatch):
+        import train_mpdit
+
+        loss = train_mpdit.DDPMObjective.loss
+
+        def loss_with_a_hole(self, *args):
+            terms = loss(self, *args)
+            calls.append(terms)
+            return {**terms, "loss": terms["loss"] / (0 if len(calls) == 2 else 1)}
+
+        calls = []
+        monkeypatch.setattr(train_mpdit.DDPMObjective, "loss", loss_with_a_hole)
+        output_dir = train(data, tmp_path / "run", "--on_non_finite", "skip", "--logging_steps", "1")
+        assert list(metrics(output_dir, "train/loss")) == [1, 3, 4, 5, 6]
+        evidence = output_dir / "non_finite" / "step-0000002"
+        assert "inf" in (evidence / "report.json").read_text()
+        assert list(evidence.glob("*.safetensors"))
+        assert MPDiTPipeline.from_pretrained(output_dir)
 
     @pytest.mark.parametrize(
         "more, message",
@@ -383,6 +531,9 @@ class TestErrors:
             (("--num_train_epochs", "2"), "give one of --max_train_steps and --num_train_epochs"),
             (("--report_to", "wandb"), "--report_to wandb: not installed"),
             (("--train_batch_size", "0"), "--train_batch_size must be at least 1, got 0"),
+            (("--max_train_steps", "0"), "--max_train_steps must be at least 1, got 0"),
+            (("--ema_stds", "0.5"), "--ema_stds: `std` must lie in"),
+            (("--preset", "B/2", "--no-mp_silu"), "--model_config_name_or_path stands instead of --preset, --mp_silu"),
         ],
     )
     def test_arguments(self, data, tmp_path, capsys, more, message):
@@ -446,3 +597,14 @@ def test_processes_that_did_not_find_each_other_are_refused(data, tmp_path):
     assert done.returncode != 0
     assert "launched as 2 processes, but Accelerate runs 1" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_engine_that_is_not_supported_is_refused(data, tmp_path, monkeypatch, engine):
+    # On the CPU Accelerate would go on with plain DDP and say nothing.
+    import train_mpdit
+
+    accelerator = train_mpdit.Accelerator()
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(RuntimeError, match=f"{engine} was asked for, but this trainer runs on one process or DDP"):
+        train_mpdit.check_engine(accelerator)

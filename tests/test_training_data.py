@@ -77,7 +77,7 @@ def test_streams_of_different_kinds_do_not_meet():
 
 
 def test_a_sample_is_what_the_formula_says(latents):
-    samples = samples_of(latents, class_dropout_prob=0.0, num_train_timesteps=10)
+    samples = samples_of(latents, class_dropout_prob=0.0)
     mean, std = (torch.tensor(x).view(4, 1, 1) for x in (latents.latents_mean, latents.latents_std))
     flips = set()
     for epoch in range(60):
@@ -88,11 +88,12 @@ def test_a_sample_is_what_the_formula_says(latents):
         posterior = latents.read(5, flip=flip < 0.5)
         torch.testing.assert_close(sample["latents"], (posterior["mean"] + posterior["std"] * draw - mean) / std)
         assert torch.equal(sample["noise"], noise)
-        assert sample["timestep"] == math.floor(10 * time)
+        assert sample["time"].item() == time
         assert sample["class_label"] == posterior["label"]
         assert sample["index"] == 5
         assert sample["latents"].dtype == torch.float32
-        assert sample["timestep"].dtype == sample["class_label"].dtype == torch.int64
+        assert sample["class_label"].dtype == torch.int64
+        assert sample["time"].dtype == torch.float64
         flips.add(flip < 0.5)
     assert flips == {True, False}
 
@@ -117,12 +118,13 @@ def test_latents_are_standardised(latents):
     assert (std - 1).abs().max() < error
 
 
-def test_timesteps_are_uniform(latents):
-    samples = samples_of(latents, num_train_timesteps=4)
+def test_times_are_uniform(latents):
+    samples = samples_of(latents)
     count = 200 * NUM_SAMPLES
-    timesteps = torch.stack([samples[(e, i)]["timestep"] for e in range(200) for i in range(NUM_SAMPLES)])
+    times = torch.stack([samples[(e, i)]["time"] for e in range(200) for i in range(NUM_SAMPLES)])
+    assert 0 <= times.min() <= times.max() < 1
     error = 4 * math.sqrt(0.25 * 0.75 / count)
-    assert ((timesteps.bincount(minlength=4) / count - 0.25).abs() < error).all()
+    assert (((4 * times).long().bincount(minlength=4) / count - 0.25).abs() < error).all()
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 1.0])
@@ -140,7 +142,6 @@ def test_label_dropout_frequency(latents, probability):
     ("option", "moved"),
     [
         ({"class_dropout_prob": 0.0}, {"class_label"}),
-        ({"num_train_timesteps": 50}, {"timestep"}),
         ({"random_flip": False}, {"latents"}),
         ({"num_classes": 5}, {"class_label"}),
         ({"num_classes": None, "class_dropout_prob": 0.0}, {"class_label"}),
@@ -188,7 +189,7 @@ def test_pixels_and_unlabelled_data(pictures, tmp_path):
     pixels = encode_dataset(pictures[0], tmp_path, vae=None, resolution=16)
     samples = TrainingSamples(pixels, seed=0, random_flip=True)
     sample = samples[(0, 1)]
-    assert set(sample) == {"latents", "noise", "timestep", "index"}
+    assert set(sample) == {"latents", "noise", "time", "index"}
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (pixels.latents_mean, pixels.latents_std))
     flip = torch.rand(3, generator=sample_generator(0, 0, 1), dtype=torch.float64)[1] < 0.5
     torch.testing.assert_close(sample["latents"] * std + mean, pixels.read(1, flip=bool(flip))["mean"])

@@ -11,10 +11,15 @@ from .data import StreamBatchSampler as StreamBatchSampler
 from .data import TrainingSamples as TrainingSamples
 from .data import sample_generator as sample_generator
 from .data import split_validation as split_validation
+from .flow_matching import FlowMatchObjective as FlowMatchObjective
 from .objectives import DDPMObjective as DDPMObjective
+from .objectives import Objective as Objective
+from .optimization import check_optimizer as check_optimizer
 from .optimization import inverse_sqrt_schedule as inverse_sqrt_schedule
 from .optimization import parameter_groups as parameter_groups
 from .signals import StopRequest as StopRequest
 from .tracking import JSONLinesTracker as JSONLinesTracker
 from .validation import validation_losses as validation_losses
 from .validation import validation_timesteps as validation_timesteps
+from .watchdog import NonFiniteError as NonFiniteError
+from .watchdog import Watchdog as Watchdog

@@ -55,17 +55,17 @@ def split_validation(num_samples: int, num_validation: int, seed: int) -> tuple[
 
 
 class TrainingSamples(Dataset):
-    """One training sample per (epoch, position): standardised latents, noise, timestep and class id.
+    """One training sample per (epoch, position): standardised latents, noise, time and class id.
 
-        latents = (mean + std · e - latents_mean) / latents_std       e, noise ~ N(0, 1), timestep ~ U{0 … T-1}
+        latents = (mean + std · e - latents_mean) / latents_std       e, noise ~ N(0, 1), time ~ U[0, 1)
 
-    Posterior draw e, noise, timestep, mirroring and label dropout are functions of (seed, epoch, index), where index
-    counts the whole data set. All are drawn in a fixed order whether used or not: no option moves another's draw.
+    Posterior draw e, noise, time (of which the objective makes a timestep), mirroring and label dropout are functions
+    of (seed, epoch, index), where index counts the whole data set. All are drawn in a fixed order whether used or not:
+    no option moves another's draw.
 
     Args:
         dataset (LatentDataset): encoded pictures.
         seed (int): of the run.
-        num_train_timesteps (int): T.
         num_classes (int): of the model; its null id is `num_classes`. None: the model knows no classes.
         class_dropout_prob (float): probability that the class id is replaced by the null id.
         random_flip (bool): mirror half of the samples.
@@ -79,7 +79,6 @@ class TrainingSamples(Dataset):
         dataset: "LatentDataset",
         *,
         seed: int,
-        num_train_timesteps: int = 1000,
         num_classes: int | None = None,
         class_dropout_prob: float = 0.0,
         random_flip: bool = False,
@@ -97,7 +96,6 @@ class TrainingSamples(Dataset):
             raise ValueError("`random_flip=True` needs data encoded with `random_flip=True`.")
         self.dataset = dataset
         self.seed = seed
-        self.num_train_timesteps = num_train_timesteps
         self.num_classes = num_classes
         self.class_dropout_prob = class_dropout_prob
         self.random_flip = random_flip
@@ -113,8 +111,8 @@ class TrainingSamples(Dataset):
         Args:
             key (tuple[int, int]): epoch and position in `indices`, what `StreamBatchSampler` yields.
         Returns:
-            dict[str, torch.Tensor]: `latents` and `noise` (float32, (C, H, W)), `timestep`, `index` and, if the model
-            knows classes, `class_label` (int64 scalars).
+            dict[str, torch.Tensor]: `latents` and `noise` (float32, (C, H, W)), `time` (float64 scalar), `index` and,
+            if the model knows classes, `class_label` (int64 scalars).
         """
         epoch, position = key
         index = int(self.indices[position])
@@ -129,7 +127,7 @@ class TrainingSamples(Dataset):
         sample = {
             "latents": (latents - self.latents_mean) / self.latents_std,
             "noise": noise,
-            "timestep": torch.tensor(int(time * self.num_train_timesteps)),
+            "time": torch.tensor(time, dtype=torch.float64),
             "index": torch.tensor(index),
         }
         if self.num_classes is not None:

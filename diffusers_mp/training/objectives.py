@@ -1,34 +1,120 @@
-"""Training objectives: from clean latents and noise to a loss per sample."""
+"""Training objectives: from clean latents and noise to a loss per sample. Here what they share, and that of DDPM.
+
+All of them answer the same calls, so that a training loop need not know which one it has:
+
+    timesteps = objective.timesteps(time)                              # time ~ U[0, 1), one for each sample
+    noisy = objective.add_noise(latents, noise, timesteps)
+    prediction = model(noisy, timestep=timesteps, class_labels=class_labels).sample
+    loss = objective.loss(prediction, latents, noise, timesteps)["loss"].mean()
+
+`objective.scheduler`, saved beside the model, says all that sampling needs to know.
+"""
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 
+from .bound import discretized_log_likelihood, normal_kl
 
-# Half the width of one of the 256 levels of a pixel in [-1, 1], as the discretised likelihood of DDPM counts them.
-HALF_BIN = 1 / 255
-# Values beyond this fall into the outermost levels, which reach to infinity.
-LAST_BIN = 0.999
-# A level's probability below this is taken for this, so that the likelihood of a far outlier stays finite.
-MIN_PROBABILITY = 1e-12
 
 LEARNED_RANGE = "learned_range"
 # `learned` (no range) has no bound to train it by; `fixed_large_log` makes diffusers' step take the root of a log.
 VARIANCE_TYPES = (LEARNED_RANGE, "fixed_small", "fixed_small_log", "fixed_large")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
-class DDPMObjective:
-    """Noise prediction with a learned variance: squared error plus the variational bound of the drawn timestep.
+class Objective(ABC):
+    """What every objective answers.
 
-        x_t  = √ᾱ_t x_0 + √(1 - ᾱ_t) ε
-        mse  = mean (ε̂ - ε)²
-        vb   = KL(q(x_{t-1} | x_t, x_0) ‖ p(x_{t-1} | x_t)) for t > 0, -log p(x_0 | x_1) for t = 0, in bits, mean
-        loss = mse + vb
+    Attributes:
+        scheduler (SchedulerMixin): what is saved with the model, so that its samples need no further word.
+        learns_variance (bool): whether predictions have 2C channels.
+    """
+
+    scheduler: SchedulerMixin
+    learns_variance: bool = False
+
+    @abstractmethod
+    def timesteps(self, time: torch.Tensor) -> torch.Tensor:
+        """Timesteps of training, distributed as the objective wants them where `time` is uniform, and increasing.
+
+        Args:
+            time (torch.Tensor): floating point in [0, 1), any shape. Float64 on the CPU gives every device the same
+                run; in float32 a product may round up to the end.
+        Returns:
+            torch.Tensor: shape of `time`, of the dtype that `add_noise`, `loss` and the model take.
+        Raises:
+            ValueError: if `time` is not of floating point or, on the CPU, out of range.
+        """
+
+    @abstractmethod
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Noisy latents, computed in at least float32.
+
+        Args:
+            latents (torch.Tensor): clean standardised latents, shape (B, C, H, W).
+            noise (torch.Tensor): standard normal, shape of `latents`.
+            timesteps (torch.Tensor): as `timesteps` gives them, shape (B,).
+        Returns:
+            torch.Tensor: shape and dtype of `latents`.
+        Raises:
+            ValueError: if shapes disagree, or `timesteps` are of another kind or, on the CPU, out of range.
+        """
+
+    @abstractmethod
+    def loss(
+        self, prediction: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Losses per sample of a prediction for `add_noise(latents, noise, timesteps)`.
+
+        Args:
+            prediction (torch.Tensor): the model's output, shape (B, 2C, H, W) with a learned variance, target first
+                and then the interpolation between the log-variances; else (B, C, H, W).
+            latents (torch.Tensor): clean standardised latents, shape (B, C, H, W).
+            noise (torch.Tensor): the noise that was added, shape of `latents`.
+            timesteps (torch.Tensor): as `timesteps` gives them, shape (B,).
+        Returns:
+            dict: `loss`, to be minimised, and `mse`, the unweighted squared error of the target, among others; each
+            of shape (B,), at least float32.
+        Raises:
+            ValueError: as in `add_noise`, or if the shape of `prediction` is another.
+        """
+
+    @abstractmethod
+    def preview_scheduler(self) -> SchedulerMixin:
+        """A fresh scheduler that makes pictures of the model in few steps."""
+
+    def _check_time(self, time: torch.Tensor) -> None:
+        if not time.is_floating_point():
+            raise ValueError(f"`time` must be of floating point, received {time.dtype}")
+        if time.device.type == "cpu" and time.numel():
+            smallest, largest = time.min().item(), time.max().item()
+            if not 0 <= smallest <= largest < 1:
+                raise ValueError(f"`time` must lie in [0, 1), received {smallest} to {largest}")
+
+    def _check_noise(self, latents: torch.Tensor, noise: torch.Tensor) -> None:
+        if noise.shape != latents.shape:
+            raise ValueError(f"`noise` must have shape {tuple(latents.shape)}, received {tuple(noise.shape)}")
+
+
+class DDPMObjective(Objective):
+    """Prediction of noise or of v, with a learned variance: squared error plus the bound of the drawn timestep.
+
+        x_t    = √ᾱ_t x_0 + √(1 - ᾱ_t) ε
+        target = ε, or v = √ᾱ_t ε - √(1 - ᾱ_t) x_0
+        mse    = mean (prediction - target)²
+        vb     = KL(q(x_{t-1} | x_t, x_0) ‖ p(x_{t-1} | x_t)) for t > 0, -log p(x_0 | x_1) for t = 0, in bits, mean
+        loss   = weight · mse + vb
     Equations 5, 6, 15 and 16 of improved DDPM (arXiv 2102.09672), trained on latents as by DiT (arXiv 2212.09748): the
-    predicted mean is detached in the bound, so that `vb` trains the variance and `mse` the noise. Weight 1 on the
+    predicted mean is detached in the bound, so that `vb` trains the variance and `mse` the target. Weight 1 on the
     bound of one timestep out of 1000 is λ = 0.001 on the whole bound. With a fixed variance `vb` has no gradient at
-    all: it is reported, and `loss` is `mse`.
+    all: it is reported, and `loss` is `weight · mse`. v is that of progressive distillation (arXiv 2202.00512).
+
+    The weight is 1, or with `snr_gamma` that of min-SNR (arXiv 2303.09556), where SNR = ᾱ_t / (1 - ᾱ_t):
+    min(SNR, γ) / SNR for noise, min(SNR, γ) / (SNR + 1) for v: the same weight min(SNR, γ) on the error in x_0. The
+    bound is not weighted: it trains the variance alone, which min-SNR says nothing about.
 
     At t = 0 the likelihood is that of pixel levels of width 2/255 whose outermost are open (beyond ±0.999). Latents
     have no levels; this is what the published runs train on, kept so that they can be reproduced.
@@ -37,71 +123,64 @@ class DDPMObjective:
 
     Args:
         scheduler (DDPMScheduler): gives `alphas_cumprod`, from which every table is derived as its own `step` derives
-            them, so that the bound trained is that of the sampler. `variance_type` `learned_range` asks for
-            predictions of 2C channels, noise then interpolation; `fixed_small`, `fixed_small_log` and `fixed_large`
-            for C.
+            them, so that the bound trained is that of the sampler. `prediction_type` is `epsilon` or `v_prediction`;
+            `variance_type` `learned_range` asks for predictions of 2C channels, target then interpolation;
+            `fixed_small`, `fixed_small_log` and `fixed_large` for C.
+        snr_gamma (float, optional): γ of min-SNR, 5 in its paper; None for equal weights.
     Attributes:
-        num_timesteps (int): timesteps to draw from, 0 to this exclusive.
-        learns_variance (bool): whether predictions have 2C channels.
+        num_timesteps (int): timesteps to draw from, 0 to this exclusive, all equally likely.
     Raises:
         TypeError: if `scheduler` is not a `DDPMScheduler`.
-        ValueError: if its `prediction_type` or `variance_type` is not supported, or it ends at zero signal.
+        ValueError: if its `prediction_type` or `variance_type` is not supported, it ends at zero signal though noise
+            is predicted, or `snr_gamma` is not positive.
     """
 
-    def __init__(self, scheduler: DDPMScheduler):
+    def __init__(self, scheduler: DDPMScheduler, snr_gamma: float | None = None):
         if not isinstance(scheduler, DDPMScheduler):
             raise TypeError(f"`scheduler` must be a DDPMScheduler, received {type(scheduler).__name__}")
         prediction_type, variance_type = scheduler.config.prediction_type, scheduler.config.variance_type
-        if prediction_type != "epsilon":
-            raise ValueError(f"`prediction_type` of `scheduler` must be 'epsilon', received {prediction_type!r}")
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"`prediction_type` of `scheduler` must be one of {list(PREDICTION_TYPES)}, received "
+                f"{prediction_type!r}"
+            )
         if variance_type not in VARIANCE_TYPES:
             raise ValueError(
                 f"`variance_type` of `scheduler` must be one of {list(VARIANCE_TYPES)}, received {variance_type!r}"
             )
+        if snr_gamma is not None and not snr_gamma > 0:
+            raise ValueError(f"`snr_gamma` must be positive, or None for equal weights, received {snr_gamma}")
         alphas_cumprod = scheduler.alphas_cumprod.cpu().double()
-        if alphas_cumprod[-1] <= 0:
+        self.predicts_v = prediction_type == "v_prediction"
+        if alphas_cumprod[-1] <= 0 and not self.predicts_v:
             raise ValueError(
                 "`alphas_cumprod` of `scheduler` must stay above 0, since without signal the noise says nothing about "
-                f"the sample, received {alphas_cumprod[-1].item()} at the last timestep (`rescale_betas_zero_snr`)"
+                f"the sample, received {alphas_cumprod[-1].item()} at the last timestep (`rescale_betas_zero_snr`); "
+                "`prediction_type` 'v_prediction' can do it"
             )
         self.scheduler = scheduler
         self.num_timesteps = len(alphas_cumprod)
         self.learns_variance = variance_type == LEARNED_RANGE
         self._fixed_large = variance_type == "fixed_large"
-        self._tables = {(torch.device("cpu"), torch.float64): _ddpm_tables(alphas_cumprod)}
+        tables = _ddpm_tables(alphas_cumprod, self.predicts_v, snr_gamma)
+        self._tables = {(torch.device("cpu"), torch.float64): tables}
+
+    def timesteps(self, time: torch.Tensor) -> torch.Tensor:
+        """⌊time · num_timesteps⌋ (int64); see `Objective.timesteps`."""
+        self._check_time(time)
+        return (time * self.num_timesteps).long()
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Noisy latents x_t, computed in at least float32: in bf16 the scheduler's ᾱ_0 is 1 and adds no noise.
-
-        Args:
-            latents (torch.Tensor): clean standardised latents, shape (B, C, H, W).
-            noise (torch.Tensor): standard normal, shape of `latents`.
-            timesteps (torch.Tensor): integers in [0, num_timesteps), shape (B,).
-        Returns:
-            torch.Tensor: shape and dtype of `latents`.
-        Raises:
-            ValueError: if shapes disagree, or `timesteps` are not integers or, on the CPU, out of range.
-        """
+        """x_t for integers in [0, num_timesteps); see `Objective.add_noise`."""
         self._check(latents, noise, timesteps)
-        dtype = _compute_dtype(latents, noise)
+        # In bf16 the scheduler's ᾱ_0 is 1 and adds no noise.
+        dtype = compute_dtype(latents, noise)
         return self.scheduler.add_noise(latents.to(dtype), noise.to(dtype), timesteps).to(latents.dtype)
 
     def loss(
         self, prediction: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Losses per sample of a prediction for `add_noise(latents, noise, timesteps)`.
-
-        Args:
-            prediction (torch.Tensor): the model's output, shape (B, 2C, H, W) with a learned variance, noise first and
-                then the interpolation v between the log-variances; else (B, C, H, W).
-            latents (torch.Tensor): clean standardised latents, shape (B, C, H, W).
-            noise (torch.Tensor): the noise that was added, shape of `latents`.
-            timesteps (torch.Tensor): integers in [0, num_timesteps), shape (B,).
-        Returns:
-            dict: `loss`, `mse` and `vb` (bits per dimension), each of shape (B,), at least float32.
-        Raises:
-            ValueError: as in `add_noise`, or if the shape of `prediction` is another.
-        """
+        """`loss`, `mse` and `vb` (bits per dimension) for integers in [0, num_timesteps); see `Objective.loss`."""
         self._check(latents, noise, timesteps)
         expected = (latents.shape[0], latents.shape[1] * (2 if self.learns_variance else 1), *latents.shape[2:])
         if prediction.shape != expected:
@@ -109,35 +188,39 @@ class DDPMObjective:
                 f"`prediction` must have shape {expected} for latents of {latents.shape[1]} channels and "
                 f"`variance_type` {self.scheduler.config.variance_type!r}, received {tuple(prediction.shape)}"
             )
-        dtype = _compute_dtype(prediction, latents, noise)
+        dtype = compute_dtype(prediction, latents, noise)
         prediction, latents, noise = prediction.to(dtype), latents.to(dtype), noise.to(dtype)
         timesteps = timesteps.to(latents.device)
-        min_log_variance, max_log_variance, noise_to_mean = self._table_rows(latents, timesteps)
+        min_log_variance, max_log_variance, error_to_mean, weight = self._table_rows(latents, timesteps)
 
         if self.learns_variance:
-            predicted_noise, interpolation = prediction.chunk(2, dim=1)
-            # v = -1 is the variance of the posterior, v = +1 is β (arXiv 2102.09672, equation 15).
+            predicted_target, interpolation = prediction.chunk(2, dim=1)
+            # -1 is the variance of the posterior, +1 is β (arXiv 2102.09672, equation 15).
             log_variance = min_log_variance + (interpolation + 1) / 2 * (max_log_variance - min_log_variance)
         else:
-            predicted_noise = prediction
+            predicted_target = prediction
             log_variance = (max_log_variance if self._fixed_large else min_log_variance).expand_as(latents)
 
-        noise_error = predicted_noise - noise
-        mse = noise_error.square().flatten(1).mean(dim=1)
-        # Both means come from the same x_t, so their difference needs no x_t: it is the error in the noise, scaled
-        # (arXiv 2006.11239, equation 12). At t = 0 the posterior's mean is the sample itself.
-        mean_error = -noise_to_mean * noise_error.detach()
+        target = self.scheduler.get_velocity(latents, noise, timesteps) if self.predicts_v else noise
+        error = predicted_target - target
+        mse = error.square().flatten(1).mean(dim=1)
+        # Both means come from the same x_t, so their difference needs no x_t: it is the error in the target, scaled.
+        # At t = 0 the posterior's mean is the sample itself.
+        mean_error = error_to_mean * error.detach()
         nats = torch.where(
-            _broadcastable(timesteps == 0, latents),
-            -_discretized_log_likelihood(latents, latents + mean_error, log_variance),
-            _normal_kl(mean_error, min_log_variance, log_variance),
+            broadcastable(timesteps == 0, latents),
+            -discretized_log_likelihood(latents, latents + mean_error, log_variance),
+            normal_kl(mean_error, min_log_variance, log_variance),
         )
         vb = nats.flatten(1).mean(dim=1) / math.log(2)
-        return {"loss": mse + vb if self.learns_variance else mse, "mse": mse, "vb": vb}
+        weighted = weight.flatten() * mse
+        return {"loss": weighted + vb if self.learns_variance else weighted, "mse": mse, "vb": vb}
+
+    def preview_scheduler(self) -> DPMSolverMultistepScheduler:
+        return DPMSolverMultistepScheduler.from_config(self.scheduler.config)
 
     def _check(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> None:
-        if noise.shape != latents.shape:
-            raise ValueError(f"`noise` must have shape {tuple(latents.shape)}, received {tuple(noise.shape)}")
+        self._check_noise(latents, noise)
         if timesteps.shape != latents.shape[:1] or timesteps.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"`timesteps` must be integers of shape ({latents.shape[0]},), received {timesteps.dtype} of shape "
@@ -156,51 +239,40 @@ class DDPMObjective:
         key = (latents.device, latents.dtype)
         if key not in self._tables:
             self._tables[key] = self._tables[torch.device("cpu"), torch.float64].to(latents.dtype).to(latents.device)
-        return [_broadcastable(row, latents) for row in self._tables[key][:, timesteps]]
+        return [broadcastable(row, latents) for row in self._tables[key][:, timesteps]]
 
 
-def _ddpm_tables(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """Log-variance of the posterior, log β, and the factor from an error in the noise to one in the mean: (3, T)."""
+def _ddpm_tables(alphas_cumprod: torch.Tensor, predicts_v: bool, snr_gamma: float | None) -> torch.Tensor:
+    """Log-variance of the posterior, log β, the factor from an error in the target to one in the mean, and the weight
+    of the squared error: (4, T)."""
     previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
     alphas = alphas_cumprod / previous
     betas = 1 - alphas
     # Equation 7 of arXiv 2006.11239. It is 0 at t = 0, where the next one stands in: its log is needed.
     posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
     posterior_variance[0] = posterior_variance[1]
-    # Equation 11 of arXiv 2006.11239.
-    noise_to_mean = betas / (alphas * (1 - alphas_cumprod)).sqrt()
-    return torch.stack([posterior_variance.log(), betas.log(), noise_to_mean])
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    capped_snr = snr.clamp(max=snr_gamma or math.inf)
+    if predicts_v:
+        # An error in v is one of √ᾱ times as much in the noise; written so that it may be used at ᾱ = 0.
+        error_to_mean = -betas * (previous / (1 - alphas_cumprod)).sqrt()
+        weight = capped_snr / (snr + 1)
+    else:
+        # Equation 11 of arXiv 2006.11239.
+        error_to_mean = -betas / (alphas * (1 - alphas_cumprod)).sqrt()
+        weight = capped_snr / snr
+    if snr_gamma is None:
+        weight = torch.ones_like(snr)
+    return torch.stack([posterior_variance.log(), betas.log(), error_to_mean, weight])
 
 
-def _normal_kl(mean_difference: torch.Tensor, log_variance_q: torch.Tensor, log_variance_p: torch.Tensor):
-    """KL(N(m, σq²) ‖ N(m + difference, σp²)) in nats, elementwise."""
-    log_ratio = log_variance_q - log_variance_p
-    return 0.5 * (log_ratio.exp() - 1 - log_ratio + mean_difference.square() * torch.exp(-log_variance_p))
-
-
-def _discretized_log_likelihood(sample: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """Log-probability in nats of the level a value falls into, elementwise: equation 13 of arXiv 2006.11239."""
-    precision = torch.exp(-0.5 * log_variance)
-    distance = sample - mean
-    below = _normal_cdf((distance + HALF_BIN) * precision)
-    above = _normal_cdf((HALF_BIN - distance) * precision)
-    # Taken on the side of the lower tail, where a difference of probabilities keeps its digits.
-    nearest, farthest = HALF_BIN - distance.abs(), -HALF_BIN - distance.abs()
-    inside = _normal_cdf(nearest * precision) - _normal_cdf(farthest * precision)
-    probability = torch.where(sample < -LAST_BIN, below, torch.where(sample > LAST_BIN, above, inside))
-    return probability.clamp(min=MIN_PROBABILITY).log()
-
-
-def _normal_cdf(x: torch.Tensor) -> torch.Tensor:
-    # erfc keeps relative precision in the lower tail, where torch.special.ndtr loses it in float32.
-    return 0.5 * torch.erfc(x * -(0.5**0.5))
-
-
-def _broadcastable(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def broadcastable(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """One value for each sample, shape (B,), in as many dimensions as `like`."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
-def _compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """The widest dtype of `tensors`, at least float32."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)

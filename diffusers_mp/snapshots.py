@@ -1,0 +1,221 @@
+"""Averages of a run's weights as files, from which those of other widths can be rebuilt (reconstruction.py).
+
+    ema_snapshots/model_index.json, scheduler/, vae/      what a pipeline needs besides a transformer, once
+    ema_snapshots/step-0001000_std-0.05/                  a transformer folder: config.json, weights, snapshot.json
+    ema_snapshots/step-0001000_std-0.1/                   …
+
+Snapshots hold averages as they are, with rows shorter than 1, since only those combine linearly: whoever loads one as
+a model calls `normalize_weights_` on it.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+
+from .ema import PowerFunctionEMA
+
+
+SNAPSHOT_NAME = re.compile(r"step-(\d+)_std-(\d+(?:\.\d+)?(?:e-\d+)?)")
+SNAPSHOT_FILE = "snapshot.json"
+PIPELINE_FILE = "model_index.json"
+UNFINISHED = ".unfinished"
+# Entries of a config that say where a model came from, not what it is.
+_OF_THE_FILE = ("_diffusers_version", "_name_or_path")
+
+
+@dataclass(frozen=True, order=True)
+class Snapshot:
+    """A stored average.
+
+    Attributes:
+        step (int): optimiser updates that it has seen.
+        std (float): its width.
+        path (Path): its folder, which `from_pretrained` of the model loads.
+    """
+
+    step: int
+    std: float
+    path: Path
+
+
+def save_snapshots(ema: PowerFunctionEMA, directory: str | Path, pipeline: DiffusionPipeline) -> list[Path]:
+    """Write every average of a tracker as a snapshot; a folder with a snapshot's name is always complete.
+
+    Save snapshots before the checkpoint of the same step, and call `discard_snapshots_after` when a run goes on from a
+    checkpoint: then none is lost or left over, whenever the run was killed.
+
+    Args:
+        ema (PowerFunctionEMA): tracker of a diffusers model, updated at least once.
+        directory (str or Path): folder of the run's snapshots, made if missing.
+        pipeline (DiffusionPipeline): its parts except the transformer are stored once, beside the snapshots.
+    Returns:
+        list of Path: one folder per width. A snapshot of the same step and width is replaced.
+    Raises:
+        ValueError: if the averages have seen nothing yet, or the folder is that of another pipeline.
+    """
+    if ema.step < 1:
+        raise ValueError("`ema` must have been updated before its averages are stored, its step is 0")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    _save_pipeline_parts(pipeline, directory)
+    folders = []
+    for std, averages in zip(ema.stds, ema.state_dict()["averages"], strict=True):
+        folder = directory / f"step-{ema.step:07d}_std-{std!r}"
+        unfinished = directory / f"{folder.name}{UNFINISHED}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        ema.model.save_config(unfinished)
+        weights = unfinished / SAFETENSORS_WEIGHTS_NAME
+        tensors = {name: average.contiguous() for name, average in averages.items()}
+        save_file(tensors, weights, metadata={"format": "pt"})
+        record = {"step": ema.step, "std": std, "sha256": _sha256(weights)}
+        (unfinished / SNAPSHOT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            _discard(folder)
+        unfinished.rename(folder)
+        folders.append(folder)
+    return folders
+
+
+def find_snapshots(directory: str | Path) -> list[Snapshot]:
+    """Finished snapshots of a run.
+
+    Args:
+        directory (str or Path): folder that `save_snapshots` wrote to.
+    Returns:
+        list of Snapshot: in the order of their steps, then widths.
+    """
+    names = [(path, SNAPSHOT_NAME.fullmatch(path.name)) for path in Path(directory).glob("step-*")]
+    return sorted(Snapshot(int(name[1]), float(name[2]), path) for path, name in names if name)
+
+
+def discard_snapshots_after(directory: str | Path, step: int) -> None:
+    """Remove snapshots past a step, and what a kill left half written: the run goes on from there.
+
+    Args:
+        directory (str or Path): folder of the run's snapshots; it need not exist, and goes too if none stays.
+        step (int): the last step that stays.
+    """
+    for snapshot in find_snapshots(directory):
+        if snapshot.step > step:
+            _discard(snapshot.path)
+    for path in Path(directory).glob(f"*{UNFINISHED}"):
+        shutil.rmtree(path)
+    if not find_snapshots(directory):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def check_snapshots(snapshots: Sequence[Snapshot]) -> dict:
+    """The config that all snapshots share, once each is found to be whole and what its name says.
+
+    Args:
+        snapshots (sequence of Snapshot): from `find_snapshots`.
+    Returns:
+        dict: config of the model.
+    Raises:
+        FileNotFoundError: if a snapshot lacks a file.
+        ValueError: if one is damaged, or of another model than the first.
+    """
+    configs = []
+    for snapshot in snapshots:
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, SNAPSHOT_FILE):
+            if not (snapshot.path / name).is_file():
+                raise FileNotFoundError(f"{snapshot.path} must hold {name}; to rebuild without it, remove the folder")
+        try:
+            record = json.loads((snapshot.path / SNAPSHOT_FILE).read_text(encoding="utf-8"))
+            facts = record["step"], record["std"], record["sha256"]
+            configs.append(_comparable(snapshot.path / CONFIG_NAME))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{snapshot.path} is damaged: its JSON files cannot be read ({error!r})") from error
+        if facts[:2] != (snapshot.step, snapshot.std):
+            raise ValueError(
+                f"{snapshot.path} must be the average of its name, received one of std {facts[1]} at step {facts[0]}"
+            )
+        if _sha256(snapshot.path / SAFETENSORS_WEIGHTS_NAME) != facts[2]:
+            raise ValueError(
+                f"{snapshot.path / SAFETENSORS_WEIGHTS_NAME} is damaged: it is not the file that {SNAPSHOT_FILE} was "
+                "written for; to rebuild without it, remove the folder"
+            )
+        different = sorted(
+            name for name in configs[0].keys() | configs[-1].keys() if configs[0].get(name) != configs[-1].get(name)
+        )
+        if different:
+            raise ValueError(
+                f"snapshots must be of one model: {snapshot.path} differs from {snapshots[0].path.name} in {different}"
+            )
+    return configs[0]
+
+
+def pipeline_parts(directory: Path) -> list[Path]:
+    """The files and folders of a pipeline except the transformer.
+
+    Args:
+        directory (Path): folder that `save_snapshots` wrote to.
+    Returns:
+        list of Path: the index and a folder for each part that it names.
+    Raises:
+        FileNotFoundError: if one is missing.
+    """
+    index = directory / PIPELINE_FILE
+    if not index.is_file():
+        raise FileNotFoundError(f"{directory} must hold {PIPELINE_FILE} and the parts it names, beside the snapshots")
+    named = [name for name, value in json.loads(index.read_text(encoding="utf-8")).items() if _is_component(value)]
+    parts = [directory / name for name in named if name != "transformer"]
+    for part in parts:
+        if not part.is_dir():
+            raise FileNotFoundError(f"{directory} must hold the folder {part.name}, which {PIPELINE_FILE} names")
+    return [index, *parts]
+
+
+def _save_pipeline_parts(pipeline: DiffusionPipeline, directory: Path) -> None:
+    index = directory / PIPELINE_FILE
+    if index.is_file():
+        stored, given = _comparable(index), _comparable(pipeline.to_json_string())
+        different = sorted(name for name in stored.keys() | given.keys() if stored.get(name) != given.get(name))
+        if different:
+            raise ValueError(
+                f"`directory` must be new or hold snapshots of this pipeline; {index} differs in {different}"
+            )
+        return
+    unfinished = directory / f"pipeline{UNFINISHED}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    pipeline.save_config(unfinished)
+    for name, part in pipeline.components.items():
+        if name != "transformer" and part is not None:
+            part.save_pretrained(unfinished / name)
+            shutil.rmtree(directory / name, ignore_errors=True)
+            (unfinished / name).rename(directory / name)
+    # The index last: once it is there, so is what it names.
+    (unfinished / PIPELINE_FILE).rename(index)
+    unfinished.rmdir()
+
+
+def _discard(folder: Path) -> None:
+    # Renamed first: half a folder must not have a snapshot's name.
+    discarded = folder.with_name(f"{folder.name}.discarded{UNFINISHED}")
+    shutil.rmtree(discarded, ignore_errors=True)
+    folder.rename(discarded)
+    shutil.rmtree(discarded)
+
+
+def _comparable(config: Path | str) -> dict:
+    """Entries of a config that must agree."""
+    text = config.read_text(encoding="utf-8") if isinstance(config, Path) else config
+    return {name: value for name, value in json.loads(text).items() if name not in _OF_THE_FILE}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_component(value) -> bool:
+    """Whether an entry of a pipeline's index is [library, class] of a part that is there."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)

@@ -1,0 +1,447 @@
+"""Watches a training run for a loss or gradient that is not finite, and finds where it came from.
+
+While all is finite this costs one norm over the gradients and one read of the host per update. Only when it is not,
+the batch is run again with a hook on every module.
+
+An update counts as failed if a loss of its micro batches, or the norm of its gradients, is not finite. All processes
+decide together. A skipped update is an update by zero: parameters and the optimiser's state stay as they were, while
+everything that counts updates (schedule, averages of the weights, checkpoints, the order of the data) goes on, so that
+a resumed run is the same run. Buffers that a forward pass writes, such as BatchNorm's, are what it made of them.
+"""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only
+
+
+REPORT_FILE = "report.json"
+# Evidence of this many failures is kept: a run that skips one update in a thousand must not fill the disk.
+MAX_REPORTS = 20
+
+
+class NonFiniteError(FloatingPointError):
+    """An update with a loss or gradient that is not finite, not to be skipped."""
+
+
+class Watchdog:
+    """Keeps updates with a non-finite loss or gradient from a model, and names the module that made it.
+
+        loss = compute_loss(batch)
+        loss.backward()
+        watchdog.record(batch, loss)                # after each micro batch
+        if watchdog.check(step):                    # before the optimiser's step of each update
+            optimizer.step()
+        optimizer.zero_grad()
+
+    On failure each recorded batch is run again, forward and backward, with hooks on every module, and the first module
+    whose output, or whose gradient, is not finite is named: forward in order of execution, backward in its reverse.
+    The report says as well whether the input of that module was finite already, in which case the fault lies between
+    modules, in the `forward` of the module that called it. The evidence goes to `folder/step-N`: `report.json`, the
+    batches of each process that found something as safetensors, and with `save_weights` the model's weights and
+    buffers.
+
+    - Random numbers: the second run starts from the random state at the time of the check, and that state is put back.
+      A failure that hangs on dropout may not come again; the report says so.
+    - Accumulation: batches of one update are kept until its check.
+    - Several processes: `check` is to be called on all of them; one number more is reduced per update, so that all
+      skip or stop. Under `fully_shard` gradients are shards, their norm is that of all shards.
+    - Mixed precision: in bfloat16 nothing changes. With a `GradScaler` infinite gradients are how it finds its scale:
+      they are left to it, which skips the step by itself, until its scale is down to 1, from where on scaling cannot
+      be the reason. The loss, which is not scaled, always counts.
+
+    Args:
+        model (nn.Module): the model in training, wrapped (DistributedDataParallel, compiled) or not. Any module.
+        folder (str or Path): where evidence goes; made on the first failure.
+        compute_loss (callable): batch to loss, a scalar tensor, as in training; it is expected to call `model`.
+        action (str): "stop" raises `NonFiniteError`, "skip" makes `check` return False.
+        max_skips (int): with "skip", so many failures in a row raise all the same.
+        save_weights (bool): write the model's weights as well.
+        scaler (torch.amp.GradScaler, optional): the scaler of float16 training.
+    Attributes:
+        num_skipped (int): failed updates that were skipped.
+    Raises:
+        ValueError: if an argument is outside of these rules.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: str | Path,
+        compute_loss: Callable[[Any], torch.Tensor],
+        action: Literal["stop", "skip"] = "stop",
+        max_skips: int = 10,
+        save_weights: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
+    ):
+        if action not in ("stop", "skip"):
+            raise ValueError(f"`action` must be 'stop' or 'skip', got {action!r}.")
+        if max_skips < 1:
+            raise ValueError(f"`max_skips` must be at least 1, got {max_skips}.")
+        self.model = model
+        self.folder = Path(folder)
+        self.compute_loss = compute_loss
+        self.action = action
+        self.max_skips = max_skips
+        self.save_weights = save_weights
+        self.scaler = scaler
+        self.num_skipped = 0
+        self._num_skipped_in_a_row = 0
+        self._num_reports = 0
+        self._recorded: list[tuple[Any, torch.Tensor]] = []
+
+    def record(self, batch: Any, loss: torch.Tensor) -> None:
+        """Remember a micro batch until the next check. Reads nothing from the device.
+
+        Args:
+            batch (any nest of dicts, lists and tensors): as `compute_loss` takes it.
+            loss (torch.Tensor): its loss, not scaled.
+        """
+        self._recorded.append((batch, loss.detach()))
+
+    def check(self, step: int, grad_norm: torch.Tensor | None = None) -> bool:
+        """Whether the update may be made. Call it on every process, after the last backward pass of the update.
+
+        Args:
+            step (int): number of the update, for the evidence.
+            grad_norm (torch.Tensor, optional): norm of all gradients, where clipping has computed it already.
+        Returns:
+            bool: False if the update failed and is to be skipped; the gradients are gone then.
+        Raises:
+            NonFiniteError: if it failed and `action` is "stop", it is the last of `max_skips` failures in a row, or
+                the weights themselves are not finite, so that all further updates would fail.
+        """
+        recorded, self._recorded = self._recorded, []
+        if grad_norm is None:
+            grad_norm = gradient_norm(self.model)
+        if hasattr(grad_norm, "full_tensor"):
+            grad_norm = grad_norm.full_tensor()
+        losses = [loss for _, loss in recorded]
+        device = losses[0].device if losses else grad_norm.device
+        finite = torch.stack([torch.isfinite(value).all().to(device) for value in (*losses, grad_norm)])
+        # One host read: [a loss is not finite, the norm is not], the larger of all processes.
+        failed = torch.stack([~finite[:-1].all(), ~finite[-1]]).to(torch.float32)
+        if _num_processes() > 1:
+            dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        loss_failed, norm_failed = failed.tolist()
+        if norm_failed and self.scaler is not None and self.scaler.is_enabled() and self.scaler.get_scale() > 1:
+            norm_failed = 0.0
+        if not (loss_failed or norm_failed):
+            self._num_skipped_in_a_row = 0
+            return True
+        self._fail(step, recorded, losses, grad_norm)
+        return False
+
+    def _fail(self, step, recorded, losses, grad_norm) -> None:
+        report = {
+            "process": dist.get_rank() if _num_processes() > 1 else 0,
+            "losses": [_as_json(loss.item()) for loss in losses],
+            "gradient_norm": _as_json(grad_norm.item()),
+            **self._state_of_tensors(),
+            "batches_not_finite": [_not_finite(batch) for batch, _ in recorded],
+            "first": self._find_first(batch for batch, _ in recorded),
+        }
+        reports = [report]
+        if _num_processes() > 1:
+            reports = [None] * _num_processes()
+            dist.all_gather_object(reports, report)
+        # Forward before backward: a loss that is not finite on one process spoils the gradients of all.
+        found = [report for report in reports if report["first"] is not None]
+        # In the same way shards of a gradient are spoilt by the process whose own activations tell where.
+        found.sort(
+            key=lambda report: (report["first"]["stage"] == "backward", report["first"]["value"] == "parameter")
+        )
+        weights_failed = any(report["parameters_not_finite"] for report in reports)
+        num_in_a_row = self._num_skipped_in_a_row + 1
+        stops = self.action == "stop" or weights_failed or num_in_a_row >= self.max_skips
+
+        folder = self.folder / f"step-{step:07d}"
+        summary = {
+            "step": step,
+            "action": "stop" if stops else "skip",
+            "message": _message(step, found[0] if found else reports[0]),
+            "num_skipped_before": self.num_skipped,
+            "scale": self.scaler.get_scale() if self.scaler is not None else None,
+            "processes": reports,
+        }
+        if self._num_reports < MAX_REPORTS:
+            self._num_reports += 1
+            try:
+                self._save(folder, summary, recorded, is_witness=report in found or not found)
+                where = f"evidence in {folder}"
+            except OSError as error:
+                where = f"the evidence could not be written: {error}"
+        else:
+            where = f"evidence of the first {MAX_REPORTS} failures only, in {self.folder}"
+        if stops:
+            reason = ""
+            if weights_failed:
+                reason = "; weights are not finite, so that no further update can be: resume from a checkpoint"
+            elif self.action == "skip":
+                reason = f"; {num_in_a_row} updates in a row have failed"
+            raise NonFiniteError(f"{summary['message']}; {where}{reason}")
+        self._num_skipped_in_a_row = num_in_a_row
+        self.num_skipped += 1
+
+    def _state_of_tensors(self) -> dict[str, list[str]]:
+        model = _unwrapped(self.model)
+        gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
+        return {
+            "gradients_not_finite": [name for name, grad in gradients if grad is not None and not _is_finite(grad)],
+            "parameters_not_finite": [name for name, tensor in model.named_parameters() if not _is_finite(tensor)],
+            "buffers_not_finite": [name for name, tensor in model.named_buffers() if not _is_finite(tensor)],
+        }
+
+    def _find_first(self, batches) -> dict[str, Any] | None:
+        """Run the batches again and return what is known of the first value that is not finite; clears gradients."""
+        model = _unwrapped(self.model)
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        no_sync = self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else contextlib.nullcontext()
+        first = None
+        with _random_state_kept(model), no_sync, _not_compiled():
+            # To the end even when something was found: under `fully_shard` the others wait for this process's part.
+            for number, batch in enumerate(batches):
+                model.zero_grad(set_to_none=True)
+                with _Trace(model) as trace:
+                    loss = self.compute_loss(batch)
+                    if not _is_finite(loss):
+                        trace.found("forward", "loss")
+                    if loss.requires_grad:
+                        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                    for name, parameter in reversed(list(model.named_parameters())):
+                        if parameter.grad is not None and not _is_finite(parameter.grad):
+                            trace.found("backward", "parameter", *_owner(model, name), parameter=name)
+                if first is None and trace.first is not None:
+                    first = {"micro_batch": number, **trace.first}
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        return first
+
+    def _save(self, folder: Path, summary: dict, recorded, is_witness: bool) -> None:
+        process = dist.get_rank() if _num_processes() > 1 else 0
+        weights = {}
+        if self.save_weights:
+            model = _unwrapped(self.model)
+            # Not `state_dict`, which may put rows back to their norm: evidence is what was there.
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                # Of shards all processes gather one tensor at a time, and the first one keeps it.
+                tensor = tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor
+                if process == 0:
+                    weights[name] = tensor
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_witness:
+            for number, (batch, _) in enumerate(recorded):
+                tensors, others = _flatten(batch)
+                metadata = {name: json.dumps(value, default=repr) for name, value in others.items()}
+                path = folder / f"batch-process{process}-{number}.safetensors"
+                save_file(_to_save(tensors), path, metadata=metadata)
+        if process == 0:
+            if weights:
+                save_file(_to_save(weights), folder / "weights.safetensors")
+            (folder / REPORT_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def gradient_norm(model: nn.Module) -> torch.Tensor:
+    """Norm of all gradients of a model, on its device: finite only if all of them are.
+
+    Args:
+        model (nn.Module): after a backward pass.
+    Returns:
+        torch.Tensor: scalar; a DTensor if gradients are. 0 without gradients.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])
+
+
+class _Trace:
+    """Hooks on every module that note the first value that is not finite, in the order in which values are made."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.first: dict[str, Any] | None = None
+        self._running: list[str] = []
+        self._handles = []
+
+    def __enter__(self):
+        for name, module in self.model.named_modules():
+            kind = type(module).__name__
+            self._handles += [
+                module.register_forward_pre_hook(self._before(name, kind), with_kwargs=True),
+                module.register_forward_hook(self._after(name, kind), with_kwargs=True),
+            ]
+        for name, parameter in self.model.named_parameters():
+            # The hooks of a DTensor do not run under `fully_shard`, which works on the gathered parameter.
+            if parameter.requires_grad and not hasattr(parameter, "placements"):
+                hook = self._on_gradient("parameter", *_owner(self.model, name), parameter=name)
+                self._handles.append(parameter.register_hook(hook))
+        return self
+
+    def __exit__(self, *error):
+        for handle in self._handles:
+            handle.remove()
+
+    def found(self, stage: str, value: str, name: str | None = None, kind: str | None = None, **more) -> None:
+        if self.first is None:
+            self.first = {"stage": stage, "value": value, "module": name, "class": kind, **more}
+
+    def _before(self, name, kind):
+        def hook(module, args, kwargs):
+            self._running.append(name)
+
+            def watched(tensor):
+                if not (torch.is_grad_enabled() and tensor.requires_grad):
+                    return tensor
+                # An alias has a gradient of its own: the part that this module, and no other user, contributes.
+                alias = tensor.view_as(tensor)
+                alias.register_hook(self._on_gradient("input", name, kind))
+                return alias
+
+            return tree_map_only(torch.Tensor, watched, (args, kwargs))
+
+        return hook
+
+    def _after(self, name, kind):
+        def hook(module, args, kwargs, output):
+            # Checkpointing stops a second forward pass halfway, which leaves names behind.
+            while self._running.pop() != name:
+                pass
+            for tensor in _tensors(output):
+                if self.first is None and not _is_finite(tensor):
+                    self.found(
+                        "forward",
+                        "output",
+                        *(name, kind),
+                        input_was_finite=all(_is_finite(value) for value in _tensors((args, kwargs))),
+                        parameters_not_finite=[key for key, p in module.named_parameters() if not _is_finite(p)],
+                        called_by=self._running[-1] if self._running else None,
+                    )
+                if tensor.requires_grad:
+                    tensor.register_hook(self._on_gradient("output", name, kind))
+
+        return hook
+
+    def _on_gradient(self, value, name, kind, **more):
+        def hook(gradient):
+            if self.first is None and not _is_finite(gradient):
+                self.found("backward", value, name, kind, **more)
+
+        return hook
+
+
+def _owner(model: nn.Module, parameter_name: str) -> tuple[str, str]:
+    name = parameter_name.rpartition(".")[0]
+    return name, type(model.get_submodule(name)).__name__
+
+
+def _message(step: int, report: dict[str, Any]) -> str:
+    """What happened in one sentence."""
+    start = f"update {step}: "
+    first = report["first"]
+    if first is None:
+        norm = report["gradient_norm"]
+        if not isinstance(norm, float) and not report["gradients_not_finite"]:
+            return start + f"the norm of the gradients is {norm}, though each of them is finite"
+        return start + (
+            f"the loss is {', '.join(map(str, report['losses']))} and the norm of the gradients {norm}, which running "
+            "the batch again did not reproduce"
+        )
+    module = f"{first['module']!r} ({first['class']})" if first["module"] else f"the model ({first['class']})"
+    if first["value"] == "loss":
+        text = "the loss is not finite, though the output of every module is"
+    elif first["stage"] == "forward":
+        text = f"the first module with an output that is not finite is {module}"
+        if first["parameters_not_finite"]:
+            text += f", as are its parameters {first['parameters_not_finite']}"
+        elif not first["input_was_finite"]:
+            text += ", whose input was not finite already"
+    elif first["value"] == "parameter":
+        text = f"the first gradient that is not finite is that of the parameter {first['parameter']!r} of {module}"
+    elif first["value"] == "input":
+        text = f"the first gradient that is not finite is that of the input of {module}, whose backward made it"
+    else:
+        text = (
+            f"the first gradient that is not finite is the one that arrives at the output of {module}, made by what "
+            "follows that module"
+        )
+    inputs = sorted({name for names in report["batches_not_finite"] for name in names})
+    if inputs:
+        text += f"; the batch itself is not finite in {inputs}"
+    return f"{start}{text} (process {report['process']}, micro batch {first['micro_batch']})"
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _not_compiled() -> contextlib.AbstractContextManager:
+    # Hooks inside of compiled code would only compile it anew. Who has compiled has imported the compiler.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
+def _num_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _tensors(nest: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(nest) if isinstance(leaf, torch.Tensor)]
+
+
+def _flatten(nest: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors, and everything else, of a nest by dotted names."""
+    tensors, others = {}, {}
+    for path, leaf in tree_flatten_with_path(nest)[0]:
+        keys = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path]
+        name = ".".join(map(str, keys)) or "batch"
+        (tensors if isinstance(leaf, torch.Tensor) else others)[name] = leaf
+    return tensors, others
+
+
+def _to_save(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # Clones: safetensors takes no tensors that share memory.
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def _not_finite(batch: Any) -> list[str]:
+    return [name for name, tensor in _flatten(batch)[0].items() if not _is_finite(tensor)]
+
+
+@torch.no_grad()
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if hasattr(tensor, "placements"):
+        tensor = tensor.to_local()
+    if tensor.is_sparse:
+        tensor = tensor.coalesce().values()
+    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    return bool(torch.isfinite(tensor).all())
+
+
+def _as_json(value: float) -> float | str:
+    """JSON knows no infinity."""
+    return value if math.isfinite(value) else str(value)
+
+
+@contextlib.contextmanager
+def _random_state_kept(model: nn.Module) -> Iterator[None]:
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        yield

@@ -1,0 +1,51 @@
+"""Rebuild an average of another width after training, from the snapshots of a run.
+
+    python examples/train_mpdit.py … --ema_stds 0.05 0.10 --ema_snapshot_steps 20000 --output_dir run
+    python examples/reconstruct_ema.py run/ema_snapshots --ema_stds 0.03 0.075 0.15
+    python examples/reconstruct_ema.py run/ema_snapshots --ema_stds 0.075 --output_dir run_0.075
+
+The second line says how well each width can be rebuilt and writes nothing. The third writes a pipeline,
+`MPDiTPipeline.from_pretrained("run_0.075")`. Needs the memory of two models, however many snapshots there are.
+"""
+
+import argparse
+from pathlib import Path
+
+from diffusers_mp import reconstruct_ema
+from diffusers_mp.reconstruction import plan_reconstruction
+from diffusers_mp.snapshots import find_snapshots
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Rebuild averages of other widths from the snapshots of a run.")
+    parser.add_argument("snapshots_dir", type=Path, help="ema_snapshots of a run")
+    parser.add_argument("--ema_stds", type=float, nargs="+", required=True, help="wanted widths, between 0 and 0.2887")
+    parser.add_argument("--step", type=int, help="step of the average [that of the last snapshot]")
+    parser.add_argument(
+        "--output_dir", type=Path, help="new folder of the pipeline; without it, the fit is shown only"
+    )
+    args = parser.parse_args(argv)
+    if args.output_dir is not None and len(args.ema_stds) > 1:
+        parser.error(f"--output_dir takes one pipeline, hence one of --ema_stds, got {args.ema_stds}")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    snapshots = find_snapshots(args.snapshots_dir)
+    print(f"{len(snapshots)} snapshots in {args.snapshots_dir}")
+    for std in args.ema_stds:
+        if args.output_dir is None:
+            fit = plan_reconstruction(snapshots, std, args.step)
+        else:
+            fit = reconstruct_ema(args.snapshots_dir, args.output_dir, std, args.step)
+        print(
+            f"std {fit.std:g} at step {fit.step}: fit error {fit.fit_error:.2e} of the profile's norm, "
+            f"{fit.fit_error_to_nearest:.2e} of the distance to {fit.nearest_snapshot}; {len(fit.weights)} snapshots, "
+            f"absolute weights add up to {fit.amplification:.2f}"
+        )
+    if args.output_dir is not None:
+        print(f"Saved the pipeline to {args.output_dir}: MPDiTPipeline.from_pretrained({str(args.output_dir)!r})")
+
+
+if __name__ == "__main__":
+    main(parse_args())

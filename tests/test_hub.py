@@ -1,0 +1,641 @@
+"""Cards and publishing: the real huggingface_hub client over HTTP against `hub_server.py`, without Xet.
+
+`huggingface_hub` reads its address when it is imported, so everything that speaks to the server runs in a process of
+its own. Xet, the Hub's own transfer, needs the Hub's servers and is untested.
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler
+from helpers import random_picture, tiny_model, tiny_vae
+from hub_server import CHUNK_SIZE, Fault, HubServer, sha256
+from huggingface_hub import ModelCard
+from PIL import Image, PngImagePlugin
+
+from diffusers_mp import MPDiTPipeline, hub
+from diffusers_mp.hub import HubError
+
+
+TOKEN, READ_TOKEN = "hf_" + "WriteSecret" * 3, "hf_" + "ReadSecret" * 3
+NAMES = {0: "cat", 1: "dog", 2: "a | b"}
+PUBLISHED = {
+    "README.md",
+    "model_index.json",
+    "sample_grid.png",
+    "scheduler/scheduler_config.json",
+    "training_curve.png",
+    *(f"{folder}/config.json" for folder in ("transformer", "transformer_ema_0.1", "vae")),
+    *(f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("transformer", "transformer_ema_0.1", "vae")),
+}
+# What a run's folder also holds, and what might stray into it.
+PRIVATE = (
+    "checkpoint-10/optimizer.bin",
+    "checkpoint-10/random_states_0.pkl",
+    "checkpoint-10/transformer/diffusion_pytorch_model.safetensors",
+    "checkpoint-10/transformer/config.json",
+    "latents/shard-00000.safetensors",
+    "logs/tensorboard/hparams.yml",
+    "transformer/optimizer.bin",
+    "transformer/training_arguments.json",
+    "transformer/deeper/config.json",
+    "transformer/notes.safetensors",
+    "transformer_ema_0.1/diffusion_pytorch_model.bin",
+    "vae/diffusion_pytorch_model.ckpt",
+    "scheduler/config.json",
+    "pipeline.pkl",
+    ".env",
+)
+# Of huggingface_hub to its HTTP client, and of diffusers to huggingface_hub; theirs to mend.
+THEIR_WARNINGS = (
+    "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning",
+    "ignore:The `local_dir_use_symlinks` argument is deprecated:UserWarning",
+)
+INPUTS = {"class_labels": [0, 1], "num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np"}
+
+
+def make_pipeline(folder, num_classes=3, vae=None, seed=0):
+    transformer = tiny_model(num_classes=num_classes, seed=seed, class_dropout_prob=0.1 if num_classes else 0.0).eval()
+    pipe = MPDiTPipeline(
+        transformer,
+        DDPMScheduler(clip_sample=False),
+        vae,
+        id2label=NAMES if num_classes else None,
+        latents_mean=[0.1, -0.2, 0.0, 0.3],
+        latents_std=[1.1, 0.9, 1.0, 1.2],
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+def write_log(folder, num_steps=100):
+    (folder / "logs").mkdir(exist_ok=True)
+    with (folder / "logs" / "metrics.jsonl").open("w") as file:
+        for step in range(5, num_steps + 1, 5):
+            entry = {"step": step, "train/loss": 10 / step, "train/images_per_second": 40.0 if step <= 50 else 80.0}
+            file.write(json.dumps(entry) + "\n")
+            if step % 50 == 0:
+                file.write(
+                    json.dumps({"step": step, "validation/loss": 1 / step, "validation/mse": 0.5 / step}) + "\n"
+                )
+        file.write('{"step": 105, "train/lo')
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder as the trainer leaves it, with its card; what the pipeline generates; and its parameter count."""
+    base = tmp_path_factory.mktemp("made")
+    tiny_vae().save_pretrained(base / "home of the author" / "vae")
+    vae, folder = AutoencoderKL.from_pretrained(base / "home of the author" / "vae"), base / "run"
+    pipe = make_pipeline(folder, vae=vae)
+    tiny_model(num_classes=3, seed=7).save_pretrained(folder / "transformer_ema_0.1")
+    for name in PRIVATE:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("private")
+    write_log(folder)
+    (folder / "samples").mkdir()
+    rng = np.random.default_rng(0)
+    for step in (999, 1000):
+        notes = PngImagePlugin.PngInfo()
+        notes.add_text("author", "private")
+        picture = random_picture(rng)
+        picture.save(folder / "samples" / f"step-{step:d}.png", pnginfo=notes)
+    latents = {"resolution": 32, "num_samples": 1234, "vae": {"id": str(base / "home of the author" / "vae")}}
+    (folder / "latents" / "index.json").write_text(json.dumps(latents))
+    arguments = {
+        "train_data_dir": str(base / "home of the author" / "photos"),
+        "dataset_name": None,
+        "vae": str(base / "home of the author" / "vae"),
+        "output_dir": str(folder),
+        "logging_dir": "logs",
+        "preset": "XS/2",
+        "learning_rate": 0.01,
+        "ema_stds": [0.05, 0.1],
+        "validation_inference_steps": 50,
+        "validation_guidance_scale": None,
+    }
+    (folder / "training_arguments.json").write_text(json.dumps(arguments))
+    hub.write_model_card(folder, "user/name", license="mit", num_images_seen=1600, hardware="2 CPU cores")
+    images = pipe(**INPUTS, generator=torch.Generator().manual_seed(0)).images
+    return Namespace(folder=folder, base=base, images=images, pipe=pipe, picture=picture)
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """The folder of `made`, to be changed; its files are links, so replace them rather than write into them."""
+    for path in made.folder.rglob("*"):
+        if path.is_file():
+            link = tmp_path / "run" / path.relative_to(made.folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, link)
+    return tmp_path / "run"
+
+
+def rewrite(path, text):
+    path.unlink(missing_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def server():
+    with HubServer({TOKEN: ("user", "write"), READ_TOKEN: ("user", "read")}) as server:
+        yield server
+    assert server.problems == []
+
+
+PUSH = """
+import json, logging, os, sys, time, traceback
+logging.basicConfig(level=os.environ.get("LEVEL", "DEBUG"))
+time.sleep = lambda seconds: None
+from diffusers_mp import hub
+results = []
+for name, arguments, options in json.load(sys.stdin):
+    try:
+        results.append({"value": getattr(hub, name)(*arguments, **options)})
+    except Exception as error:
+        traceback.print_exc()
+        results.append({"error": type(error).__name__, "message": str(error)})
+print("RESULTS " + json.dumps(results))
+"""
+
+
+def client(server, home, code, stdin, **environment):
+    """Run code against the server, with a clean cache; its results. No output, no file in `home` may hold a token."""
+    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "XDG_CACHE_HOME", "PYTHONWARNINGS")
+    own = {name: value for name, value in os.environ.items() if name not in names and "proxy" not in name.lower()}
+    home.mkdir(parents=True, exist_ok=True)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", *(f"-W{filter}" for filter in THEIR_WARNINGS), "-P", "-c", code],
+        input=json.dumps(stdin),
+        env={
+            **own,
+            "PYTHONPATH": str(Path(hub.__file__).parents[1]),
+            "HF_ENDPOINT": server.endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_DEBUG": "1",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        cwd=home,
+    )
+    assert "RESULTS " in result.stdout, result.stderr
+    output = result.stdout + result.stderr
+    for token in (TOKEN, READ_TOKEN):
+        assert token not in output
+        assert not holding(token, home)
+    return json.loads(result.stdout.split("RESULTS ")[1]), output
+
+
+def holding(token, folder):
+    return [path for path in folder.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+
+
+def call(name, *arguments, **options):
+    return [name, [str(argument) for argument in arguments], options]
+
+
+def push(server, home, *calls, **environment):
+    results, output = client(server, home, PUSH, calls, **environment)
+    print(output)
+    return results
+
+
+def publish(folder, repo_id="user/name", **options):
+    return call("publish", folder, repo_id, **{"token": TOKEN, **options})
+
+
+LOAD = """
+import json, sys, time
+time.sleep = lambda seconds: None
+import numpy as np, torch
+torch.set_num_threads(1)
+# The client keeps what arrived in whole chunks, of 10 MiB; the files here are small.
+import huggingface_hub.constants
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 10_000
+from diffusers_mp import MPDiTPipeline
+results, tasks = [], json.load(sys.stdin)
+for task in tasks["loads"]:
+    try:
+        pipe = MPDiTPipeline.from_pretrained(**task["options"])
+        pipe.set_progress_bar_config(disable=True)
+        np.save(task["output"], pipe(**tasks["inputs"], generator=torch.Generator().manual_seed(0)).images)
+        results.append({})
+    except Exception as error:
+        results.append({"error": type(error).__name__, "message": str(error)})
+for block in tasks.get("blocks", []):
+    exec(block, {})
+print("RESULTS " + json.dumps(results))
+"""
+
+
+def load(server, home, *options, blocks=(), **environment):
+    """Load with each of the options, a dict with "pretrained_model_name_or_path"; the images or the error of each."""
+    home.mkdir()
+    options = [{"pretrained_model_name_or_path": "user/name", **each} for each in options]
+    loads = [{"options": each, "output": str(home / f"{k}.npy")} for k, each in enumerate(options)]
+    tasks = {"loads": loads, "inputs": INPUTS, "blocks": list(blocks)}
+    results, _ = client(server, home, LOAD, tasks, **environment)
+    return [result if result else np.load(home / f"{k}.npy") for k, result in enumerate(results)]
+
+
+# The card
+
+
+def test_card_tells_the_facts_of_the_run(made):
+    card, text = ModelCard.load(made.folder / "README.md"), (made.folder / "README.md").read_text()
+    assert card.data.library_name == "diffusers"
+    assert card.data.license == "mit"
+    assert {"diffusers", "diffusers-mp", "class-conditional", "arxiv:2505.19122"} <= set(card.data.tags)
+    assert card.data.datasets is None
+    assert f"{made.pipe.transformer.num_parameters():,} parameters (without the VAE)" in text
+    assert f"factor 4, {made.pipe.vae.num_parameters():,} parameters" in text
+    for fact in (
+        "| updates | 100 |",
+        "| images seen | 1,600 |",
+        # 16 images in an update: 50 updates at 40 images per second, 50 at 80.
+        "| seconds in updates | 30 |",
+        "| trained on | 2 CPU cores |",
+        "| learning_rate | 0.01 |",
+        "| validation loss at update 100 | 0.01 |",
+        "| modulation | \\['scale', 'rotate', 'gate'\\] |",
+        "- images: 1,234",
+        "- resolution: 32 pixels",
+        "- classes: 3 (cat, dog, a \\| b)",
+        "Licence of the weights\n\nmit",
+        "arXiv preprint arXiv:2505.19122",
+        "Bill, Eric Tillman and Perez Jensen, Cristian and Anagnostidis, Sotiris",
+        "![samples](sample_grid.png)",
+        "![training curve](training_curve.png)",
+        "MPDiTPipeline.from_pretrained('user/name')",
+        "50 steps, guidance scale as the pipeline has it, not selected",
+    ):
+        assert fact in text, fact
+
+
+def test_curve_rows_are_means_of_the_log(made):
+    rows = re.findall(r"^\| (\d+) \| ([\d.e-]+) \| ([\d.e-]*) ?\|$", (made.folder / "README.md").read_text(), re.M)
+    assert [int(row[0]) for row in rows] == list(range(10, 101, 10))
+    for update, loss, validation in rows:
+        update = int(update)
+        assert float(loss) == pytest.approx((10 / (update - 5) + 10 / update) / 2, rel=1e-4)
+        assert validation == ({50: "0.02", 100: "0.01"}.get(update, ""))
+
+
+def test_card_and_pictures_tell_nothing_private(made):
+    text = (made.folder / "README.md").read_text()
+    assert "home of the author" not in text
+    assert str(made.base) not in text
+    for name in ("sample_grid.png", "training_curve.png"):
+        assert b"private" not in (made.folder / name).read_bytes()
+    with Image.open(made.folder / "sample_grid.png") as grid:
+        # The last by number, not by name.
+        assert grid.tobytes() == made.picture.tobytes()
+
+
+def test_card_without_matplotlib_has_the_table_alone(run, monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (run / "README.md").unlink()
+    text = str(hub.write_model_card(run))
+    assert "training_curve" not in text
+    assert not (run / "training_curve.png").exists()
+    assert "| update | training loss since the row above | validation loss |" in text
+    assert "MPDiTPipeline.from_pretrained('folder')" in text
+    assert "None was given: ask the author" in text
+    assert "| images seen | not recorded |" in text
+
+
+def test_card_of_a_bare_unconditional_pipeline_of_pixels(tmp_path):
+    make_pipeline(tmp_path / "run", num_classes=None)
+    card = hub.write_model_card(
+        tmp_path / "run",
+        "user/name",
+        revision="draft",
+        license="other",
+        license_name="own",
+        license_link="LICENSE.md",
+        data="drawings | mine",
+        metrics={"FID, 50 000 samples": 12.345},
+    )
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "own", "LICENSE.md")
+    text = str(card)
+    for fact in (
+        "from_pretrained('user/name', revision='draft')",
+        "pipe(num_images_per_class=2",
+        "None: the transformer works on pixels",
+        "- source: drawings \\| mine",
+        "[own](LICENSE.md)",
+        "| FID, 50 000 samples | 12.345 |",
+        "| updates | not recorded |",
+    ):
+        assert fact in text, fact
+    assert not (tmp_path / "run" / "sample_grid.png").exists()
+    assert hub.files_to_publish(tmp_path / "run") == [
+        "README.md",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+    ]
+
+
+def test_card_names_data_and_vae_of_the_hub(run):
+    arguments = {"dataset_name": "someone/birds", "dataset_split": "train", "vae": "someone/vae", "hub_token": TOKEN}
+    rewrite(run / "training_arguments.json", json.dumps({**arguments, "preset": TOKEN}))
+    for name in ("README.md", "sample_grid.png", "training_curve.png"):
+        (run / name).unlink()
+    card = hub.write_model_card(run, "user/name")
+    assert card.data.datasets == ["someone/birds"]
+    assert "[someone/vae](../../someone/vae)" in str(card)
+    assert TOKEN not in (run / "README.md").read_text()
+
+
+# Secrets in arguments
+
+
+def test_public_arguments_have_no_token():
+    arguments = Namespace(
+        hub_token=TOKEN, seed=3, note=f"x{TOKEN}y", paths=[Path("a"), Path(READ_TOKEN)], other="own-secret", of=None
+    )
+    public = hub.public_arguments(arguments, token="own-secret")
+    assert "hub_token" not in public
+    assert arguments.hub_token == TOKEN
+    assert (public["seed"], public["of"], public["paths"][0]) == (3, None, Path("a"))
+    assert public["note"] == "x[token removed]y"
+    assert TOKEN not in str(public)
+    assert READ_TOKEN not in str(public)
+    assert "own-secret" not in str(public)
+    # A token of an unknown shape is known from the arguments themselves.
+    assert "own-secret" not in str(hub.public_arguments({"hub_token": "own-secret", "a": "/own-secret/"}))
+
+
+@pytest.mark.parametrize("report_to", ["wandb", "all", "clearml", "comet_ml"])
+def test_a_token_on_the_command_line_beside_a_tracker_that_records_it(report_to):
+    with pytest.raises(
+        ValueError, match=f"`hub_token` must not be given together with `report_to='{report_to}'`"
+    ) as e:
+        hub.check_trackers(report_to, TOKEN)
+    assert TOKEN not in str(e.value)
+    hub.check_trackers(report_to, None)
+    hub.check_trackers("tensorboard", TOKEN)
+    hub.check_trackers("none", TOKEN)
+
+
+# Publishing
+
+
+def test_push_then_load_from_a_clean_cache(made, server, tmp_path):
+    (url,) = push(server, tmp_path / "home", publish(made.folder, commit_message="after 100 updates"))
+    repository = server.repositories["user/name"]
+    files = repository.files()
+    assert url["value"] == f"{server.endpoint}/user/name/commit/{repository.branches['main']}"
+    assert repository.messages == ["initial commit", "after 100 updates"]
+    assert set(files) == PUBLISHED | {".gitattributes"}
+    assert not repository.private
+    # Large files in parts and whole, each proven to have arrived.
+    assert server.count("PUT", "/part/") > 1
+    assert server.count("PUT", "/object/") > 1
+    for name in PUBLISHED:
+        if name not in ("vae/config.json", "model_index.json"):
+            assert files[name] == (made.folder / name).read_bytes(), name
+    # Where the author's VAE lay is nobody's business; nothing else is changed.
+    config = json.loads((made.folder / "vae" / "config.json").read_text())
+    assert "home of the author" in config.pop("_name_or_path")
+    assert json.loads(files["vae/config.json"]) == config
+    index = json.loads(files["model_index.json"])
+    assert index.pop("_ignore_files") == sorted(name for name in PUBLISHED if name.startswith("transformer_ema_0.1/"))
+    assert index == json.loads((made.folder / "model_index.json").read_text())
+    assert not any(b"home of the author" in content or TOKEN.encode() in content for content in files.values())
+    assert not holding(TOKEN, made.folder)
+
+    blocks = re.findall(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        ast.parse(block)
+    blocks = [block.replace("num_inference_steps=50", "num_inference_steps=2") for block in blocks]
+    (images,) = load(server, tmp_path / "reader", {}, blocks=blocks)
+    np.testing.assert_array_equal(images, made.images)
+
+
+def test_private_repository_and_revision(made, run, server, tmp_path):
+    make_pipeline(tmp_path / "other", seed=5, vae=made.pipe.vae)
+    hub.write_model_card(tmp_path / "other", "user/name", revision="draft")
+    first, second = push(
+        server,
+        tmp_path / "home",
+        publish(made.folder, private=True),
+        publish(tmp_path / "other", private=True, revision="draft", token=None),
+        HF_TOKEN=TOKEN,
+    )
+    repository = server.repositories["user/name"]
+    assert repository.private
+    assert first["value"].endswith(repository.branches["main"])
+    assert second["value"].endswith(repository.branches["draft"])
+    assert "transformer_ema_0.1/config.json" in repository.files("main")
+    # What the branch had and the new folder has not is gone.
+    assert not any("transformer_ema_0.1" in name or "sample_grid" in name for name in repository.files("draft"))
+
+    def where(name, **options):
+        return {"cache_dir": str(tmp_path / name), **options}
+
+    stranger, owner, draft, commit, nowhere = load(
+        server,
+        tmp_path / "reader",
+        where("stranger"),
+        where("owner", token=TOKEN),
+        where("owner", token=TOKEN, revision="draft"),
+        where("fresh", token=TOKEN, revision=repository.branches["main"]),
+        where("owner", token=TOKEN, revision="nowhere"),
+    )
+    assert stranger["error"] == "OSError"
+    assert "user/name" in stranger["message"]
+    np.testing.assert_array_equal(owner, made.images)
+    np.testing.assert_array_equal(commit, made.images)
+    assert not np.array_equal(draft, made.images)
+    assert "Cannot load model user/name" in nowhere["message"]
+    for name in ("stranger", "owner", "fresh"):
+        assert not holding(TOKEN, tmp_path / name)
+    assert not any((tmp_path / "stranger").rglob("*.safetensors"))
+    # The averages beside the pipeline are downloaded by those who ask for them.
+    assert len(list((tmp_path / "fresh").rglob("*.safetensors"))) == 2
+
+
+def test_a_second_push_changes_what_changed_in_one_commit(run, server, tmp_path):
+    push(server, tmp_path / "home", publish(run))
+    repository, num_uploads = server.repositories["user/name"], server.count("PUT", "/")
+    head = repository.branches["main"]
+    (same,) = push(server, tmp_path / "home", publish(run, "name"))
+    assert same["value"].endswith(head)
+    assert len(repository.messages) == 2
+
+    repository.files()["CITATION.cff"] = repository.files()["docs/config.json"] = b"of the owner"
+    for path in (run / "transformer_ema_0.1").iterdir():
+        path.unlink()
+    (run / "transformer_ema_0.1").rmdir()
+    rewrite(run / "README.md", (run / "README.md").read_text() + "\nMore.\n")
+    (again,) = push(server, tmp_path / "home", publish(run))
+    assert again["value"].endswith(repository.branches["main"])
+    assert len(repository.messages) == 3
+    gone = {name for name in PUBLISHED if name.startswith("transformer_ema_0.1")}
+    assert set(repository.files()) == PUBLISHED - gone | {".gitattributes", "CITATION.cff", "docs/config.json"}
+    assert repository.files()["README.md"].endswith(b"\nMore.\n")
+    assert server.count("PUT", "/") == num_uploads
+
+
+def weights(folder):
+    return sha256((folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes())
+
+
+def test_an_upload_that_breaks_off_is_resumed(made, server, tmp_path):
+    server.faults = [
+        Fault("PUT", f"/part/{weights(made.folder)}/1", after_bytes=CHUNK_SIZE // 2),
+        Fault("PUT", "/object/", after_bytes=100),
+        Fault("POST", "/user/name/preupload"),
+    ]
+    (url,) = push(server, tmp_path / "home", publish(made.folder))
+    assert [fault.times for fault in server.faults] == [0, 0, 0]
+    assert url["value"].endswith(server.repositories["user/name"].branches["main"])
+    assert server.repositories["user/name"].messages == ["initial commit", "MPDiT pipeline"]
+    assert set(server.repositories["user/name"].files()) == PUBLISHED | {".gitattributes"}
+
+
+def test_an_upload_that_fails_for_good_publishes_nothing_and_can_go_on(made, server, tmp_path):
+    lasting = Fault("PUT", f"/part/{weights(made.folder)}/2", times=1000, after_bytes=1000)
+    server.faults = [lasting]
+    (failed,) = push(server, tmp_path / "home", publish(made.folder))
+    assert failed["error"] == "HubError"
+    for fact in ("'user/name' failed and left it as it was", "is intact", "diffusers_mp.hub.publish(", "transformer/"):
+        assert fact in failed["message"], fact
+    # The client tries six times, and publish three.
+    assert lasting.times == 1000 - 18
+    repository = server.repositories["user/name"]
+    assert repository.messages == ["initial commit"]
+    assert set(repository.files()) == {".gitattributes"}
+
+    server.faults, arrived, num_uploads = [], dict(server.large_files), server.count("PUT", "/object/")
+    assert len(arrived) > 1
+    (url,) = push(server, tmp_path / "home", publish(made.folder))
+    assert repository.messages == ["initial commit", "MPDiT pipeline"]
+    assert set(repository.files()) == PUBLISHED | {".gitattributes"}
+    assert server.count("PUT", "/object/") == num_uploads
+    assert url["value"].endswith(repository.branches["main"])
+
+
+@pytest.mark.parametrize("after_bytes", [0, 1], ids=["before it is made", "after it is made"])
+def test_a_commit_whose_answer_is_lost_is_made_once(made, server, tmp_path, after_bytes):
+    server.faults = [Fault("POST", "/commit/main", after_bytes=after_bytes)]
+    (url,) = push(server, tmp_path / "home", publish(made.folder))
+    repository = server.repositories["user/name"]
+    assert server.faults[0].times == 0
+    assert repository.messages == ["initial commit", "MPDiT pipeline"]
+    assert url["value"].endswith(repository.branches["main"])
+    assert set(repository.files()) == PUBLISHED | {".gitattributes"}
+
+
+def test_a_download_that_breaks_off(made, server, tmp_path):
+    push(server, tmp_path / "home", publish(made.folder))
+    digest = weights(made.folder)
+    size = len(server.large_files[digest])
+    # The client tries six times: the first load fails. The second, with the same cache, is broken off and resumes.
+    server.faults = [Fault("GET", f"/object/{digest}", 6), Fault("GET", f"/object/{digest}", after_bytes=size // 2)]
+    failed, resumed = load(server, tmp_path / "reader", {}, {})
+    assert "peer closed connection" in failed["message"]
+    assert [fault.times for fault in server.faults] == [0, 0]
+    assert any(path == f"/object/{digest}" and status == 206 for _, _, path, status in server.requests)
+    np.testing.assert_array_equal(resumed, made.images)
+
+
+# Access
+
+
+def test_access_is_checked_before_training(server, tmp_path):
+    server.create("user/public")
+    server.create("stranger/model")
+    check = "check_hub_access"
+    cases = [
+        (call(check, "user/new", token=TOKEN, private=True), "user/new"),
+        (call(check, "short", token=f" {TOKEN}\n"), "user/short"),
+        (call(check, "user/public", token=TOKEN), "user/public"),
+        (call(check, "user/public", token=TOKEN, revision="draft"), "user/public"),
+        (call(check, "user/name"), "there is none: use `hf auth login`"),
+        (call(check, "user/name", token="hf_Unknown"), "does not know the token (expired, revoked or mistyped)"),
+        (call(check, "user/name", token=f"{TOKEN}\n{TOKEN}"), "must be printable ASCII without spaces"),
+        (call(check, "user/name", token=f"{TOKEN}é"), "must be printable ASCII without spaces"),
+        (call(check, "user/unmade", token=READ_TOKEN), "the token of 'user' cannot create or write to 'user/unmade'"),
+        (call(check, "user/public", token=READ_TOKEN), "cannot create or write to 'user/public'"),
+        (call(check, "stranger/model", token=TOKEN), "cannot create or write to 'stranger/model'"),
+        (call(check, "stranger/new", token=TOKEN), "cannot create or write to 'stranger/new'"),
+        (call(check, "user/public", token=TOKEN, private=True), "'user/public' must be private, but exists and is"),
+        (call(check, "a/b/c", token=TOKEN), "`repo_id` must be 'user/name', got 'a/b/c'"),
+    ]
+    results = push(server, tmp_path / "home", *(case for case, _ in cases))
+    for (_, expected), result in zip(cases, results, strict=True):
+        assert result.get("value") == expected or expected in result.get("message", ""), (expected, result)
+        assert "value" not in result or result["value"] == expected
+    kinds = {result["error"] for result in results if "error" in result}
+    assert kinds == {"HubError", "ValueError"}
+    assert set(server.repositories) == {"user/new", "user/short", "user/public", "stranger/model"}
+    assert server.repositories["user/new"].private
+    assert not server.repositories["user/short"].private
+    assert set(server.repositories["user/public"].branches) == {"main", "draft"}
+
+
+def test_no_connection_is_said_clearly(server, tmp_path):
+    with HubServer({}) as gone:
+        pass
+    for endpoint, offline in ((gone, "0"), (server, "1")):
+        (result,) = push(
+            endpoint, tmp_path / "home", call("check_hub_access", "user/name", token=TOKEN), HF_HUB_OFFLINE=offline
+        )
+        assert result["error"] == "HubError"
+        assert "the Hub did not answer" in result["message"]
+
+
+def test_a_token_that_a_server_sends_back_is_shown_to_nobody(server, tmp_path):
+    server.echo_token, odd = True, "odd-token-of-a-mirror"
+    calls = [call("check_hub_access", "user/name", token=token) for token in (odd, "hf_" + "Expired" * 4)]
+    # At DEBUG the HTTP library itself logs the headers of every answer.
+    results, output = client(server, tmp_path / "home", PUSH, calls, LEVEL="INFO", HF_DEBUG="0")
+    for result in results:
+        assert "[token removed]" in result["message"]
+    for secret in (odd, "Expired" * 4):
+        assert secret not in output
+
+
+def test_a_file_with_the_token_is_not_published(run, server, tmp_path):
+    rewrite(run / "README.md", (run / "README.md").read_text() + f"\n`login({TOKEN[:-1]}{TOKEN[-1]})`\n")
+    (result,) = push(server, tmp_path / "home", publish(run))
+    assert "README.md holds the token; nothing was published" in result["message"]
+    assert server.repositories == {}
+
+
+def test_incomplete_folders_are_refused(run, server, tmp_path):
+    with pytest.raises(ValueError, match="has no model_index.json"):
+        hub.files_to_publish(tmp_path)
+    (run / "README.md").unlink()
+    with pytest.raises(ValueError, match="`write_model_card` makes one"):
+        hub.publish(run, "user/name", token=TOKEN)
+    (run / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks vae/diffusion_pytorch_model\*.safetensors"):
+        hub.files_to_publish(run)
+    index = {"weight_map": {"a": "diffusion_pytorch_model-00001-of-00001.safetensors"}}
+    (run / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="lacks vae/diffusion_pytorch_model-00001-of-00001.safetensors"):
+        hub.files_to_publish(run)
+    assert issubclass(HubError, RuntimeError)

@@ -1,0 +1,153 @@
+"""The trainer with each objective, on ten small pictures without a VAE; each run's pipeline samples without a word."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from diffusers_mp import MPDiTPipeline
+from diffusers_mp.training import DDPMObjective, FlowMatchObjective
+
+
+MODEL = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 4}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def arguments(picture_folder, tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps(MODEL))
+    return [
+        *("--train_data_dir", str(picture_folder), "--cache_dir", str(tmp_path / "cache")),
+        *("--vae", "none", "--resolution", "8", "--model_config_name_or_path", str(tmp_path / "model.json")),
+        *("--train_batch_size", "4", "--max_train_steps", "2", "--logging_steps", "1", "--checkpointing_steps", "2"),
+        *("--validation_steps", "2", "--num_validation_images", "2", "--num_validation_levels", "4"),
+        *("--validation_inference_steps", "2", "--output_dir", str(tmp_path / "run")),
+    ]
+
+
+def train(arguments):
+    import train_mpdit
+    import training_arguments
+
+    args = training_arguments.parse_args(arguments)
+    train_mpdit.main(args)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return args.output_dir
+
+
+def metrics(output_dir):
+    merged = {}
+    for line in (output_dir / "logs" / "metrics.jsonl").read_text().splitlines():
+        merged |= json.loads(line)
+    return merged
+
+
+@pytest.mark.parametrize(
+    "flags, scheduler_class, config, out_channels",
+    [
+        ("", DDPMScheduler, ("epsilon", "learned_range"), 6),
+        ("--variance_type fixed_small --snr_gamma 5", DDPMScheduler, ("epsilon", "fixed_small"), 3),
+        ("--prediction_type v_prediction --snr_gamma 5", DDPMScheduler, ("v_prediction", "learned_range"), 6),
+        (
+            "--prediction_type v_prediction --variance_type fixed_large",
+            DDPMScheduler,
+            ("v_prediction", "fixed_large"),
+            3,
+        ),
+        ("--prediction_type flow_prediction", FlowMatchEulerDiscreteScheduler, (None, None), 3),
+    ],
+)
+def test_run_becomes_a_pipeline_that_needs_no_word(arguments, flags, scheduler_class, config, out_channels):
+    output_dir = train([*arguments, *flags.split()])
+    pipe = MPDiTPipeline.from_pretrained(output_dir)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe.scheduler) is scheduler_class
+    assert (pipe.scheduler.config.get("prediction_type"), pipe.scheduler.config.get("variance_type")) == config
+    assert pipe.transformer.config.out_channels == out_channels
+    images = pipe(["cat", "dog"], num_inference_steps=2, output_type="pt").images
+    assert images.shape == (2, 3, 8, 8)
+    assert images.isfinite().all()
+
+    logged = metrics(output_dir)
+    is_flow = scheduler_class is FlowMatchEulerDiscreteScheduler
+    levels = [240, 421, 579, 760] if is_flow else [125, 375, 625, 875]
+    assert [name for name in logged if "mse_t" in name] == [f"validation/mse_t{level:04d}" for level in levels]
+    by_level = [logged[f"validation/mse_t{level:04d}"] for level in levels]
+    assert logged["validation/mse"] == pytest.approx(sum(by_level) / 4)
+    assert (output_dir / "samples" / "step-0000002.png").is_file()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow_prediction"])
+def test_the_objective_is_the_one_of_the_flags(arguments, prediction_type):
+    import train_mpdit
+    import training_arguments
+
+    more = ["--logit_mean", "-0.5", "--logit_std", "0.7"] if prediction_type == "flow_prediction" else []
+    more = more or ["--snr_gamma", "3", "--variance_type", "fixed_small"]
+    args = training_arguments.parse_args([*arguments, "--prediction_type", prediction_type, *more])
+    objective = train_mpdit.training_objective(args)
+    latents, noise = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    if prediction_type == "flow_prediction":
+        expected = FlowMatchObjective(FlowMatchEulerDiscreteScheduler(), -0.5, 0.7)
+    else:
+        scheduler = DDPMScheduler(
+            beta_start=1e-4, beta_end=0.02, prediction_type=prediction_type, variance_type="fixed_small"
+        )
+        expected = DDPMObjective(scheduler, snr_gamma=3.0)
+    timesteps = expected.timesteps(torch.tensor([0.1, 0.8], dtype=torch.float64))
+    assert torch.equal(objective.timesteps(torch.tensor([0.1, 0.8], dtype=torch.float64)), timesteps)
+    prediction = torch.randn(2, 3, 8, 8)
+    losses = expected.loss(prediction, latents, noise, timesteps)
+    assert torch.equal(objective.loss(prediction, latents, noise, timesteps)["loss"], losses["loss"])
+
+
+def test_resume_with_another_objective_is_refused(arguments):
+    train([*arguments, "--prediction_type", "flow_prediction"])
+    resume = [*arguments, "--resume_from_checkpoint", "latest", "--prediction_type"]
+    with pytest.raises(ValueError, match=r"logit_mean 0.0 \(now 1.0\)"):
+        train([*resume, "flow_prediction", "--logit_mean", "1"])
+    with pytest.raises(ValueError, match=r"prediction_type flow_prediction \(now v_prediction\)"):
+        train([*resume, "v_prediction", "--variance_type", "fixed_small"])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            "--prediction_type flow_prediction --snr_gamma 5",
+            "--snr_gamma has no meaning for --prediction_type flow_pred",
+        ),
+        ("--prediction_type flow_prediction --variance_type learned_range", "--variance_type has no meaning"),
+        ("--logit_mean 1", "--logit_mean has no meaning for --prediction_type epsilon"),
+        (
+            "--prediction_type v_prediction --logit_std 1",
+            "--logit_std has no meaning for --prediction_type v_prediction",
+        ),
+        ("--snr_gamma 0", "--snr_gamma must be positive, got 0.0"),
+        ("--prediction_type flow_prediction --logit_std -1", "--logit_std must be positive, got -1.0"),
+        ("--prediction_type sample", "invalid choice: 'sample'"),
+    ],
+)
+def test_flags_that_contradict_each_other(arguments, flags, message, capsys):
+    import training_arguments
+
+    with pytest.raises(SystemExit):
+        training_arguments.parse_args([*arguments, *flags.split()])
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_config_of_another_objective_is_refused(arguments, tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps({**MODEL, "out_channels": 6}))
+    with pytest.raises(ValueError, match="`out_channels` .* must be 3 .* --prediction_type flow_prediction .* got 6"):
+        train([*arguments, "--prediction_type", "flow_prediction"])

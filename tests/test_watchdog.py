@@ -1,0 +1,548 @@
+"""A loss or gradient that is not finite: who is named, what is saved, and what a skipped update leaves."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import tiny_inputs, tiny_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from diffusers_mp import PowerFunctionEMA, normalize_weights_, parameter_groups
+from diffusers_mp.training import watchdog as watchdog_module
+from diffusers_mp.training.watchdog import NonFiniteError, Watchdog, gradient_norm
+
+
+class BreaksForward(nn.Module):
+    """The identity, until it is told to break."""
+
+    broken = False
+
+    def forward(self, x):
+        return x / (x - x) if self.broken else x + 0
+
+
+class BreaksBackward(nn.Module):
+    """Output 0, gradient infinity times 0: finite forward, not finite backward."""
+
+    broken = False
+
+    def forward(self, x):
+        return x + torch.sqrt(x - x) if self.broken else x + 0
+
+
+class Between(nn.Module):
+    """Two maps with arithmetic of its own between them."""
+
+    broken = None
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.broken == "forward":
+            x = x * math.inf
+        if self.broken == "backward":
+            x = x + torch.sqrt(x - x)
+        return self.second(x)
+
+
+class Network(nn.Module):
+    def __init__(self, checkpointing=False):
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.enter = nn.Linear(4, 4)
+        self.act = nn.ReLU(inplace=True)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 4), BreaksForward(), BreaksBackward(), Between()) for _ in range(2)
+        )
+        self.leave = nn.Linear(4, 1)
+
+    def forward(self, x, labels=None):
+        x = self.act(self.enter(x))
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+        return {"out": (self.leave(x),)}
+
+
+def make(tmp_path, checkpointing=False, **more):
+    torch.manual_seed(0)
+    network = Network(checkpointing)
+
+    def compute_loss(batch):
+        return (network(batch["x"], labels=batch["labels"])["out"][0] - batch["y"]).square().mean()
+
+    batch = {"x": torch.randn(3, 4), "y": torch.randn(3, 1), "labels": torch.arange(3), "name": "a"}
+    return network, batch, Watchdog(network, tmp_path / "evidence", compute_loss, **more)
+
+
+def update(watchdog, batch, step=7, **more):
+    loss = watchdog.compute_loss(batch)
+    loss.backward()
+    watchdog.record(batch, loss)
+    return watchdog.check(step, **more)
+
+
+def report_of(tmp_path, step=7):
+    return json.loads((tmp_path / "evidence" / f"step-{step:07d}" / "report.json").read_text())
+
+
+# Who is named
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "breaking, value, stage, named, words",
+    [
+        (lambda n: n.blocks[0][1], True, "forward", ("blocks.0.1", "output"), "not finite is 'blocks.0.1'"),
+        (lambda n: n.blocks[1][1], True, "forward", ("blocks.1.1", "output"), r"\(BreaksForward\)"),
+        (lambda n: n.blocks[1][2], True, "backward", ("blocks.1.2", "input"), "input of 'blocks.1.2'.* whose"),
+        (lambda n: n.blocks[0][2], True, "backward", ("blocks.0.2", "input"), r"\(BreaksBackward\)"),
+        # The arithmetic of a module itself: the next module starts with it, or the gradient of the one before does.
+        (lambda n: n.blocks[0][3], "forward", "forward", ("blocks.0.3.second", "output"), "was not finite already"),
+        (lambda n: n.blocks[0][3], "backward", "backward", ("blocks.0.3.first", "output"), "made by what follows"),
+    ],
+)  # fmt: skip
+def test_the_first_module_is_named(tmp_path, breaking, value, stage, named, words, checkpointing):
+    network, batch, watchdog = make(tmp_path, checkpointing)
+    assert update(watchdog, batch)
+    breaking(network).broken = value
+    with pytest.raises(NonFiniteError, match=rf"update 7: .*{words}.*process 0, micro batch 0.*evidence in"):
+        update(watchdog, batch)
+    (process,) = report_of(tmp_path)["processes"]
+    first = process["first"]
+    assert (first["stage"], first["module"], first["value"]) == (stage, *named)
+    if "already" in words:
+        assert (first["input_was_finite"], first["called_by"]) == (False, "blocks.0.3")
+    elif stage == "forward":
+        assert (first["input_was_finite"], first["called_by"]) == (True, named[0][: len("blocks.0")])
+
+
+def test_a_loss_that_no_module_spoiled(tmp_path):
+    network, batch, watchdog = make(tmp_path)
+    batch["y"][1] = math.nan
+    with pytest.raises(
+        NonFiniteError, match=r"loss is not finite, though the output of every module is; the batch .* \['y'\]"
+    ):
+        update(watchdog, batch)
+    assert report_of(tmp_path)["processes"][0]["losses"] == ["nan"]
+
+
+def test_a_batch_that_is_not_finite(tmp_path):
+    network, batch, watchdog = make(tmp_path)
+    batch["x"][1, 2] = math.inf
+    with pytest.raises(
+        NonFiniteError, match=r"'enter' \(Linear\), whose input was not finite already; the batch itself .* \['x'\]"
+    ):
+        update(watchdog, batch)
+
+
+def test_weights_that_are_not_finite_cannot_be_skipped(tmp_path):
+    network, batch, watchdog = make(tmp_path, action="skip")
+    with torch.no_grad():
+        network.blocks[1][0].bias[2] = math.nan
+    message = r"'blocks.1.0' \(Linear\), as are its parameters \['bias'\].*weights are not finite.*resume from"
+    with pytest.raises(NonFiniteError, match=message):
+        update(watchdog, batch)
+    assert report_of(tmp_path)["processes"][0]["parameters_not_finite"] == ["blocks.1.0.bias"]
+
+
+def test_a_gradient_of_a_parameter_alone(tmp_path):
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return x + self.scale.sqrt() * 0
+
+    network = nn.Sequential(nn.Linear(4, 4), Scale(), nn.Linear(4, 1))
+    watchdog = Watchdog(network, tmp_path, lambda x: network(x).square().mean())
+    with pytest.raises(NonFiniteError, match=r"that of the parameter '1.scale' of '1' \(Scale\)"):
+        update(watchdog, torch.randn(3, 4))
+
+
+def test_a_norm_that_overflows(tmp_path):
+    network = nn.Linear(4, 1)
+    watchdog = Watchdog(network, tmp_path, lambda x: network(x).mean() * 1e38)
+    with pytest.raises(NonFiniteError, match="norm of the gradients is inf, though each of them is finite"):
+        update(watchdog, torch.full((3, 4), 3.0))
+
+
+def test_a_failure_that_does_not_come_again(tmp_path):
+    network, batch, watchdog = make(tmp_path)
+    network.blocks[0][1].broken = True
+    loss = watchdog.compute_loss(batch)
+    loss.backward()
+    watchdog.record(batch, loss)
+    network.blocks[0][1].broken = False
+    with pytest.raises(NonFiniteError, match="loss is nan and .* running the batch again did not reproduce"):
+        watchdog.check(7)
+
+
+def test_modules_of_this_package(tmp_path):
+    model, inputs = tiny_model().train(), tiny_inputs()
+    watchdog = Watchdog(model, tmp_path, lambda batch: model(**batch).sample.square().mean())
+    assert update(watchdog, inputs)
+    model.transformer_blocks[1].ff.act.forward = lambda x: x * math.nan
+    with pytest.raises(NonFiniteError, match=r"is 'transformer_blocks.1.ff.act' \(MPSiLU\)"):
+        update(watchdog, inputs)
+
+
+def test_sparse_gradients_and_a_compiled_model(tmp_path):
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.map = nn.Embedding(5, 4, sparse=True), nn.Linear(4, 1)
+
+        def forward(self, ids):
+            return self.map(self.table(ids))
+
+    network = Table()
+    with warnings.catch_warnings():
+        # PyTorch's own, on importing its compiler.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        compiled = torch.compile(network, backend="eager")
+        ids = torch.tensor([0, 1, 1])
+        watchdog = Watchdog(compiled, tmp_path, lambda ids: compiled(ids).square().mean())
+        assert update(watchdog, ids)
+        with torch.no_grad():
+            network.table.weight[1] = math.inf
+        with pytest.raises(NonFiniteError, match=r"'table' \(Embedding\), as are its parameters \['weight'\]"):
+            update(watchdog, ids)
+
+
+# What is saved
+
+
+def test_evidence(tmp_path):
+    network, batch, watchdog = make(tmp_path, save_weights=True)
+    good = {**batch, "x": batch["x"] + 1}
+    network.blocks[0][1].broken = True
+    for part in (good, batch):
+        watchdog.record(part, watchdog.compute_loss(part))
+    with pytest.raises(NonFiniteError):
+        watchdog.check(12)
+    folder = tmp_path / "evidence" / "step-0000012"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "batch-process0-0.safetensors",
+        "batch-process0-1.safetensors",
+        "report.json",
+        "weights.safetensors",
+    ]
+    for number, expected in enumerate((good, batch)):
+        stored = load_file(folder / f"batch-process0-{number}.safetensors")
+        assert stored.keys() == {"x", "y", "labels"}
+        for name, tensor in stored.items():
+            assert torch.equal(tensor, expected[name])
+    with safe_open(folder / "batch-process0-0.safetensors", "pt") as file:
+        assert file.metadata() == {"name": '"a"'}
+    stored = load_file(folder / "weights.safetensors")
+    assert stored.keys() == network.state_dict().keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in network.state_dict().items())
+    report = report_of(tmp_path, 12)
+    assert (report["step"], report["action"]) == (12, "stop")
+    assert len(report["processes"][0]["losses"]) == 2
+
+
+def test_evidence_that_cannot_be_written_hides_nothing(tmp_path):
+    network, batch, watchdog = make(tmp_path)
+    (tmp_path / "evidence").write_text("in the way")
+    network.blocks[0][1].broken = True
+    with pytest.raises(NonFiniteError, match="'blocks.0.1'.*could not be written"):
+        update(watchdog, batch)
+
+
+def test_evidence_is_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog_module, "MAX_REPORTS", 2)
+    network, batch, watchdog = make(tmp_path, action="skip")
+    network.blocks[0][1].broken = True
+    assert not any(update(watchdog, batch, step) for step in range(1, 5))
+    assert len(list((tmp_path / "evidence").iterdir())) == 2
+
+
+# Skipping
+
+
+def test_a_skipped_update_is_an_update_by_zero(tmp_path):
+    model, inputs = tiny_model().train(), tiny_inputs()
+    optimizer = torch.optim.Adam(parameter_groups(model))
+    ema = PowerFunctionEMA(model)
+
+    def compute_loss(batch):
+        return model(**batch).sample.square().mean()
+
+    watchdog = Watchdog(model, tmp_path, compute_loss, action="skip")
+    bad = {**inputs, "hidden_states": inputs["hidden_states"] * math.nan}
+    decisions, states = [], []
+    for step, batch in enumerate((inputs, bad, inputs), start=1):
+        if decided := update(watchdog, batch, step):
+            optimizer.step()
+        optimizer.zero_grad()
+        normalize_weights_(model)
+        ema.update(step)
+        decisions.append(decided)
+        states.append(copy.deepcopy([list(model.parameters()), optimizer.state_dict()["state"]]))
+    assert decisions == [True, False, True]
+    assert watchdog.num_skipped == 1
+    for before, after in zip(states[0][0], states[1][0], strict=True):
+        assert torch.equal(before, after)
+    for index, state in states[0][1].items():
+        for name, value in state.items():
+            assert torch.equal(value, states[1][1][index][name])
+    assert [state[1][0]["step"].item() for state in states] == [1, 1, 2]
+    for average in ema.state_dict()["averages"]:
+        assert all(tensor.isfinite().all() for tensor in average.values())
+
+
+def test_looking_for_the_module_changes_nothing_else(tmp_path):
+    """Random state, buffers and hooks are as before, gradients are gone."""
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.drop, self.map = nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.map(self.drop(self.norm(x)))
+
+    network = Noisy()
+    watchdog = Watchdog(network, tmp_path, lambda x: network(x).mean() * math.inf, action="skip")
+    x = torch.randn(8, 4)
+    loss = watchdog.compute_loss(x)
+    loss.backward()
+    watchdog.record(x, loss)
+    random_state, buffers = torch.get_rng_state(), copy.deepcopy(dict(network.named_buffers()))
+    assert not watchdog.check(1)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, buffer in network.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+    for module in network.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    for parameter in network.parameters():
+        assert parameter.grad is None
+        assert not parameter._backward_hooks
+
+
+def test_so_many_skips_in_a_row_stop(tmp_path):
+    network, batch, watchdog = make(tmp_path, action="skip", max_skips=3)
+    bad = {**batch, "x": batch["x"] * math.inf}
+    decisions = [update(watchdog, part, step) for step, part in enumerate((bad, bad, batch, bad, bad))]
+    assert decisions == [False, False, True, False, False]
+    with pytest.raises(NonFiniteError, match="3 updates in a row have failed"):
+        update(watchdog, bad)
+    assert watchdog.num_skipped == 4
+
+
+# Cost while all is finite
+
+
+class CountsHostReads(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        self.count += "_local_scalar_dense" in name or "is_nonzero" in name
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_host_read_for_each_update_and_no_hooks(tmp_path, monkeypatch):
+    network, batch, watchdog = make(tmp_path)
+    monkeypatch.setattr(watchdog_module, "_Trace", None)
+    with CountsHostReads() as reads:
+        for _ in range(3):
+            loss = watchdog.compute_loss(batch)
+            loss.backward()
+            watchdog.record(batch, loss)
+    assert reads.count == 0
+    tolists = []
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: tolists.append(self.shape) or [0.0, 0.0])
+    with CountsHostReads() as reads:
+        assert watchdog.check(1)
+    assert reads.count == 0
+    assert tolists == [(2,)]
+    assert not (tmp_path / "evidence").exists()
+
+
+def test_a_norm_that_clipping_computed_is_used(tmp_path):
+    network, batch, watchdog = make(tmp_path, action="skip")
+    assert not update(watchdog, batch, grad_norm=torch.tensor(math.nan))
+    loss = watchdog.compute_loss(batch)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(network.parameters(), 1e9)
+    torch.testing.assert_close(gradient_norm(network), norm)
+    torch.testing.assert_close(norm, torch.cat([p.grad.flatten() for p in network.parameters()]).norm())
+    watchdog.record(batch, loss)
+    assert watchdog.check(1, grad_norm=norm)
+
+
+# Mixed precision
+
+
+def test_infinite_gradients_are_left_to_the_scaler_until_its_scale_is_down(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, backoff_factor=0.5)
+    network, batch, watchdog = make(tmp_path, scaler=scaler)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    network.blocks[1][2].broken = True
+    before = copy.deepcopy(network.state_dict())
+
+    def scaled_update(step):
+        loss = watchdog.compute_loss(batch)
+        scaler.scale(loss).backward()
+        watchdog.record(batch, loss)
+        assert watchdog.check(step)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    scaled_update(1)
+    scaled_update(2)
+    assert scaler.get_scale() == 1.0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    with pytest.raises(NonFiniteError, match="input of 'blocks.1.2'"):
+        scaled_update(3)
+
+
+def test_a_loss_that_is_not_finite_is_never_left_to_the_scaler(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    network, batch, watchdog = make(tmp_path, scaler=scaler)
+    network.blocks[1][1].broken = True
+    with pytest.raises(NonFiniteError, match="'blocks.1.1'"):
+        update(watchdog, batch)
+
+
+# Several processes
+
+
+WORKER = """
+import sys, math, torch
+import torch.distributed as dist
+from datetime import timedelta
+from pathlib import Path
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+from diffusers_mp.training.watchdog import NonFiniteError, Watchdog
+
+class Breaks(nn.Module):
+    how = None
+    def forward(self, x):
+        if self.how == "forward":
+            return x * math.inf
+        return x + torch.sqrt(x - x) if self.how == "backward" else x + 0
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+rank = dist.get_rank()
+for engine in ("ddp", "fully_shard"):
+    for how in ("forward", "backward", "loss"):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 4), Breaks(), nn.Linear(4, 2))
+        if engine == "ddp":
+            model = DistributedDataParallel(network)
+        else:
+            model = fully_shard(network, mesh=init_device_mesh("cpu", (2,)))
+        # "loss": a term without a gradient, so that only the process that adds it sees anything.
+        compute_loss = lambda x: model(x).square().mean() + (math.inf if network[1].how == "loss" else 0)
+        folder = Path(sys.argv[1]) / f"{engine}-{how}"
+        watchdog = Watchdog(model, folder, compute_loss, action="skip", max_skips=2, save_weights=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x = torch.randn(3, 4) + rank
+        decisions = []
+        for step in range(1, 5):
+            # Only the second process breaks, and only in update 2.
+            network[1].how = how if rank == 1 and step == 2 else None
+            loss = compute_loss(x)
+            loss.backward()
+            watchdog.record(x, loss)
+            decisions.append(watchdog.check(step))
+            if decisions[-1]:
+                optimizer.step()
+            optimizer.zero_grad()
+        assert decisions == [True, False, True, True], decisions
+        weights = [p.full_tensor() if engine != "ddp" else p for p in network.parameters()]
+        assert all(w.isfinite().all() for w in weights)
+        total = torch.stack([w.detach().double().sum() for w in weights])
+        others = [torch.zeros_like(total) for _ in range(2)]
+        dist.all_gather(others, total)
+        assert torch.equal(*others)
+        # All of them stop, the healthy one too.
+        network[1].how = how if rank == 1 else None
+        for step in (5, 6):
+            loss = compute_loss(x)
+            loss.backward()
+            watchdog.record(x, loss)
+            try:
+                assert not watchdog.check(step)
+            except NonFiniteError as error:
+                assert step == 6, step
+                words = "the loss is not finite, though" if how == "loss" else "'1' (Breaks)"
+                assert words in str(error) and "process 1" in str(error), error
+            else:
+                assert step == 5, step
+print("done", rank)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_decide_together(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(textwrap.dedent(WORKER))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, tmp_path],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("done") == 2
+    for engine in ("ddp", "fully_shard"):
+        folder = tmp_path / f"{engine}-forward" / "step-0000002"
+        report = json.loads((folder / "report.json").read_text())
+        assert "'1' (Breaks)" in report["message"]
+        assert len(report["processes"]) == 2
+        assert torch.equal(
+            load_file(folder / "weights.safetensors")["0.weight"].isfinite(), torch.ones(4, 4, dtype=torch.bool)
+        )
+        assert (folder / "batch-process1-0.safetensors").is_file()
+    # Under DDP gradients are not exchanged in the search, so that the healthy process finds nothing.
+    assert not (tmp_path / "ddp-backward" / "step-0000002" / "batch-process0-0.safetensors").exists()
+
+
+# Errors
+
+
+def test_arguments(tmp_path):
+    with pytest.raises(ValueError, match="`action` must be 'stop' or 'skip', got 'warn'"):
+        make(tmp_path, action="warn")
+    with pytest.raises(ValueError, match="`max_skips` must be at least 1, got 0"):
+        make(tmp_path, max_skips=0)
+
+
+def test_a_loss_without_gradient(tmp_path):
+    network = nn.Linear(4, 1).requires_grad_(False)
+    watchdog = Watchdog(network, tmp_path, lambda x: F.relu(network(x)).mean())
+    watchdog.record(torch.ones(2, 4), watchdog.compute_loss(torch.ones(2, 4)))
+    assert watchdog.check(1)
+    bad = torch.full((2, 4), math.inf)
+    watchdog.record(bad, watchdog.compute_loss(bad) * math.nan)
+    with pytest.raises(NonFiniteError):
+        watchdog.check(2)
