@@ -55,8 +55,9 @@ PRIVATE = (
     "pipeline.pkl",
     ".env",
 )
-# Of huggingface_hub to its HTTP client, and of diffusers to huggingface_hub; theirs to mend.
+# Of huggingface_hub to its HTTP client, of diffusers to huggingface_hub and to NumPy; theirs to mend.
 THEIR_WARNINGS = (
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
     "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning",
     "ignore:The `local_dir_use_symlinks` argument is deprecated:UserWarning",
 )

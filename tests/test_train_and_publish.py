@@ -1,0 +1,57 @@
+"""From the trainer's command line to the Hub and back, over HTTP against `hub_server.py`."""
+
+import json
+
+import numpy as np
+import pytest
+from hub_server import HubServer
+from test_hub import TOKEN, client, holding, load
+from test_train_mpdit import EXAMPLES, arguments, data  # noqa: F401
+
+
+# `datasets` would look for a newer image folder loader, and count its use, on servers that are not ours.
+NO_LOOKUPS = {"HF_DATASETS_OFFLINE": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+TRAIN = f"""
+import json, sys, traceback
+sys.path.insert(0, {str(EXAMPLES)!r})
+import train_mpdit, training_arguments
+try:
+    train_mpdit.main(training_arguments.parse_args(json.load(sys.stdin)))
+    print("RESULTS {{}}")
+except Exception as error:
+    traceback.print_exc()
+    print("RESULTS " + json.dumps({{"error": str(error)}}))
+"""
+
+
+@pytest.fixture
+def server():
+    with HubServer({TOKEN: ("user", "write")}) as server:
+        yield server
+
+
+def test_trained_and_published(server, data, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    more = ("--push_to_hub", "--hub_model_id", "user/name", "--hub_token", TOKEN, "--hub_license", "mit")
+    argv = arguments(data, run, *more, "--validation_steps", "6", "--report_to", "tensorboard")
+    result, output = client(server, tmp_path / "home", TRAIN, argv, **NO_LOOKUPS)
+    assert result == {}, output
+    assert "Published: " in output
+    assert "amazonaws" not in output
+    assert holding(TOKEN, run) == []
+    published = server.repositories["user/name"].files()
+    assert {"README.md", "model_index.json", "sample_grid.png"} <= set(published)
+    assert not [name for name in published if name.startswith(("checkpoint", "latents", "logs", "training_arg"))]
+    card = published["README.md"].decode()
+    assert "license: mit" in card
+    assert "24" in card  # images seen: 6 updates of 4
+    (images,) = load(server, tmp_path / "other home", {})
+    assert images.shape == (2, 16, 16, 3)
+    assert np.isfinite(images).all()
+
+
+def test_a_wrong_token_stops_before_anything_is_done(server, data, tmp_path):  # noqa: F811
+    more = ("--push_to_hub", "--hub_model_id", "user/name", "--hub_token", "hf_" + "Nobody" * 5)
+    result, _ = client(server, tmp_path / "home", TRAIN, arguments(data, tmp_path / "run", *more), **NO_LOOKUPS)
+    assert "token" in json.dumps(result).lower()
+    assert not (tmp_path / "run").exists()
