@@ -1,53 +1,30 @@
-"""From pictures to a data set of VAE posteriors: encoded once, read memory-mapped, drawn anew at every epoch.
+"""Pictures as VAE posteriors, read memory-mapped and drawn anew at every epoch; `encoding.py` writes them.
 
-    folder/settings.json             written first: what is encoded, and how
     folder/shard-00000.safetensors   mean, std, flipped_mean, flipped_std (float32), label; or pixels (uint8), label
-    folder/shard-00000.json          written after its shard: counts, sums for the statistics, SHA-256, rows left out
-    folder/index.json                written last: settings, shards and the statistics of the data
+    folder/index.json                settings, shards and the statistics of the data
 
-Shard k holds the rows [k·shard_size, (k+1)·shard_size) of the source that could be read, so it depends on nothing but
-these rows, and belongs to process k mod num_processes. A shard with its sidecar is finished and never made again; one
-without is made again as a whole. The index is put together from the sidecars, in the order of the shards: the same
-whoever made them, and however often the work was interrupted. A folder without `index.json` is unfinished.
-
-Processes wait for each other by looking for these files. Nothing is waited for through a process group, whose barriers
-give up after minutes, while encoding takes hours.
+A folder without `index.json` is unfinished.
 """
 
 import bisect
 import hashlib
 import itertools
 import json
-import logging
 import os
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
-
-from .images import read_picture
 
 
 if TYPE_CHECKING:
-    import datasets
     from diffusers import AutoencoderKL
-
-logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
-SETTINGS_NAME = "settings.json"
-POLL_SECONDS = 0.5
 REPAIR = "delete the file and encode again into the same folder, which makes what is missing"
 
 
@@ -67,408 +44,16 @@ def vae_fingerprint(vae: "AutoencoderKL") -> dict[str, str]:
     return {"config_hash": config_hash.hexdigest(), "weights_hash": weights_hash.hexdigest()}
 
 
-class _ChannelStatistics:
-    """Mean and std per channel of what training draws, std² = Var[mean] + E[std²], summed in float64.
-
-    Summed by NumPy, in one thread: PyTorch's order of summation depends on the number of threads.
-    """
-
-    def __init__(self):
-        self.count, self.sum, self.sum_of_squares = 0, 0.0, 0.0
-
-    def update(self, mean: torch.Tensor, std: torch.Tensor | None = None) -> None:
-        mean = mean.double().numpy()
-        self.count += mean[:, 0].size
-        self.sum += mean.sum((0, 2, 3))
-        self.sum_of_squares += (mean**2).sum((0, 2, 3))
-        if std is not None:
-            self.sum_of_squares += (std.double().numpy() ** 2).sum((0, 2, 3))
-
-    def state(self) -> dict[str, Any]:
-        """The sums as JSON has them, which loses no bit of a float64."""
-        return {"count": self.count, "sum": self.sum.tolist(), "sum_of_squares": self.sum_of_squares.tolist()}
-
-    def add(self, state: Mapping[str, Any]) -> None:
-        self.count += state["count"]
-        self.sum += torch.tensor(state["sum"], dtype=torch.float64)
-        self.sum_of_squares += torch.tensor(state["sum_of_squares"], dtype=torch.float64)
-
-    def result(self) -> tuple[list[float], list[float]]:
-        mean = self.sum / self.count
-        std = (self.sum_of_squares / self.count - mean.square()).clamp(min=0).sqrt()
-        # A constant leaves a rounding error of about 1e-8 of its value, not an exact 0; NaN fails here as well.
-        wrong = (~(std > 1e-6 * mean.abs().clamp(min=1))).nonzero().flatten().tolist()
-        if wrong:
-            raise ValueError(
-                f"Every channel must vary over the data, channels {wrong} have std {std[wrong].tolist()}."
-            )
-        return mean.tolist(), std.tolist()
-
-
-def _to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
+def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def _encode_batch(pixels, vae, random_flip, statistics) -> dict[str, torch.Tensor]:
-    if vae is None:
-        statistics.update(_to_unit_range(pixels))
-        return {"pixels": pixels}
-    tensors = {}
-    for prefix, variant in [("", pixels), ("flipped_", pixels.flip(-1))][: 1 + random_flip]:
-        posterior = vae.encode(_to_unit_range(variant.to(vae.device))).latent_dist
-        mean, std = posterior.mean.cpu().contiguous(), posterior.std.cpu().contiguous()
-        statistics.update(mean, std)
-        tensors |= {prefix + "mean": mean, prefix + "std": std}
-    return tensors
-
-
-@torch.no_grad()
-def encode_dataset(
-    dataset: "datasets.Dataset | datasets.IterableDataset",
-    folder: str | os.PathLike,
-    *,
-    vae: "AutoencoderKL | None",
-    resolution: int,
-    id2label: Mapping[int, str] | None = None,
-    vae_id: str | None = None,
-    random_flip: bool = False,
-    num_channels: int = 3,
-    image_column: str = "image",
-    label_column: str = "label",
-    batch_size: int = 32,
-    shard_size: int = 2048,
-    num_workers: int = 0,
-    skip_corrupt: bool = False,
-    num_processes: int = 1,
-    process_index: int = 0,
-) -> "LatentDataset":
-    """Encodes every picture once, on the VAE's device, and opens the result; goes on where an earlier call stopped.
-
-    Called by all processes with the same arguments and a folder that all see, it shares the shards among them, and
-    returns in each when all are done. On one kind of device the result has the same bits for any number of processes
-    and of interruptions, if `batch_size` stays. Memory holds one shard per process, however many there are.
-
-    Args:
-        dataset (datasets.Dataset or datasets.IterableDataset), id2label (dict): what `load_image_dataset` returned; no
-            names, no labels. Of a stream every process reads all, and decodes its own shards.
-        folder (str): where to write. It may hold an unfinished encoding with the same settings and data, which goes
-            on, or a finished one, whose settings are compared and which is opened as it is.
-        vae (AutoencoderKL): in float32. `None` stores the pixels themselves, as bytes.
-        resolution (int): side of the pictures, a multiple of the VAE's downsampling factor.
-        vae_id (str): name kept for people; by default where the VAE was loaded from.
-        random_flip (bool): store the posterior of the mirrored picture too. Pixels are mirrored on reading instead.
-        num_channels (int): of the pictures when `vae` is None (1 or 3); a VAE brings its own.
-        image_column, label_column (str): names of the columns.
-        batch_size, shard_size (int): pictures per forward pass and per file.
-        num_workers (int): threads that decode pictures ahead.
-        skip_corrupt (bool): leave unreadable pictures out, with a warning, instead of raising.
-        num_processes, process_index (int): how many share the work, and which one this is.
-    Returns:
-        LatentDataset: the encoded data.
-    Raises:
-        ValueError: for a picture that cannot be read, a wrong label, a constant channel, a VAE that cannot encode
-            these pictures, or a folder begun with other settings or data.
-    """
-    folder, fingerprint = Path(folder), None
-    if vae is not None:
-        num_channels, factor = vae.config.in_channels, 2 ** (len(vae.config.block_out_channels) - 1)
-        if resolution % factor:
-            raise ValueError(f"`resolution` must be a multiple of the VAE's factor {factor}, received {resolution}.")
-        fingerprint = {"id": vae_id or vae.config.get("_name_or_path"), **vae_fingerprint(vae)}
-    if num_channels not in (1, 3):
-        raise ValueError(f"Pictures have 1 (grey) or 3 (RGB) channels, `vae` or `num_channels` wants {num_channels}.")
-    if not 0 <= process_index < num_processes:
-        raise ValueError(f"`process_index` must be in [0, {num_processes}), received {process_index}.")
-
-    num_rows = len(dataset) if hasattr(dataset, "__len__") else None
-    settings = {
-        "format_version": FORMAT_VERSION,
-        "vae": fingerprint,
-        "resolution": resolution,
-        "num_channels": num_channels,
-        "random_flip": random_flip,
-        "shard_size": shard_size,
-        "id2label": None if id2label is None else {str(id_): name for id_, name in id2label.items()},
-        "num_rows": num_rows,
-    }
-    settings = _claim(folder, settings, process_index)
-    index = _read_json(folder / INDEX_NAME)
-    is_finished = index is not None and all(_is_whole(folder, shard) for shard in index["shards"])
-    if is_finished and num_rows is None:
-        return LatentDataset(folder)  # a stream would have to be read to its end to be compared
-    if not is_finished and process_index == 0:
-        (folder / INDEX_NAME).unlink(missing_ok=True)
-
-    columns = [image_column] + ([] if id2label is None else [label_column])
-    dataset = dataset.select_columns(columns)
-    Image.init()  # threads that meet an unusual format at the same moment would race for its plugin
-    own_rows = None
-    if num_rows is not None:
-        starts = range(process_index * shard_size, num_rows, num_processes * shard_size)
-        own_rows = sum(min(shard_size, num_rows - start) for start in starts)
-    num_shards = 0
-    with (
-        ThreadPoolExecutor(num_workers) if num_workers else nullcontext() as pool,
-        tqdm(total=own_rows, desc="Encoding pictures", unit="img", disable=process_index > 0) as progress_bar,
-    ):
-        for number, rows in enumerate(_cut(dataset, shard_size)):
-            num_shards = number + 1
-            if number % num_processes != process_index:
-                continue
-            pictures = _Pictures(rows, number * shard_size, columns, resolution, num_channels, progress_bar)
-            sidecar = _finished(folder, number)
-            if sidecar is not None:
-                if pictures.digest_of_all() != sidecar["rows_sha256"]:
-                    raise ValueError(
-                        f"`folder` must have been begun with the same data: other names, sizes or labels of pictures "
-                        f"were encoded in {folder / _shard_name(number)}. Take another folder."
-                    )
-                continue
-            (folder / _sidecar_name(number)).unlink(missing_ok=True)
-            sidecar = _encode_shard(
-                folder / _shard_name(number),
-                pictures.prepared(pool, num_ahead=2 * batch_size),
-                vae=vae,
-                random_flip=random_flip,
-                batch_size=batch_size,
-                skip_corrupt=skip_corrupt,
-                id2label=id2label,
-            )
-            sidecar |= {"num_rows": pictures.num_rows, "rows_sha256": pictures.digest.hexdigest()}
-            _write_json(folder / _sidecar_name(number), sidecar)
-    surplus = [path for path in folder.glob("shard-*.json") if int(path.stem.removeprefix("shard-")) >= num_shards]
-    if surplus:
-        raise ValueError(f"`folder` must have been begun with the same data: these end before {min(surplus)}.")
-    for number in range(num_shards):
-        _wait_until(lambda number=number: _finished(folder, number) is not None, folder / _shard_name(number))
-    index = _assemble(settings, [_finished(folder, number) for number in range(num_shards)])
-    if process_index == 0:
-        for path in folder.glob("*.tmp"):  # what killed processes left
-            path.unlink()
-        if not is_finished:
-            _write_json(folder / INDEX_NAME, index)
-    # Its content, not its presence: it could be the one of before a repair, about to be replaced.
-    _wait_until(lambda: _read_json(folder / INDEX_NAME) == index, folder / INDEX_NAME)
-    return LatentDataset(folder)
-
-
-def _claim(folder: Path, settings: dict[str, Any], process_index: int) -> dict[str, Any]:
-    """Leaves the settings in the folder, or refuses to go on with others; returns those there."""
-    path = folder / SETTINGS_NAME
-    if not path.is_file():
-        if process_index > 0:
-            _wait_until(path.is_file, path)
-        elif folder.is_dir() and any(folder.glob("shard-*")):
-            raise ValueError(f"`folder` must be new or hold {SETTINGS_NAME} beside its shards, received {folder}.")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_json(path, settings)
-    stored, wanted = _read_json(path), dict(settings)
-    if stored.get("num_rows") is None or wanted["num_rows"] is None:  # the rows of a stream are counted by reading it
-        wanted["num_rows"] = stored.get("num_rows")
-    if stored.get("vae") and wanted["vae"]:  # the same VAE under another name is the same
-        wanted["vae"] = wanted["vae"] | {"id": stored["vae"]["id"]}
-    differences = [
-        f"{key} {_shortened(stored.get(key))} (now {_shortened(value)})"
-        for key, value in wanted.items()
-        if stored.get(key) != value
-    ]
-    if differences:
-        raise ValueError(f"{folder} holds an encoding with {', '.join(differences)}. Take another folder.")
-    return stored
-
-
-def _shortened(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 300 else text[:300] + "…"
-
-
-def _cut(dataset: "datasets.Dataset | datasets.IterableDataset", shard_size: int) -> Iterator[Iterator[dict]]:
-    """The rows of one shard after another; rows of shards that are not asked for are passed over."""
-    if hasattr(dataset, "__len__"):
-        for start in range(0, len(dataset), shard_size):
-            yield (dataset[row] for row in range(start, min(start + shard_size, len(dataset))))
-        return
-    stream = iter(dataset)
-    for first in stream:
-        rows = itertools.chain([first], itertools.islice(stream, shard_size - 1))
-        yield rows
-        deque(rows, maxlen=0)
-
-
-class _Pictures:
-    """The rows of one shard: prepared in order by threads, and summed up in a digest that tells other data apart.
-
-    The digest is over names without their folders, sizes and labels, which cost no decoding and survive a move.
-    """
-
-    def __init__(self, rows, first_row, columns, resolution, num_channels, progress_bar):
-        self.rows, self.first_row, self.columns = rows, first_row, columns
-        self.resolution, self.num_channels, self.progress_bar = resolution, num_channels, progress_bar
-        self.num_rows, self.digest = 0, hashlib.sha256()
-
-    def _counted(self) -> Iterator[tuple[str, dict | None, Any]]:
-        for row in self.rows:
-            picture, *label = (row[column] for column in self.columns)
-            path, content = (picture or {}).get("path"), (picture or {}).get("bytes")
-            num_bytes = None if content is None else len(content)
-            if content is None and path is not None and os.path.isfile(path):
-                num_bytes = os.path.getsize(path)
-            self.digest.update(json.dumps([path and os.path.basename(path), num_bytes, *label]).encode())
-            name = path or f"row {self.first_row + self.num_rows}"
-            self.num_rows += 1
-            self.progress_bar.update()
-            yield name, picture, *label
-
-    def digest_of_all(self) -> str:
-        deque(self._counted(), maxlen=0)
-        return self.digest.hexdigest()
-
-    def _prepare(self, name, picture, label=None):
-        return name, *read_picture(picture, self.resolution, self.num_channels), label
-
-    def prepared(self, pool: ThreadPoolExecutor | None, num_ahead: int) -> Iterator[tuple]:
-        """(name, pixels, error, label), with at most `num_ahead` pictures waiting to be taken."""
-        if pool is None:
-            yield from itertools.starmap(self._prepare, self._counted())
-            return
-        pending = deque()
-        for row in self._counted():
-            pending.append(pool.submit(self._prepare, *row))
-            if len(pending) > num_ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def _encode_shard(
-    path: Path, pictures: Iterable[tuple], *, vae, random_flip, batch_size, skip_corrupt, id2label
-) -> dict[str, Any]:
-    """Writes one shard, unless none of its pictures can be read, and returns what its sidecar says of it."""
-    statistics, parts, skipped = _ChannelStatistics(), [], []
-    pictures = iter(pictures)
-    while rows := list(itertools.islice(pictures, batch_size)):
-        batch = []
-        for name, pixels, error, label in rows:
-            if error is not None and not skip_corrupt:
-                raise ValueError(f"Cannot read {name}: {error}. `--skip_corrupt` leaves such pictures out.")
-            if error is not None:
-                logger.warning("Left out %s, which cannot be read: %s", name, error)
-                skipped.append(name)
-                continue
-            if id2label is not None and (
-                not isinstance(label, int) or label < 0 or id2label and label not in id2label
-            ):
-                raise ValueError(f"Labels must be ids of `id2label`, {name} has {label!r}.")
-            batch.append((pixels, label))
-        if batch:
-            parts.append(_encode_batch(torch.stack([pixels for pixels, _ in batch]), vae, random_flip, statistics))
-            if id2label is not None:
-                parts[-1]["label"] = torch.tensor([label for _, label in batch])
-    if not parts:
-        return {"num_samples": 0, "skipped": skipped}
-    tensors = {key: torch.cat([part.pop(key) for part in parts]) for key in list(parts[0])}
-    sha256 = _replace(path, lambda temporary: save_file(tensors, temporary))
-    labels = tensors["label"].tolist() if id2label is not None else []
-    first = next(iter(tensors.values()))
-    return {
-        "name": path.name,
-        "num_samples": len(first),
-        "num_bytes": path.stat().st_size,
-        "sha256": sha256,
-        "latent_shape": list(first.shape[1:]),
-        "statistics": statistics.state(),
-        "num_samples_per_class": {str(id_): count for id_, count in sorted(Counter(labels).items())},
-        "skipped": skipped,
-    }
-
-
-def _assemble(settings: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[str, Any]:
-    shards = [sidecar for sidecar in sidecars if sidecar["num_samples"]]
-    if not shards:
-        raise ValueError(f"None of the {sum(sidecar['num_rows'] for sidecar in sidecars)} pictures could be read.")
-    statistics, counts = _ChannelStatistics(), Counter()
-    for shard in shards:
-        statistics.add(shard["statistics"])
-        counts.update(shard["num_samples_per_class"])
-    latents_mean, latents_std = statistics.result()
-    id2label = settings["id2label"]
-    if id2label == {}:  # a stream of bare ids
-        id2label = {str(id_): str(id_) for id_ in range(max(map(int, counts)) + 1)}
-    index = {
-        "format_version": FORMAT_VERSION,
-        "vae": settings["vae"],
-        "resolution": settings["resolution"],
-        "latent_shape": shards[0]["latent_shape"],
-        "random_flip": settings["random_flip"],
-        "num_samples": sum(shard["num_samples"] for shard in shards),
-        "latents_mean": latents_mean,
-        "latents_std": latents_std,
-        "id2label": id2label,
-        "num_samples_per_class": None if id2label is None else {id_: counts[id_] for id_ in id2label},
-        "shards": [{key: shard[key] for key in ("name", "num_samples", "num_bytes", "sha256")} for shard in shards],
-        "skipped": [name for sidecar in sidecars for name in sidecar["skipped"]],
-    }
-    return index | {"content_hash": _content_hash(index)}
-
-
-def _content_hash(index: dict[str, Any]) -> str:
+def content_hash(index: dict[str, Any]) -> str:
     """SHA-256 of what an index says of the data; names of files left out and of the VAE depend on the place."""
     content = {key: value for key, value in index.items() if key not in ("content_hash", "skipped")}
     if content["vae"] is not None:
         content["vae"] = {key: value for key, value in content["vae"].items() if key != "id"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
-
-
-def _sidecar_name(number: int) -> str:
-    return f"shard-{number:05d}.json"
-
-
-def _finished(folder: Path, number: int) -> dict[str, Any] | None:
-    """The sidecar of a shard, None if the shard has to be made (again)."""
-    sidecar = _read_json(folder / _sidecar_name(number))
-    return sidecar if sidecar is not None and (not sidecar["num_samples"] or _is_whole(folder, sidecar)) else None
-
-
-def _is_whole(folder: Path, shard: dict[str, Any]) -> bool:
-    path = folder / shard["name"]
-    return path.is_file() and path.stat().st_size == shard["num_bytes"]
-
-
-def _wait_until(ready: Callable[[], bool], path: Path) -> None:
-    """Looks for what another process writes, without a limit: a launcher stops all when one has failed."""
-    last_said = time.monotonic()
-    while not ready():
-        time.sleep(POLL_SECONDS)
-        if time.monotonic() - last_said > 60:
-            logger.warning("Waiting for another process to write %s; all must see the same folder", path)
-            last_said = time.monotonic()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-
-
-def _write_json(path: Path, content: Any) -> None:
-    _replace(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> str:
-    """Writes beside `path` and renames, so that a kill leaves the old file or none, never half of one; its SHA-256."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    os.replace(temporary, path)
-    return sha256
 
 
 class LatentDataset(Dataset):
@@ -496,7 +81,7 @@ class LatentDataset(Dataset):
         if self.index["format_version"] != FORMAT_VERSION:
             version = self.index["format_version"]
             raise ValueError(f"`folder` must have format version {FORMAT_VERSION}, {folder} has {version}.")
-        if self.index["content_hash"] != _content_hash(self.index):
+        if self.index["content_hash"] != content_hash(self.index):
             raise ValueError(f"{self.folder / INDEX_NAME} must be as it was written, it was altered: {REPAIR}.")
         for shard in self.index["shards"]:
             path = self.folder / shard["name"]
@@ -538,7 +123,7 @@ class LatentDataset(Dataset):
             self._files[shard] = safe_open(self.folder / self.index["shards"][shard]["name"], framework="pt")
         file = self._files[shard]
         if self.index["vae"] is None:
-            pixels = _to_unit_range(file.get_slice("pixels")[row])
+            pixels = to_unit_range(file.get_slice("pixels")[row])
             sample = {"mean": pixels.flip(-1) if flip else pixels}
         else:
             prefix = "flipped_" if flip else ""

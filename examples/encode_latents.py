@@ -15,8 +15,9 @@ import os
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
+from diffusers_mp.encoding import encode_dataset
 from diffusers_mp.images import load_image_dataset
-from diffusers_mp.latents import LatentDataset, encode_dataset
+from diffusers_mp.latents import LatentDataset
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -35,9 +35,11 @@ from diffusers_mp import (
     normalize_weights_,
     parameter_groups,
 )
-from diffusers_mp.hub import check_hub_access, public_arguments, publish, write_model_card
+from diffusers_mp.encoding import encode_dataset
+from diffusers_mp.hub import check_hub_access, public_arguments, publish
 from diffusers_mp.images import load_image_dataset
-from diffusers_mp.latents import LatentDataset, encode_dataset
+from diffusers_mp.latents import LatentDataset
+from diffusers_mp.model_card import write_model_card
 from diffusers_mp.snapshots import discard_snapshots_after, save_snapshots
 from diffusers_mp.training import (
     DDPMObjective,
@@ -125,30 +127,11 @@ def main(args):
         checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
         if checkpoint is None:
             logger.info("No checkpoint in %s yet, starting from the beginning", args.output_dir)
-    facts = {
-        "seed": args.seed,
-        "total_batch_size": total_batch_size,
-        "num_train_samples": len(samples),
-        "random_flip": args.random_flip,
-        "learning_rate": learning_rate,
-        **{name: getattr(args, name) for name in ("adam_beta1", "adam_beta2", "adam_epsilon")},
-        **{name: getattr(args, name) for name in OBJECTIVE_FLAGS},
-        **{f"model.{name}": value for name, value in model.config.items() if not name.startswith("_")},
-        "lr_scheduler": args.lr_scheduler,
-        "lr_warmup_steps": max_train_steps // 150 if args.lr_warmup_steps is None else args.lr_warmup_steps,
-        "lr_constant_steps": max(1, max_train_steps // 10)
-        if args.lr_constant_steps is None
-        else args.lr_constant_steps,
-    }
+    facts = run_facts(args, model, learning_rate, len(samples), total_batch_size, max_train_steps)
     first_step = 0
     if checkpoint is not None:
         facts, first_step = resumed_facts(checkpoint, facts, args), read_state(checkpoint)["step"]
-    if args.lr_scheduler == "inverse_sqrt":
-        lr_scheduler = inverse_sqrt_schedule(optimizer, facts["lr_warmup_steps"], facts["lr_constant_steps"])
-    else:
-        lr_scheduler = get_scheduler(
-            args.lr_scheduler, optimizer, num_warmup_steps=facts["lr_warmup_steps"], num_training_steps=max_train_steps
-        )
+    lr_scheduler = learning_rate_schedule(args, optimizer, facts, max_train_steps)
 
     model, optimizer = accelerator.prepare(model, optimizer)
     transformer = accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -298,28 +281,58 @@ def main(args):
         accelerator.end_training()
         return
 
-    # 5. The run's folder becomes a pipeline: the first average in `transformer`, the others beside it
+    # 5. The run's folder becomes a pipeline
     if accelerator.is_main_process:
-        transformer.eval()
-        for std in ema.stds[1:]:
-            with ema.averaged(transformer, std):
-                transformer.save_pretrained(args.output_dir / f"transformer_ema_{std:g}")
-        with ema.averaged(transformer, ema.stds[0]):
-            pipeline.save_pretrained(args.output_dir)
-        say(f"Saved the pipeline to {args.output_dir}: MPDiTPipeline.from_pretrained({str(args.output_dir)!r})")
-        write_model_card(
-            args.output_dir, repo_id, license=args.hub_license, num_images_seen=max_train_steps * total_batch_size
-        )
-        if args.push_to_hub:
-            url = publish(
-                args.output_dir,
-                repo_id,
-                token=args.hub_token,
-                private=args.hub_private_repo or None,
-                commit_message=f"After {max_train_steps:,} updates",
-            )
-            say(f"Published: {url}")
+        finish(args, pipeline, ema, repo_id, num_images_seen=max_train_steps * total_batch_size)
     accelerator.end_training()
+
+
+def finish(args, pipeline, ema, repo_id, num_images_seen):
+    """Save the first average in `transformer`, the others beside it, and a model card; publish them if asked."""
+    transformer = pipeline.transformer.eval()
+    for std in ema.stds[1:]:
+        with ema.averaged(transformer, std):
+            transformer.save_pretrained(args.output_dir / f"transformer_ema_{std:g}")
+    with ema.averaged(transformer, ema.stds[0]):
+        pipeline.save_pretrained(args.output_dir)
+    write_model_card(args.output_dir, repo_id, license=args.hub_license, num_images_seen=num_images_seen)
+    print(f"Saved the pipeline to {args.output_dir}: MPDiTPipeline.from_pretrained({str(args.output_dir)!r})")
+    if args.push_to_hub:
+        url = publish(
+            args.output_dir,
+            repo_id,
+            token=args.hub_token,
+            private=args.hub_private_repo or None,
+            commit_message=f"After {ema.step:,} updates",
+        )
+        print(f"Published: {url}")
+
+
+def run_facts(args, model, learning_rate, num_train_samples, total_batch_size, max_train_steps):
+    """What makes this run this run: kept with its checkpoints, and what a resumed one has to agree with."""
+    lr_warmup_steps, lr_constant_steps = args.lr_warmup_steps, args.lr_constant_steps
+    return {
+        "seed": args.seed,
+        "total_batch_size": total_batch_size,
+        "num_train_samples": num_train_samples,
+        "random_flip": args.random_flip,
+        "learning_rate": learning_rate,
+        "lr_scheduler": args.lr_scheduler,
+        "lr_warmup_steps": max_train_steps // 150 if lr_warmup_steps is None else lr_warmup_steps,
+        "lr_constant_steps": max(1, max_train_steps // 10) if lr_constant_steps is None else lr_constant_steps,
+        "ema_update_steps": args.ema_update_steps,
+        **{name: getattr(args, name) for name in ("adam_beta1", "adam_beta2", "adam_epsilon", *OBJECTIVE_FLAGS)},
+        **{f"model.{name}": value for name, value in model.config.items() if not name.startswith("_")},
+    }
+
+
+def learning_rate_schedule(args, optimizer, facts, max_train_steps):
+    """The paper's schedule, or one of diffusers'."""
+    if args.lr_scheduler == "inverse_sqrt":
+        return inverse_sqrt_schedule(optimizer, facts["lr_warmup_steps"], facts["lr_constant_steps"])
+    return get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=facts["lr_warmup_steps"], num_training_steps=max_train_steps
+    )
 
 
 def scale_learning_rate(optimizer, lr_scheduler, factor):

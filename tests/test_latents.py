@@ -17,9 +17,10 @@ from diffusers import AutoencoderKL
 from helpers import random_picture, tiny_vae
 from PIL import Image
 
-from diffusers_mp import latents
+from diffusers_mp import encoding
+from diffusers_mp.encoding import _ChannelStatistics, encode_dataset
 from diffusers_mp.images import load_image_dataset, prepare_image
-from diffusers_mp.latents import LatentDataset, _ChannelStatistics, encode_dataset, vae_fingerprint
+from diffusers_mp.latents import LatentDataset, vae_fingerprint
 
 
 RESOLUTION = 16
@@ -160,7 +161,7 @@ def test_a_corrupt_picture_is_named(damaged_folder, tmp_path, vae, num_workers):
 def test_corrupt_pictures_are_left_out_when_asked(damaged_folder, tmp_path, vae, caplog):
     dataset, _ = load_image_dataset(damaged_folder, cache_dir=str(tmp_path / "cache"))
     options = {"vae": vae, "resolution": RESOLUTION, "skip_corrupt": True, "batch_size": 1, "shard_size": 2}
-    with caplog.at_level(logging.WARNING, logger="diffusers_mp.latents"):
+    with caplog.at_level(logging.WARNING, logger="diffusers_mp.encoding"):
         encoded = encode_dataset(dataset, tmp_path / "encoded", **options)
     assert len(encoded) == 4
     assert [os.path.basename(name) for name in encoded.index["skipped"]] == ["1.png", "4.png"]
@@ -297,7 +298,7 @@ def content_of(folder, *without):
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
     [
-        "diffusers_mp.latents",
+        "diffusers_mp.encoding",
         "diffusers_mp.transformer_mpdit",
         "diffusers.models.autoencoders.autoencoder_kl",
         "pytest",
@@ -339,7 +340,7 @@ def encode_many(source, folder, *, kill_at=None, streaming=False, **options):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         os.replace = replace_or_die
-    latents.POLL_SECONDS = 0.02
+    encoding.POLL_SECONDS = 0.02
     dataset, id2label = load_image_dataset(
         dataset_name=str(source / "table"), cache_dir=str(source / "cache"), streaming=streaming
     )
@@ -445,7 +446,7 @@ def test_a_process_makes_its_own_shards_only(many, tmp_path, monkeypatch, stream
         if not ready():
             raise InterruptedError(path.name)
 
-    monkeypatch.setattr(latents, "_wait_until", no_others)
+    monkeypatch.setattr(encoding, "_wait_until", no_others)
     for process_index, waits_for in ((0, "shard-00001.safetensors"), (2, "shard-00001.safetensors")):
         with pytest.raises(InterruptedError, match=waits_for):
             encode_many(many, tmp_path, num_processes=3, process_index=process_index, streaming=streaming)

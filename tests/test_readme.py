@@ -17,7 +17,7 @@ def test_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {}
     exec(block, namespace)
-    assert namespace["images"].shape == (2, 4, 8, 8)
+    assert [sample.size for sample in namespace["samples"]] == [(8, 8), (8, 8)]
 
 
 def test_there_is_a_block():

@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from diffusers_mp.encoding import encode_dataset
 from diffusers_mp.images import load_image_dataset
-from diffusers_mp.latents import encode_dataset
 from diffusers_mp.training.data import StreamBatchSampler, TrainingSamples, sample_generator, split_validation
 
 

@@ -1,0 +1,331 @@
+"""A model card for a trained pipeline's folder, with its sample grid and its training curve."""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
+
+from .hub import _WEIGHTS, CARD_NAME, CURVE_NAME, GRID_NAME, _has_component, _is_repo_id, _mask, files_to_publish
+
+
+_NUM_CURVE_ROWS = 10
+_REPORTED_ARGUMENTS = (
+    *("preset", "configuration", "variance_type", "prediction_type", "resolution", "random_flip", "seed"),
+    *("class_dropout_prob", "optimizer", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_constant_steps"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "mixed_precision", "ema_stds", "snr_gamma"),
+    *("logit_mean", "logit_std"),
+)
+_CITATION = """@article{bill2025exploring,
+  title   = {Exploring Magnitude Preservation and Rotation Modulation in Diffusion Transformers},
+  author  = {Bill, Eric Tillman and Perez Jensen, Cristian and Anagnostidis, Sotiris and von R{\\"u}tte, Dimitri},
+  journal = {arXiv preprint arXiv:2505.19122},
+  year    = {2025}
+}"""
+
+
+def write_model_card(
+    folder: str | Path,
+    repo_id: str | None = None,
+    *,
+    revision: str | None = None,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    data: str | None = None,
+    sample_grid: str | Path | None = None,
+    num_images_seen: int | None = None,
+    num_seconds: float | None = None,
+    hardware: str | None = None,
+    metrics: Mapping[str, float | str] | None = None,
+) -> ModelCard:
+    """Write README.md, the sample grid and the training curve of a pipeline's folder.
+
+    The facts come from the files that `examples/train_mpdit.py` leaves there; those that are missing are left out. Of
+    the arguments only named ones are told, and no local path. The curve is a table, and a picture where matplotlib is
+    installed. An existing README.md is replaced.
+
+    Args:
+        folder (str or Path): the pipeline's folder.
+        repo_id (str, optional): where it will be published, for the card's code; without it the code says "folder".
+        revision (str, optional): branch it will be published on.
+        license (str, optional): licence of the weights, such as "apache-2.0", or "other" with the next two.
+        license_name, license_link (str, optional): name and address of another licence.
+        data (str, optional): what the training data are, in place of what the arguments tell.
+        sample_grid (str or Path, optional): picture of samples; by default the last of `samples/`.
+        num_images_seen (int, optional): images in all updates together.
+        num_seconds (float, optional): duration of the training; by default that of the updates, from the log's
+            images per second, where `num_images_seen` is given.
+        hardware (str, optional): what it was trained on.
+        metrics (mapping, optional): names and values of measurements made after training.
+    Returns:
+        ModelCard: the card as written.
+    Raises:
+        ValueError: if the folder holds no complete pipeline.
+    """
+    folder = Path(folder)
+    files_to_publish(folder)
+    index, config = _read_json(folder / "model_index.json"), _read_json(folder / "transformer" / "config.json")
+    arguments = _read_json(folder / "training_arguments.json")
+    log = _read_log(folder / (arguments.get("logging_dir") or "logs") / "metrics.jsonl")
+    num_updates = max((entry["step"] for entry in log), default=None)
+    num_classes = config.get("num_classes")
+    kind = "Unconditional" if num_classes is None else "Class-conditional"
+    dataset = arguments.get("dataset_name")
+
+    sections = [
+        f"# {_text(repo_id.split('/')[-1]) if repo_id else 'Magnitude-preserving diffusion transformer'}",
+        f"{kind} image generation with a magnitude-preserving diffusion transformer (MPDiT), after "
+        "[arXiv 2505.19122](https://arxiv.org/abs/2505.19122), trained with `diffusers-mp`.",
+        _grid_section(folder, sample_grid, arguments),
+        "## How to use\n\n" + _usage(folder, index, config, repo_id, revision),
+        "## Data\n\n" + _data(folder, index, config, arguments, data),
+        "## VAE\n\n" + _vae(folder, arguments),
+        "## Model\n\n" + _model(folder, config, arguments),
+        "## Training\n\n" + _training(folder, log, arguments, num_updates, num_images_seen, num_seconds, hardware),
+        _metrics(log, metrics),
+        "## Licence of the weights\n\n" + _licence(license, license_name, license_link),
+        f"## Citation\n\n```bibtex\n{_CITATION}\n```",
+    ]
+    card_data = ModelCardData(
+        library_name="diffusers",
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
+        datasets=[dataset] if _is_repo_id(dataset) and data is None else None,
+        pipeline_tag="unconditional-image-generation" if num_classes is None else None,
+        tags=[
+            *("diffusers", "diffusers-mp", "diffusion-transformer", "magnitude-preserving"),
+            *(["unconditional-image-generation"] if num_classes is None else ["class-conditional"]),
+            "arxiv:2505.19122",
+        ],
+    )
+    text = "\n\n".join(section for section in sections if section)
+    card = ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{_mask(text)}\n")
+    card.save(folder / CARD_NAME)
+    return card
+
+
+def _grid_section(folder: Path, sample_grid: str | Path | None, arguments: dict) -> str | None:
+    samples = sorted((folder / "samples").glob("step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")))
+    source = sample_grid or (samples[-1] if samples else None)
+    if source is None:
+        (folder / GRID_NAME).unlink(missing_ok=True)
+        return None
+    with Image.open(source) as picture:
+        # Pixels alone, without what a picture's metadata may tell.
+        picture = picture.convert("L" if picture.mode == "L" else "RGB")
+    Image.frombytes(picture.mode, picture.size, picture.tobytes()).save(folder / GRID_NAME, format="PNG")
+    caption = "Samples."
+    if sample_grid is None and "validation_inference_steps" in arguments:
+        scale = arguments.get("validation_guidance_scale")
+        caption = f"Samples at the end of training, {arguments['validation_inference_steps']} steps, guidance scale "
+        caption += f"{'as the pipeline has it' if scale is None else f'{scale:g}'}, not selected."
+    return f"![samples]({GRID_NAME})\n\n{caption}"
+
+
+def _usage(folder: Path, index: dict, config: dict, repo_id: str | None, revision: str | None) -> str:
+    source = repr(repo_id or "folder") + (f", revision={revision!r}" if revision else "")
+    names = [name for _, name in sorted((index.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
+    num_classes = config.get("num_classes")
+    call = "num_images_per_class=2"
+    if num_classes is not None:
+        plain = len(set(names)) == len(names) and not any("," in name for name in names)
+        call = f"class_labels={names[:2] if names and plain else list(range(min(2, num_classes)))!r}"
+    text = f"""```python
+from diffusers_mp import MPDiTPipeline
+
+pipe = MPDiTPipeline.from_pretrained({source})
+images = pipe({call}, num_inference_steps=50).images
+```
+
+`DiffusionPipeline.from_pretrained` does not know this class: import it from `diffusers_mp` as above."""
+    others = sorted(path.name for path in folder.glob("transformer_ema_*"))
+    if others:
+        text += f"""
+
+Averages of the weights of other widths are beside it: {", ".join(f"`{name}`" for name in others)}.
+
+```python
+from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel
+
+transformer = MPDiTTransformer2DModel.from_pretrained({source}, subfolder={others[0]!r})
+pipe = MPDiTPipeline.from_pretrained({source}, transformer=transformer)
+```"""
+    return text
+
+
+def _data(folder: Path, index: dict, config: dict, arguments: dict, data: str | None) -> str:
+    dataset, latents = arguments.get("dataset_name"), _read_json(folder / "latents" / "index.json")
+    source = "a data set on the author's machine"
+    if data is not None:
+        source = _text(data)
+    elif _is_repo_id(dataset):
+        source = f"[{dataset}](../../datasets/{dataset})"
+        if arguments.get("dataset_config_name"):
+            source += f", configuration {_text(arguments['dataset_config_name'])}"
+        source += f", split {_text(arguments.get('dataset_split') or 'train')}"
+    lines = [f"- source: {source}"]
+    if "num_samples" in latents:
+        lines.append(f"- images: {latents['num_samples']:,} (those held out for validation among them)")
+    if "resolution" in latents:
+        lines.append(f"- resolution: {latents['resolution']} pixels, centre crop")
+    names = [_text(name) for _, name in sorted((index.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
+    if names:
+        lines.append(f"- classes: {len(names)} ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})")
+    elif config.get("num_classes") is not None:
+        lines.append(f"- classes: {config['num_classes']}")
+    return "\n".join(lines)
+
+
+def _vae(folder: Path, arguments: dict) -> str:
+    if not _has_component(folder, "vae"):
+        return "None: the transformer works on pixels."
+    config = _read_json(folder / "vae" / "config.json")
+    name = arguments.get("vae")
+    source = f"[{name}](../../{name})" if _is_repo_id(name) else "of the author's own"
+    return (
+        f"`{_text(config.get('_class_name'))}` {source}, {config.get('latent_channels')} latent channels, factor "
+        f"{2 ** (len(config.get('block_out_channels', [0])) - 1)}, {_num_parameters(folder / 'vae'):,} parameters, in "
+        "`vae/`. The transformer sees its latents standardised by the statistics in `model_index.json`."
+    )
+
+
+def _model(folder: Path, config: dict, arguments: dict) -> str:
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    text = f"{_num_parameters(folder / 'transformer'):,} parameters (without the VAE). Configuration:\n\n"
+    text += _table(("key", "value"), [(key, value) for key, value in config.items() if not key.startswith("_")])
+    keys = ("num_train_timesteps", "beta_schedule", "prediction_type", "variance_type")
+    facts = [f"{key} {_text(scheduler[key])}" for key in keys if scheduler.get(key) is not None]
+    text += f"\n\nScheduler: `{_text(scheduler.get('_class_name'))}`{', ' if facts else ''}{', '.join(facts)}."
+    if arguments.get("ema_stds"):
+        text += f" `transformer/` holds the average of the weights of relative width {arguments['ema_stds'][0]:g}."
+    return text
+
+
+def _training(folder, log, arguments, num_updates, num_images_seen, num_seconds, hardware) -> str:
+    seconds_of = "in all"
+    if num_seconds is None and num_updates and num_images_seen:
+        num_seconds, seconds_of = _seconds_of_updates(log, num_images_seen / num_updates), "in updates"
+    costs = [
+        ("updates", None if num_updates is None else f"{num_updates:,}"),
+        ("images seen", None if num_images_seen is None else f"{num_images_seen:,}"),
+        (f"seconds {seconds_of}", None if num_seconds is None else f"{num_seconds:,.0f}"),
+        ("trained on", hardware),
+    ]
+    text = _table(("cost", ""), [(name, "not recorded" if value is None else value) for name, value in costs])
+    told = [(key, arguments[key]) for key in _REPORTED_ARGUMENTS if arguments.get(key) is not None]
+    if told:
+        text += "\n\n" + _table(("argument", "value"), told)
+    rows = _curve_rows(log)
+    if rows:
+        if _draw_curve(log, folder / CURVE_NAME):
+            text += f"\n\n![training curve]({CURVE_NAME})"
+        text += "\n\n" + _table(("update", "training loss since the row above", "validation loss"), rows)
+    return text
+
+
+def _metrics(log: list[dict], metrics: Mapping | None) -> str | None:
+    rows = [(name, value) for name, value in (metrics or {}).items()]
+    validations = [entry for entry in log if any(key.startswith("validation/") for key in entry)]
+    if validations:
+        last = validations[-1]
+        of_log = [(key.removeprefix("validation/"), value) for key, value in last.items() if key != "step"]
+        rows += [(f"validation {name} at update {last['step']}", value) for name, value in of_log]
+    return "## Metrics\n\n" + _table(("metric", "value"), rows) if rows else None
+
+
+def _licence(license: str | None, license_name: str | None, license_link: str | None) -> str:
+    if license is None:
+        return "None was given: ask the author before you use them."
+    name = _text(license_name or license)
+    return f"[{name}]({license_link})" if license_link else name
+
+
+def _draw_curve(log: list[dict], picture: Path) -> bool:
+    """Draw the losses over updates, if matplotlib is installed."""
+    picture.unlink(missing_ok=True)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_subplot()
+    smallest = math.inf
+    for key, label in (("train/loss", "training"), ("validation/loss", "validation, averaged weights")):
+        points = [(entry["step"], entry[key]) for entry in log if math.isfinite(entry.get(key, math.nan))]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="o" if key == "validation/loss" else None)
+            smallest = min(smallest, *(loss for _, loss in points), math.inf)
+    axes.set(xlabel="update", ylabel="loss", yscale="log" if 0 < smallest < math.inf else "linear")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(picture, dpi=120, bbox_inches="tight", metadata={"Software": None})
+    return True
+
+
+def _curve_rows(log: list[dict]) -> list[tuple]:
+    """Mean training loss of up to ten equal stretches of the log, and the last validation loss in each."""
+    steps = [entry["step"] for entry in log if "train/loss" in entry]
+    if not steps:
+        return []
+    num_rows = min(_NUM_CURVE_ROWS, len(steps))
+    ends = [steps[math.ceil(len(steps) * (row + 1) / num_rows) - 1] for row in range(num_rows)]
+    rows = []
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        stretch = [entry for entry in log if start < entry["step"] <= end]
+        losses = [entry["train/loss"] for entry in stretch if "train/loss" in entry]
+        validation = [entry["validation/loss"] for entry in stretch if "validation/loss" in entry]
+        rows.append((f"{end:,}", sum(losses) / len(losses), validation[-1] if validation else ""))
+    return rows
+
+
+def _seconds_of_updates(log: list[dict], total_batch_size: float) -> float | None:
+    seconds, previous = 0.0, 0
+    for entry in log:
+        if entry.get("train/images_per_second"):
+            seconds += (entry["step"] - previous) * total_batch_size / entry["train/images_per_second"]
+            previous = entry["step"]
+    return seconds or None
+
+
+def _num_parameters(folder: Path) -> int:
+    """Number of parameters, from the headers of the safetensors files."""
+    count = 0
+    for path in folder.glob(_WEIGHTS):
+        with path.open("rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return count
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _read_log(path: Path) -> list[dict]:
+    """Entries of the log in order, without a last line that a kill cut off."""
+    entries = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return sorted(entries, key=lambda entry: entry["step"])
+
+
+def _text(value) -> str:
+    """A value on one line of Markdown that starts no markup of its own."""
+    if isinstance(value, float):
+        value = f"{value:.5g}"
+    text = " ".join(str(value).split())
+    return re.sub(r"([\\`*\[\]|<>])", r"\\\1", text)
+
+
+def _table(header: tuple[str, ...], rows: list[tuple]) -> str:
+    lines = [header, ["---"] * len(header), *(map(_text, row) for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
