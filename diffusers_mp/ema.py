@@ -103,8 +103,8 @@ class PowerFunctionEMA:
     averaged nor stored: a model that an average is copied into keeps its own.
 
     Pass the plain model, after it was moved to its device: not the wrapper of DistributedDataParallel, and for a
-    compiled model its `_orig_mod` (`accelerator.unwrap_model(model)` gives both), since names are those of the model
-    given here.
+    compiled model its `_orig_mod`: names are those of the model given here. Of an Accelerator,
+    `unwrap_model(model, keep_torch_compile=False)` takes off both.
 
     Args:
         model (nn.Module): the model to follow. `update` reads its current parameters.

@@ -1,5 +1,6 @@
 """Pictures from a folder or a data set, without torchvision: names of the classes, decoding, cropping."""
 
+import glob
 import io
 import os
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image, ImageOps
 
 
 SHUFFLE_BUFFER_SIZE = 1000
+# What a column of text is, made by different libraries.
+STRINGS = (datasets.Value("string"), datasets.Value("large_string"))
 
 
 def load_image_dataset(
@@ -53,9 +56,7 @@ def load_image_dataset(
     elif not Path(train_data_dir).is_dir():
         raise ValueError(f"`train_data_dir` must be a folder of pictures, received {str(train_data_dir)!r}.")
     else:
-        # The explicit pattern keeps `datasets` from taking a class called "test" for a split of its own.
-        source = {"data_dir": str(train_data_dir), "data_files": {"train": "**"}}
-        dataset = datasets.load_dataset("imagefolder", **source, **options | {"split": "train"})
+        dataset = _load_image_folder(train_data_dir, options)
         if "label" not in dataset.column_names:
             _check_one_folder(dataset, train_data_dir)
 
@@ -65,7 +66,7 @@ def load_image_dataset(
     if label_column not in columns and label_column != "label":
         raise ValueError(f"`label_column` must be one of {columns}, received {label_column!r}.")
     kind = dataset.features[image_column]
-    if not isinstance(kind, datasets.Image) and kind != datasets.Value("string"):
+    if not isinstance(kind, datasets.Image) and kind not in STRINGS:
         raise ValueError(f"`image_column` must hold pictures or their paths, {image_column!r} holds {kind}.")
     dataset = dataset.cast_column(image_column, datasets.Image(decode=False))  # decoded here, to name damaged files
 
@@ -74,7 +75,7 @@ def load_image_dataset(
         if streaming:
             id2label = _class_names_of_stream(dataset, label_column)
         else:
-            if dataset.features[label_column] == datasets.Value("string"):
+            if dataset.features[label_column] in STRINGS:
                 dataset = dataset.class_encode_column(label_column)
             id2label = _class_names(dataset, label_column)
     if max_train_samples is not None and streaming:
@@ -82,6 +83,22 @@ def load_image_dataset(
     elif max_train_samples is not None and max_train_samples < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(max_train_samples))
     return dataset, id2label
+
+
+def _load_image_folder(
+    train_data_dir: str | os.PathLike, options: dict
+) -> datasets.Dataset | datasets.IterableDataset:
+    # The explicit pattern keeps `datasets` from taking a class called "test" for a split of its own. It is joined to
+    # the folder's name, in which nothing is a pattern.
+    source = {"data_dir": glob.escape(str(train_data_dir)), "data_files": {"train": "**"}}
+    try:
+        return datasets.load_dataset("imagefolder", **source, **options | {"split": "train"})
+    except (ValueError, FileNotFoundError) as error:
+        if any(path.suffix.lower() in Image.registered_extensions() for path in Path(train_data_dir).rglob("*")):
+            raise
+        raise ValueError(
+            f"`train_data_dir` must be a folder of pictures, {str(train_data_dir)!r} holds none."
+        ) from error
 
 
 def _check_one_folder(dataset: datasets.Dataset, train_data_dir: str | os.PathLike) -> None:

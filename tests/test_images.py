@@ -71,6 +71,32 @@ def test_missing_columns_are_named_with_those_there(tmp_path):
         load_image_dataset(**source, image_column="label")
 
 
+# `datasets` leaves the CSV file open; theirs to mend.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:unclosed file:ResourceWarning")
+def test_labels_of_a_metadata_file(tmp_path):
+    for k, picture in enumerate(three_pictures()):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        picture.save(tmp_path / "a" / f"{k}.png")
+    (tmp_path / "a" / "metadata.csv").write_text("file_name,label\n0.png,owl\n1.png,elk\n2.png,owl\n")
+    dataset, id2label = load_image_dataset(tmp_path / "a", cache_dir=str(tmp_path / "cache"))
+    assert id2label == {0: "elk", 1: "owl"}
+    assert sorted(dataset["label"][:]) == [0, 1, 1]
+
+
+def test_folder_without_pictures_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("none yet")
+    with pytest.raises(ValueError, match="`train_data_dir` must be a folder of pictures, '.*empty' holds none"):
+        load_image_dataset(tmp_path / "empty", cache_dir=str(tmp_path / "cache"))
+
+
+def test_folder_whose_name_looks_like_a_pattern(tmp_path):
+    (tmp_path / "we[ird]*").mkdir()
+    for k, picture in enumerate(three_pictures()):
+        picture.save(tmp_path / "we[ird]*" / f"{k}.png")
+    assert len(load_image_dataset(tmp_path / "we[ird]*", cache_dir=str(tmp_path / "cache"))[0]) == 3
+
+
 def test_exactly_one_existing_source(tmp_path):
     for sources in ({}, {"train_data_dir": tmp_path, "dataset_name": "somebody/something"}):
         with pytest.raises(ValueError, match="Exactly one of `train_data_dir` and `dataset_name`"):

@@ -117,11 +117,13 @@ def register_model_hooks(accelerator: Accelerator) -> None:
             weights.pop()
         if accelerator.is_main_process:
             for model in models:
-                accelerator.unwrap_model(model).save_pretrained(Path(output_dir) / MODEL_FOLDER)
+                accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(
+                    Path(output_dir) / MODEL_FOLDER
+                )
 
     def load(models, input_dir):
         while models:
-            model = accelerator.unwrap_model(models.pop())
+            model = accelerator.unwrap_model(models.pop(), keep_torch_compile=False)
             stored: ModelMixin = type(model).from_pretrained(input_dir, subfolder=MODEL_FOLDER)
             model.load_state_dict(stored.state_dict())
 
