@@ -37,10 +37,10 @@ while True:
         os._exit(0)
     tries += 1
     if kills < num_kills:
-        deadline, at_save = time.monotonic() + rng.uniform(0.1, 1.5), kills % 2 == 1
+        deadline, at_save = time.monotonic() + rng.uniform(0.1, 0.8), kills % 2 == 1
         while time.monotonic() < deadline and os.waitpid(child, os.WNOHANG) == (0, 0):
             saving = list(output_dir.glob("*.unfinished"))
-            if at_save and saving and time.monotonic() > deadline - 0.7:
+            if at_save and saving and time.monotonic() > deadline - 0.4:
                 time.sleep(rng.uniform(0, 0.005))
                 break
             time.sleep(0.001)
@@ -72,7 +72,7 @@ def run(data, output_dir, num_steps, num_kills, seed=0):  # noqa: F811
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("num_steps, num_kills", [(300, 4), pytest.param(800, 24, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_steps, num_kills", [(400, 4), pytest.param(1500, 24, marks=pytest.mark.slow)])
 def test_killed_run_is_the_uninterrupted_one(data, tmp_path, num_steps, num_kills):  # noqa: F811
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(data, whole, num_steps, 0)
