@@ -77,6 +77,7 @@ class _NormalizedRows(nn.Module):
 
     @torch.no_grad()
     def normalize_weights_(self) -> None:
+        """Put this layer's rows back to their norm, in place; see the function of the same name."""
         norm = self._relative_row_norms()
         # Rows that are there already are left alone to the bit, without asking the device how many that are.
         settled = ((norm - 1).abs() <= _row_tolerance(self.weight.dtype)) | (norm == 0)

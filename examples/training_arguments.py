@@ -11,18 +11,10 @@ from diffusers.optimization import SchedulerType
 from diffusers_mp import MPDiTTransformer2DModel, get_preset
 from diffusers_mp.ema import exponent_of_std
 from diffusers_mp.hub import check_trackers
+from diffusers_mp.presets import CONFIGURATIONS
 
 
-MODEL_FLAGS = (
-    "cosine_attention",
-    "weight_normalization",
-    "forced_weight_normalization",
-    "mp_residual",
-    "mp_silu",
-    "mp_pos_embed",
-    "mp_embedding",
-    "layer_norm",
-)
+MODEL_FLAGS = tuple(CONFIGURATIONS["E"])
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 AT_LEAST_1 = (
     "checkpointing_steps",
@@ -244,7 +236,7 @@ def _check_model_flags(args: argparse.Namespace, parser: argparse.ArgumentParser
             setattr(args, name, default)
     try:
         with init_empty_weights():
-            MPDiTTransformer2DModel(**model_config(args, (4, 8 * int(args.preset.partition("/")[2] or 1), 0), 2))
+            MPDiTTransformer2DModel(**model_config(args, (4, 8, 8), 2))
     except ValueError as error:
         parser.error(str(error))
 

@@ -14,21 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_mp import MPDiTTransformer2DModel, get_preset
+from diffusers_mp.presets import CONFIGURATIONS
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GOLDEN = FIXTURES / "golden"
 TINY = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8, "sample_size": 8, "num_classes": 10}
-FLAGS = (
-    "cosine_attention",
-    "weight_normalization",
-    "forced_weight_normalization",
-    "mp_residual",
-    "mp_silu",
-    "mp_pos_embed",
-    "mp_embedding",
-    "layer_norm",
-)
+FLAGS = tuple(CONFIGURATIONS["E"])
 
 
 def tiny_config(configuration="E", modulation=("scale", "rotate", "gate"), **overrides):

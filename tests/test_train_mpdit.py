@@ -454,6 +454,23 @@ def test_preset_flags_and_bf16(data, tmp_path):
     assert MPDiTTransformer2DModel.from_pretrained(output_dir, subfolder="transformer").dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (("--preset", "S/x"), "`size` must be one of"),
+        (("--modulation", "spin"), "`modulation` must be a non-empty list"),
+        (("--no-weight_normalization",), "`forced_weight_normalization=True` needs `weight_normalization=True`"),
+    ],
+)
+def test_a_wrong_model_is_refused_before_images_are_encoded(tmp_path, capsys, wrong, message):
+    import training_arguments
+
+    with pytest.raises(SystemExit):
+        training_arguments.parse_args(["--train_data_dir", "x", "--output_dir", str(tmp_path / "new"), *wrong])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_every_scheduler_trains(data, tmp_path):
     for name in ("constant_with_warmup", "cosine"):
         more = ("--lr_scheduler", name, "--lr_warmup_steps", "2", "--logging_steps", "1", "--max_train_steps", "4")
@@ -531,6 +548,7 @@ class TestErrors:
             (("--num_train_epochs", "2"), "give one of --max_train_steps and --num_train_epochs"),
             (("--report_to", "wandb"), "--report_to wandb: not installed"),
             (("--train_batch_size", "0"), "--train_batch_size must be at least 1, got 0"),
+            (("--preset", "S/3"), "--model_config_name_or_path stands instead of --preset"),
             (("--max_train_steps", "0"), "--max_train_steps must be at least 1, got 0"),
             (("--ema_stds", "0.5"), "--ema_stds: `std` must lie in"),
             (("--preset", "B/2", "--no-mp_silu"), "--model_config_name_or_path stands instead of --preset, --mp_silu"),
