@@ -22,6 +22,7 @@ _EXPORTS = {
     "presets": ["get_preset"],
     "ema": ["PowerFunctionEMA"],
     "reconstruction": ["reconstruct_ema"],
+    "rotation_swap": ["swap_adaln_for_rotation", "unswap_rotation", "set_shift_scale", "drop_shift_"],
     "training": ["parameter_groups"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
@@ -44,6 +45,10 @@ if TYPE_CHECKING:
     from .pipeline_mpdit import MPDiTPipeline as MPDiTPipeline
     from .presets import get_preset as get_preset
     from .reconstruction import reconstruct_ema as reconstruct_ema
+    from .rotation_swap import drop_shift_ as drop_shift_
+    from .rotation_swap import set_shift_scale as set_shift_scale
+    from .rotation_swap import swap_adaln_for_rotation as swap_adaln_for_rotation
+    from .rotation_swap import unswap_rotation as unswap_rotation
     from .training import parameter_groups as parameter_groups
     from .transformer_mpdit import MPDiTTransformer2DModel as MPDiTTransformer2DModel
 
@@ -57,6 +62,11 @@ def __getattr__(name: str):
         # A pipeline's `model_index.json` names this package as the home of its transformer, and diffusers then looks
         # here for the base class that tells it how to load one. Not a public name.
         return importlib.import_module("diffusers").ModelMixin
+    if name.startswith("Rotation"):
+        # Classes of swapped models, RotationFluxTransformer2DModel and the like, under which they are saved.
+        model_class = importlib.import_module(".rotation_swap.model_class", __name__).rotation_class_of_name(name)
+        if model_class is not None:
+            return model_class
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -133,11 +133,13 @@ def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
 
     Args:
         x (torch.Tensor): tokens, shape (B, N, D).
-        angle (torch.Tensor): radians, shape (B, D/2).
+        angle (torch.Tensor): radians, shape (B, D/2), or (B, N, D/2) if each token has its own.
     Returns:
         torch.Tensor: shape (B, N, D), dtype of `x`.
     """
-    angle = angle.to(compute_dtype(angle.dtype)).unsqueeze(-2)
+    angle = angle.to(compute_dtype(angle.dtype))
+    if angle.ndim < x.ndim:
+        angle = angle.unsqueeze(-2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

@@ -10,11 +10,15 @@ from collections.abc import Sequence
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from torch import nn
 
 from . import functional
 from .layers import MPLinear, rows_as_loaded
 
+
+# From the Hub, unlike from a folder, diffusers loads components of the libraries in this table alone.
+LOADABLE_CLASSES["diffusers_mp"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 
 # In the order in which they are applied; a gate acts on the output of the branch that follows.
 MODULATION_KINDS = ("scale", "shift", "rotate", "gate")

@@ -15,15 +15,11 @@ from diffusers import (
     ImagePipelineOutput,
 )
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
 from .transformer_mpdit import MPDiTTransformer2DModel
 
-
-# From the Hub, unlike from a folder, diffusers loads components of the libraries in this table alone.
-LOADABLE_CLASSES["diffusers_mp"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 
 DEFAULT_GUIDANCE_SCALE = 4.0
 _LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
