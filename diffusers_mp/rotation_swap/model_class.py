@@ -27,7 +27,7 @@ def rotation_class(stock_class: type[ModelMixin]) -> type[ModelMixin]:
     stock_init = stock_class.__init__
 
     def __init__(self, *args, rotation_modulation=None, **kwargs):
-        from .swap import find_sites, install
+        from .swap import find_sites, install, make_rotation_linears
 
         stock_init(self, *args, **kwargs)
         if rotation_modulation is None:
@@ -35,8 +35,8 @@ def rotation_class(stock_class: type[ModelMixin]) -> type[ModelMixin]:
                 f"`rotation_modulation` must hold the options of the swap: make a {stock_class.__name__} and call "
                 "`swap_adaln_for_rotation`, or load a model saved after that."
             )
-        install(self, find_sites(self, rotation_modulation["sublayers"]), rotation_modulation)
-        self.register_to_config(rotation_modulation=rotation_modulation)
+        sites = find_sites(self, rotation_modulation["sublayers"])
+        install(self, make_rotation_linears(sites, rotation_modulation), rotation_modulation)
 
     # diffusers reads the names of config entries from here.
     signature = inspect.signature(stock_init)

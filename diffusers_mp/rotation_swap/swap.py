@@ -94,16 +94,15 @@ def swap_adaln_for_rotation(
         "mean_shift": mean_shifts is not None,
         "rank": rank,
     }
-    install(model, sites, options)
-    for site in sites:
-        linear = model.get_submodule(site.name)
+    # All are made before the first is put in: an error leaves the model as it was.
+    linears = make_rotation_linears(sites, options)
+    for name, linear in linears.items():
         if keep_shift:
             linear.shift_scale.fill_(shift_scale)
         if mean_shifts is not None:
             with torch.no_grad():
-                linear.mean_shift.copy_(mean_shifts[site.name])
-    model.__class__ = rotation_class(type(model))
-    model.register_to_config(rotation_modulation=options)
+                linear.mean_shift.copy_(mean_shifts[name])
+    install(model, linears, options)
     return SwapReport({site.name: site.kinds for site in sites}, before, _num_parameters(model))
 
 
@@ -186,19 +185,32 @@ def rotation_linears(model: nn.Module) -> dict[str, RotationLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, RotationLinear)}
 
 
-def install(model: nn.Module, sites: Sequence[Site], options: Mapping) -> None:
-    """Put `RotationLinear`s into the places of a model's maps.
+def make_rotation_linears(sites: Sequence[Site], options: Mapping) -> dict[str, RotationLinear]:
+    """The modules that take the places of a model's maps, not yet put there.
 
     Args:
-        model (nn.Module): the model, possibly on the meta device.
         sites (sequence of Site): from `find_sites`.
         options (mapping): `keep_shift`, `mean_shift` and `rank` of `RotationLinear`.
+    Returns:
+        dict: module for each path.
     """
-    names = ("keep_shift", "mean_shift", "rank")
-    # All are made before the first is put in: an error leaves the model as it was.
-    linears = [RotationLinear(site.linear, site.kinds, **{name: options[name] for name in names}) for site in sites]
-    for site, linear in zip(sites, linears, strict=True):
-        model.set_submodule(site.name, linear)
+    options = {name: options[name] for name in ("keep_shift", "mean_shift", "rank")}
+    return {site.name: RotationLinear(site.linear, site.kinds, **options) for site in sites}
+
+
+def install(model: nn.Module, linears: Mapping[str, RotationLinear], options: Mapping) -> None:
+    """Put them there, and make the model one of its swapped class.
+
+    Args:
+        model (nn.Module): of a stock class, or of the swapped one that is just being made.
+        linears (mapping): from `make_rotation_linears`.
+        options (mapping): of the swap, for the config.
+    """
+    for name, linear in linears.items():
+        model.set_submodule(name, linear)
+    if not is_rotation_class(type(model)):
+        model.__class__ = rotation_class(type(model))
+    model.register_to_config(rotation_modulation=dict(options))
 
 
 # Checks

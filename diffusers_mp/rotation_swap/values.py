@@ -1,4 +1,4 @@
-"""What a swapped linear map returns instead of one tensor of modulation maps: values that diffusers' own code consumes.
+"""What a swapped linear map returns instead of one tensor of maps: values that diffusers' own code consumes.
 
 Every AdaLN of diffusers that is swapped computes
 
