@@ -22,7 +22,14 @@ _EXPORTS = {
     "presets": ["get_preset"],
     "ema": ["PowerFunctionEMA"],
     "reconstruction": ["reconstruct_ema"],
-    "rotation_swap": ["swap_adaln_for_rotation", "unswap_rotation", "set_shift_scale", "drop_shift_"],
+    "rotation_swap": [
+        "drop_shift_",
+        "load_rotation_adapter",
+        "save_rotation_adapter",
+        "set_shift_scale",
+        "swap_adaln_for_rotation",
+        "unswap_rotation",
+    ],
     "training": ["parameter_groups"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
@@ -46,6 +53,8 @@ if TYPE_CHECKING:
     from .presets import get_preset as get_preset
     from .reconstruction import reconstruct_ema as reconstruct_ema
     from .rotation_swap import drop_shift_ as drop_shift_
+    from .rotation_swap import load_rotation_adapter as load_rotation_adapter
+    from .rotation_swap import save_rotation_adapter as save_rotation_adapter
     from .rotation_swap import set_shift_scale as set_shift_scale
     from .rotation_swap import swap_adaln_for_rotation as swap_adaln_for_rotation
     from .rotation_swap import unswap_rotation as unswap_rotation

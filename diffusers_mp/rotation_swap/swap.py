@@ -77,14 +77,14 @@ def swap_adaln_for_rotation(
     """
     check_arguments(sublayers, keep_shift, shift_scale, rank)
     check_model(model)
-    before = _num_parameters(model)
+    before = num_parameters(model)
     if type(model) is MPDiTTransformer2DModel:
         if set(sublayers) != set(SUBLAYERS) or shift_scale != 1 or calibration is not None or rank is not None:
             raise ValueError(
                 "`sublayers`, `shift_scale`, `calibration` and `rank` must be left out for MPDiTTransformer2DModel: "
                 "its swap is another configuration of it, which has no such choices."
             )
-        return SwapReport(swap_native(model, keep_shift), before, _num_parameters(model))
+        return SwapReport(swap_native(model, keep_shift), before, num_parameters(model))
     sites = find_sites(model, sublayers)
     check_sites(model, sites, keep_shift)
     mean_shifts = None if calibration is None else _mean_shifts(model, sites, calibration)
@@ -103,7 +103,7 @@ def swap_adaln_for_rotation(
             with torch.no_grad():
                 linear.mean_shift.copy_(mean_shifts[name])
     install(model, linears, options)
-    return SwapReport({site.name: site.kinds for site in sites}, before, _num_parameters(model))
+    return SwapReport({site.name: site.kinds for site in sites}, before, num_parameters(model))
 
 
 def unswap_rotation(model: ModelMixin, base: ModelMixin | None = None) -> None:
@@ -323,5 +323,6 @@ def _mean_shifts(model: nn.Module, sites: Sequence[Site], calibration: Iterable[
     return means
 
 
-def _num_parameters(model: nn.Module) -> int:
+def num_parameters(model: nn.Module) -> int:
+    """Number of the parameters of a model."""
     return sum(parameter.numel() for parameter in model.parameters())
