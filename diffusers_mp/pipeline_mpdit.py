@@ -106,6 +106,11 @@ class MPDiTPipeline(DiffusionPipeline):
         return self._guidance_scale != 1
 
     @property
+    def _is_conditional(self) -> bool:
+        config = self.transformer.config
+        return config.num_classes is not None or config.pooled_projection_dim is not None
+
+    @property
     def num_timesteps(self) -> int:
         """Number of sampling steps of the call in progress."""
         return self._num_timesteps
@@ -173,23 +178,24 @@ class MPDiTPipeline(DiffusionPipeline):
         Args:
             guidance_scale (float): as in `__call__`.
         Raises:
-            ValueError: if it is not 1 for a transformer that has no null class, or never saw it in training.
+            ValueError: if it is not 1 for a transformer that has no null condition, or never saw it in training.
         """
-        config = self.transformer.config
-        if guidance_scale != 1 and config.num_classes is None:
+        if guidance_scale != 1 and not self._is_conditional:
             raise ValueError(
-                "`guidance_scale` must be 1 for an unconditional transformer, which has no class to be guided to; "
+                "`guidance_scale` must be 1 for an unconditional transformer, which has no condition to be guided to; "
                 f"got {guidance_scale}."
             )
-        if guidance_scale != 1 and config.class_dropout_prob == 0:
+        if guidance_scale != 1 and self.transformer.config.class_dropout_prob == 0:
             raise ValueError(
-                "`guidance_scale` must be 1 for a transformer trained without label dropout (`class_dropout_prob=0`), "
-                f"which has never seen the null class; got {guidance_scale}."
+                "`guidance_scale` must be 1 for a transformer trained without dropping conditions "
+                f"(`class_dropout_prob=0`), which has never seen the null condition; got {guidance_scale}."
             )
 
     def check_inputs(
         self,
         class_labels,
+        pooled_projections,
+        negative_pooled_projections,
         num_images_per_class: int,
         num_inference_steps: int,
         height: int,
@@ -201,8 +207,9 @@ class MPDiTPipeline(DiffusionPipeline):
         """Check the arguments of a call against the components.
 
         Args:
-            class_labels, num_images_per_class, num_inference_steps, height, width, guidance_scale, output_type,
-            callback_on_step_end_tensor_inputs: as in `__call__`, defaults filled in.
+            class_labels, pooled_projections, negative_pooled_projections, num_images_per_class, num_inference_steps,
+            height, width, guidance_scale, output_type, callback_on_step_end_tensor_inputs: as in `__call__`, defaults
+            filled in.
         Raises:
             ValueError: naming the argument, the rule and what was received.
         """
@@ -221,13 +228,14 @@ class MPDiTPipeline(DiffusionPipeline):
                 raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
         if config.num_classes is None and class_labels is not None:
             raise ValueError(
-                "`class_labels` must be None for an unconditional transformer (`num_classes=None`); set "
+                "`class_labels` must be None for a transformer without classes (`num_classes=None`); set "
                 f"`num_images_per_class` for the number of images. Got {class_labels!r}."
             )
         if config.num_classes is not None and class_labels is None:
             raise ValueError(
                 f"`class_labels` must be given: ids in [0, {config.num_classes - 1}] or names from `pipe.id2label`."
             )
+        self._check_pooled_projections(class_labels, pooled_projections, negative_pooled_projections, guidance_scale)
         self.check_guidance(guidance_scale)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
@@ -236,6 +244,50 @@ class MPDiTPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {unknown}."
             )
+
+    def _check_pooled_projections(
+        self, class_labels, pooled_projections, negative_pooled_projections, guidance_scale: float
+    ) -> None:
+        dim = self.transformer.config.pooled_projection_dim
+        given = {
+            "pooled_projections": pooled_projections,
+            "negative_pooled_projections": negative_pooled_projections,
+        }
+        for name, vectors in given.items():
+            if vectors is None:
+                continue
+            if dim is None:
+                raise ValueError(f"`{name}` must be None for a transformer with `pooled_projection_dim=None`.")
+            if (
+                not isinstance(vectors, torch.Tensor)
+                or vectors.ndim != 2
+                or vectors.shape[1] != dim
+                or not len(vectors)
+            ):
+                shape = tuple(vectors.shape) if isinstance(vectors, torch.Tensor) else type(vectors).__name__
+                raise ValueError(f"`{name}` must be a tensor of shape (N, {dim}), got {shape}.")
+        if dim is None:
+            return
+        if pooled_projections is None:
+            raise ValueError(
+                f"`pooled_projections` must be given: vectors of shape (N, {dim}), one for each condition."
+            )
+        num_conditions = len(pooled_projections)
+        if class_labels is not None and len(self.get_label_ids(class_labels)) != num_conditions:
+            raise ValueError(
+                f"`class_labels` and `pooled_projections` must be of equal number, got "
+                f"{len(self.get_label_ids(class_labels))} and {num_conditions}."
+            )
+        if negative_pooled_projections is not None:
+            if guidance_scale == 1:
+                raise ValueError(
+                    "`negative_pooled_projections` must be None with `guidance_scale=1`, which ignores it."
+                )
+            if len(negative_pooled_projections) not in (1, num_conditions):
+                raise ValueError(
+                    f"`negative_pooled_projections` must be 1 or {num_conditions} vectors, got "
+                    f"{len(negative_pooled_projections)}."
+                )
 
     def prepare_latents(
         self,
@@ -325,6 +377,8 @@ class MPDiTPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        pooled_projections: torch.Tensor | None = None,
+        negative_pooled_projections: torch.Tensor | None = None,
         num_images_per_class: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -341,14 +395,18 @@ class MPDiTPipeline(DiffusionPipeline):
 
         Args:
             class_labels (int, str, list of them, or integer tensor): class ids and names, one for each image; a string
-                is always a name. None for an unconditional transformer.
-            num_images_per_class (int): images for each entry of `class_labels`, which follow each other.
+                is always a name. None for a transformer without classes.
+            pooled_projections (torch.Tensor, optional): condition vectors, shape (N, pooled_projection_dim), one for
+                each image, for a transformer that takes them; beside class labels as many as there are labels.
+            negative_pooled_projections (torch.Tensor, optional): what guidance leads away from, shape (1 or N,
+                pooled_projection_dim); by default zeros, which the transformer knows as no condition.
+            num_images_per_class (int): images for each class label or condition vector, which follow each other.
             height (int, optional): height of the images in pixels; that of training by default.
             width (int, optional): width of the images in pixels; that of training by default.
             num_inference_steps (int): number of sampling steps.
-            guidance_scale (float, optional): weight of the class prediction over the unconditional one, for all
+            guidance_scale (float, optional): weight of the conditional prediction over the unconditional one, for all
                 channels (arXiv 2207.12598 with w = guidance_scale - 1); 1 switches guidance off. By default 4 for a
-                transformer trained with label dropout, else 1.
+                transformer trained with dropped conditions, else 1.
             generator (torch.Generator or list of them, optional): one for all or one for each image.
             latents (torch.Tensor, optional): initial noise of RMS 1, shape (B, C, height / vae_scale_factor,
                 width / vae_scale_factor).
@@ -369,7 +427,7 @@ class MPDiTPipeline(DiffusionPipeline):
         height = default_size if height is None else height
         width = default_size if width is None else width
         if guidance_scale is None:
-            can_guide = config.num_classes is not None and config.class_dropout_prob > 0
+            can_guide = self._is_conditional and config.class_dropout_prob > 0
             guidance_scale = DEFAULT_GUIDANCE_SCALE if can_guide else 1.0
         callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         if isinstance(generator, tuple):
@@ -378,6 +436,8 @@ class MPDiTPipeline(DiffusionPipeline):
         # 1. Check the inputs
         self.check_inputs(
             class_labels,
+            pooled_projections,
+            negative_pooled_projections,
             num_images_per_class,
             num_inference_steps,
             height,
@@ -391,14 +451,26 @@ class MPDiTPipeline(DiffusionPipeline):
         self._interrupt = False
         device = self._execution_device
 
-        # 2. Labels, with the null class for the second half of a guided batch
-        batch_size, label_ids = num_images_per_class, None
+        # 2. Conditions, with the null condition for the second half of a guided batch
+        batch_size, conditions = num_images_per_class, {}
         if config.num_classes is not None:
             label_ids = torch.tensor(self.get_label_ids(class_labels), device=device)
             label_ids = label_ids.repeat_interleave(num_images_per_class)
             batch_size = len(label_ids)
             if self.do_classifier_free_guidance:
                 label_ids = torch.cat([label_ids, torch.full_like(label_ids, config.num_classes)])
+            conditions["class_labels"] = label_ids
+        if pooled_projections is not None:
+            num_conditions = len(pooled_projections)
+            pooled_projections = pooled_projections.to(device).repeat_interleave(num_images_per_class, dim=0)
+            batch_size = len(pooled_projections)
+            if self.do_classifier_free_guidance:
+                negative = torch.zeros_like(pooled_projections)
+                if negative_pooled_projections is not None:
+                    negative = negative_pooled_projections.to(negative).expand(num_conditions, -1)
+                    negative = negative.repeat_interleave(num_images_per_class, dim=0)
+                pooled_projections = torch.cat([pooled_projections, negative])
+            conditions["pooled_projections"] = pooled_projections
 
         # 3. Timesteps, then initial noise: some schedulers know its magnitude only after that
         scheduler.set_timesteps(num_inference_steps, device=device)
@@ -426,7 +498,7 @@ class MPDiTPipeline(DiffusionPipeline):
                 prediction = self.transformer(
                     model_input,
                     timestep=timestep.to(device).expand(len(model_input)),
-                    class_labels=label_ids,
+                    **conditions,
                     return_dict=False,
                 )[0].to(latents.dtype)
 

@@ -83,13 +83,42 @@ class MPDiTFeedForward(nn.Module):
         return self.linear_2(self.act(self.linear_1(hidden_states)))
 
 
+class MPDiTPooledEmbedding(nn.Module):
+    """Pooled vector, such as that of a text or image encoder, to a conditioning vector. Shapes: (B, P) → (B, D).
+
+    Vectors are brought to RMS 1 first if `magnitude_preserving`. A vector of zeros stands for no condition, and is
+    given a learned embedding.
+    """
+
+    def __init__(self, pooled_projection_dim: int, dim: int, magnitude_preserving: bool, table, linear, activation):
+        super().__init__()
+        self.magnitude_preserving = magnitude_preserving
+        self.linear_1 = linear(pooled_projection_dim, dim)
+        self.act = activation()
+        self.linear_2 = linear(dim, dim)
+        self.null_embedder = table(1, dim)
+
+    def forward(self, pooled_projections: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        is_null = (pooled_projections == 0).all(dim=-1)
+        if self.magnitude_preserving:
+            pooled_projections = functional.unit_magnitude(pooled_projections)
+        embedding = self.linear_2(self.act(self.linear_1(pooled_projections.to(dtype))))
+        return torch.where(
+            is_null[:, None], self.null_embedder(torch.zeros_like(is_null, dtype=torch.long)), embedding
+        )
+
+
 class MPDiTConditioning(nn.Module):
-    """Timestep and class to the activated conditioning vector. Shapes: (B,), (B,) or None → (B, D)."""
+    """Timestep, class and pooled vector, or those there are, to the activated conditioning vector.
+
+    Shapes: (B,), (B,) or None, (B, P) or None → (B, D).
+    """
 
     def __init__(
         self,
         dim: int,
         num_classes: int | None,
+        pooled_projection_dim: int | None,
         mp_residual: bool,
         mp_embedding: bool,
         forced: bool,
@@ -98,23 +127,33 @@ class MPDiTConditioning(nn.Module):
     ):
         super().__init__()
         self.mp_residual = mp_residual
+        table = partial(MPEmbedding, forced_weight_normalization=forced) if mp_embedding else nn.Embedding
         self.time_embedder = MPTimestepEmbedding(dim, mp_embedding, linear=linear, activation=activation)
-        self.class_embedder = None
-        if num_classes is not None and mp_embedding:
-            self.class_embedder = MPEmbedding(num_classes + 1, dim, forced_weight_normalization=forced)
-        elif num_classes is not None:
-            self.class_embedder = nn.Embedding(num_classes + 1, dim)
+        self.class_embedder = table(num_classes + 1, dim) if num_classes is not None else None
+        self.pooled_embedder = None
+        if pooled_projection_dim is not None:
+            self.pooled_embedder = MPDiTPooledEmbedding(
+                pooled_projection_dim, dim, mp_embedding, table, linear, activation
+            )
         self.act = activation()
 
-    def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    def forward(
+        self,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        pooled_projections: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
         conditioning = self.time_embedder(timestep, dtype)
         if self.class_embedder is not None:
-            class_embedding = self.class_embedder(class_labels)
-            if self.mp_residual:
-                conditioning = functional.mp_sum(conditioning, class_embedding, functional.BALANCED_T)
-            else:
-                conditioning = conditioning + class_embedding
+            conditioning = self._sum(conditioning, self.class_embedder(class_labels), functional.BALANCED_T)
+        if self.pooled_embedder is not None:
+            t = functional.BALANCED_T if self.class_embedder is None else functional.THIRD_T
+            conditioning = self._sum(conditioning, self.pooled_embedder(pooled_projections, dtype), t)
         return self.act(conditioning)
+
+    def _sum(self, conditioning: torch.Tensor, embedding: torch.Tensor, t: float) -> torch.Tensor:
+        return functional.mp_sum(conditioning, embedding, t) if self.mp_residual else conditioning + embedding
 
 
 class MPDiTTransformerBlock(nn.Module):
@@ -222,6 +261,8 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, Attent
         mp_pos_embed (bool): position rows centred and scaled to RMS 1.
         mp_embedding (bool): label rows at RMS 1, time features times sqrt(2).
         layer_norm (bool): LayerNorm without parameters before each modulation.
+        pooled_projection_dim (int, optional): width P of a pooled vector that conditions the model, beside class
+            labels or, with `num_classes=None`, instead of them. A vector of zeros stands for no condition.
     Raises:
         ValueError: if an argument is outside of these rules.
     """
@@ -256,6 +297,7 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, Attent
         mp_pos_embed: bool = True,
         mp_embedding: bool = True,
         layer_norm: bool = False,
+        pooled_projection_dim: int | None = None,
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
@@ -278,6 +320,8 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, Attent
             raise ValueError(
                 f"`num_classes` must be at least 1, or None for an unconditional model, got {num_classes}."
             )
+        if pooled_projection_dim is not None and pooled_projection_dim < 1:
+            raise ValueError(f"`pooled_projection_dim` must be at least 1, or None, got {pooled_projection_dim}.")
         if not 0 <= class_dropout_prob < 1:
             raise ValueError(f"`class_dropout_prob` must be in [0, 1), got {class_dropout_prob}.")
         if not 0 < residual_t < 1:
@@ -303,7 +347,14 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, Attent
 
         self.patch_embed = MPPatchEmbed(patch_size, in_channels, dim, linear)
         self.conditioning_embedder = MPDiTConditioning(
-            dim, num_classes, mp_residual, mp_embedding, forced_weight_normalization, linear, activation
+            dim,
+            num_classes,
+            pooled_projection_dim,
+            mp_residual,
+            mp_embedding,
+            forced_weight_normalization,
+            linear,
+            activation,
         )
         self.transformer_blocks = nn.ModuleList(
             MPDiTTransformerBlock(
@@ -334,12 +385,15 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, Attent
             nn.init.normal_(embedder.time_embedder.linear_2.weight, std=0.02)
             if num_classes is not None and not mp_embedding:
                 nn.init.normal_(embedder.class_embedder.weight, std=0.02)
+            if pooled_projection_dim is not None and not mp_embedding:
+                nn.init.normal_(embedder.pooled_embedder.null_embedder.weight, std=0.02)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         timestep: torch.Tensor,
         class_labels: torch.Tensor | None = None,
+        pooled_projections: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict from noisy samples.
@@ -349,7 +403,9 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, Attent
                 patch size.
             timestep (torch.Tensor): shape (B,), integer or at least float32; fractions are meaningful.
             class_labels (torch.Tensor, optional): integer class ids, shape (B,), in [0, num_classes]; `num_classes` is
-                the null id. None for an unconditional model.
+                the null id. None for a model without classes.
+            pooled_projections (torch.Tensor, optional): vectors of shape (B, P) for a model with
+                `pooled_projection_dim` P; one of zeros stands for no condition.
             return_dict (bool): return a `Transformer2DModelOutput` rather than a tuple.
         Returns:
             Transformer2DModelOutput or tuple: `sample`, shape (B, C_out, H, W).
@@ -357,13 +413,13 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, Attent
             ValueError: if an argument has the wrong shape or dtype or, where that can be checked without asking a
                 device, is out of range.
         """
-        self._check_inputs(hidden_states, timestep, class_labels)
+        self._check_inputs(hidden_states, timestep, class_labels, pooled_projections)
         patch_size = self.config.patch_size
         height, width = hidden_states.shape[-2] // patch_size, hidden_states.shape[-1] // patch_size
         dtype = hidden_states.dtype
 
         # 1. Input
-        conditioning = self.conditioning_embedder(timestep, class_labels, dtype)
+        conditioning = self.conditioning_embedder(timestep, class_labels, pooled_projections, dtype)
         hidden_states = self.patch_embed(hidden_states)
         positions = functional.position_table(
             height, width, self.inner_dim, hidden_states.device, hidden_states.dtype, self.config.mp_pos_embed
@@ -389,7 +445,11 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, Attent
         return Transformer2DModelOutput(sample=sample)
 
     def _check_inputs(
-        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        pooled_projections: torch.Tensor | None,
     ) -> None:
         config = self.config
         if hidden_states.ndim != 4 or hidden_states.shape[1] != config.in_channels:
@@ -411,9 +471,22 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, Attent
                 "`timestep` must be an integer or at least float32, since half precision rounds neighbouring steps to "
                 f"one value; got {timestep.dtype}."
             )
+        if (pooled_projections is None) != (config.pooled_projection_dim is None):
+            rule = "None" if config.pooled_projection_dim is None else "given"
+            raise ValueError(
+                f"`pooled_projections` must be {rule} for a model with `pooled_projection_dim="
+                f"{config.pooled_projection_dim}`."
+            )
+        if pooled_projections is not None:
+            shape = (batch_size, config.pooled_projection_dim)
+            if pooled_projections.shape != shape or not pooled_projections.is_floating_point():
+                raise ValueError(
+                    f"`pooled_projections` must be floating point vectors of shape {shape}, got "
+                    f"{pooled_projections.dtype} of shape {tuple(pooled_projections.shape)}."
+                )
         if config.num_classes is None:
             if class_labels is not None:
-                raise ValueError("`class_labels` must be None for an unconditional model (`num_classes=None`).")
+                raise ValueError("`class_labels` must be None for a model without classes (`num_classes=None`).")
             return
         if class_labels is None:
             raise ValueError(

@@ -370,12 +370,12 @@ class TestErrors:
             sample(tiny_pipeline(), **kwargs)
 
     def test_guidance_without_label_dropout(self):
-        with pytest.raises(ValueError, match=r"trained without label dropout .* got 2"):
+        with pytest.raises(ValueError, match=r"trained without dropping conditions .* got 2"):
             sample(tiny_pipeline(class_dropout_prob=0.0), guidance_scale=2.0)
 
     def test_unconditional(self):
         pipe = tiny_pipeline(num_classes=None)
-        with pytest.raises(ValueError, match="`class_labels` must be None for an unconditional"):
+        with pytest.raises(ValueError, match="`class_labels` must be None for a transformer without classes"):
             sample(pipe, [1])
         with pytest.raises(ValueError, match="`guidance_scale` must be 1 for an unconditional"):
             sample(pipe, None, guidance_scale=2.0)

@@ -280,7 +280,7 @@ def test_unconditional(configuration):
     # The conditioning is the activated time embedding alone.
     embedder = model.conditioning_embedder
     time = embedder.time_embedder(inputs["timestep"], torch.float32)
-    assert torch.equal(embedder(inputs["timestep"], None, torch.float32), embedder.act(time))
+    assert torch.equal(embedder(inputs["timestep"], None, None, torch.float32), embedder.act(time))
 
 
 def test_conditioning_is_the_activated_balanced_sum():
@@ -289,7 +289,7 @@ def test_conditioning_is_the_activated_balanced_sum():
     time = embedder.time_embedder(inputs["timestep"], torch.float32)
     label = embedder.class_embedder(inputs["class_labels"])
     expected = torch.nn.functional.silu((time + label) / math.sqrt(2)) / 0.596
-    torch.testing.assert_close(embedder(inputs["timestep"], inputs["class_labels"], torch.float32), expected)
+    torch.testing.assert_close(embedder(inputs["timestep"], inputs["class_labels"], None, torch.float32), expected)
 
 
 @pytest.mark.parametrize("patch_size", [2, 4])
@@ -799,7 +799,7 @@ def test_errors_of_forward(changes, message):
 
 def test_class_labels_for_an_unconditional_model():
     model = tiny_model("E", num_layers=1, num_classes=None)
-    with pytest.raises(ValueError, match="`class_labels` must be None for an unconditional model"):
+    with pytest.raises(ValueError, match="`class_labels` must be None for a model without classes"):
         model(**tiny_inputs())
 
 
