@@ -1,11 +1,14 @@
 """The magnitude-preserving diffusion transformer: DiT in configurations A to E of arXiv 2505.19122."""
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -34,9 +37,13 @@ class MPDiTAttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn: "MPDiTAttention", hidden_states: torch.Tensor) -> torch.Tensor:
-        query = attn.to_q(hidden_states).unflatten(-1, (-1, attn.head_dim))
-        key = attn.to_k(hidden_states).unflatten(-1, (-1, attn.head_dim))
-        value = attn.to_v(hidden_states).unflatten(-1, (-1, attn.head_dim))
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query = query.unflatten(-1, (-1, attn.head_dim))
+        key = key.unflatten(-1, (-1, attn.head_dim))
+        value = value.unflatten(-1, (-1, attn.head_dim))
         if attn.cosine_attention:
             query = functional.unit_magnitude(query)
             key = functional.unit_magnitude(key)
@@ -51,9 +58,6 @@ class MPDiTAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = MPDiTAttnProcessor
     _available_processors = [MPDiTAttnProcessor]
-    # diffusers would fuse the stored rows into a plain linear map, which is another function wherever rows are
-    # normalised on use.
-    _supports_qkv_fusion = False
 
     def __init__(self, dim: int, num_heads: int, cosine_attention: bool, linear=MPLinear):
         super().__init__()
@@ -65,9 +69,40 @@ class MPDiTAttention(nn.Module, AttentionModuleMixin):
         self.to_v = linear(dim, dim)
         self.to_out = nn.ModuleList([linear(dim, dim)])
         self.set_processor(MPDiTAttnProcessor())
+        self.register_state_dict_post_hook(_without_fused_map)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.processor(self, hidden_states)
+
+    @torch.no_grad()
+    def fuse_projections(self) -> None:
+        """Make one map of three, of their class: rows are independent, so that it normalises them where they do."""
+        if self.fused_projections:
+            return
+        maps = (self.to_q, self.to_k, self.to_v)
+        if self.training:
+            raise ValueError("`fuse_qkv_projections` is for inference: call `model.eval()` first.")
+        if not all(type(layer) in (MPLinear, nn.Linear) and type(layer.weight.data) is torch.Tensor for layer in maps):
+            raise ValueError(
+                "`fuse_qkv_projections` needs plain query, key and value maps, without LoRA and not quantised; got "
+                f"{[type(layer).__name__ for layer in maps]}."
+            )
+        # A copy of one of them keeps its class, options and device.
+        self.to_qkv = copy.deepcopy(self.to_q)
+        self.to_qkv.out_features = 3 * self.to_q.out_features
+        self.to_qkv.weight = nn.Parameter(torch.cat([layer.weight for layer in maps]))
+        self.fused_projections = True
+
+    def unfuse_projections(self) -> None:
+        """Go back to three maps, which have been there all along."""
+        if self.fused_projections:
+            del self.to_qkv
+            self.fused_projections = False
+
+
+def _without_fused_map(attn: MPDiTAttention, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    # It is a copy of others.
+    state_dict.pop(f"{prefix}to_qkv.weight", None)
 
 
 class MPDiTFeedForward(nn.Module):
@@ -228,7 +263,7 @@ def _make_norm(dim: int, layer_norm: bool) -> nn.Module:
     return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) if layer_norm else nn.Identity()
 
 
-class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, AttentionMixin):
+class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     """Class-conditional diffusion transformer, magnitude preserving in its default configuration (E).
 
     Every linear map, activation and sum keeps RMS 1, so that no normalisation layer is needed. `get_preset` gives the
@@ -272,6 +307,15 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, Attent
     _supports_gradient_checkpointing = True
     _no_split_modules = ["MPDiTConditioning", "MPDiTTransformerBlock", "MPDiTOutput"]
     _repeated_blocks = ["MPDiTTransformerBlock"]
+    # Both ends of the model; gains are exact anyway, since only linear maps and tables are cast.
+    _skip_layerwise_casting_patterns = ["patch_embed", "conditioning_embedder", "output"]
+    # Tokens are divided; the conditioning vector goes to every process.
+    _cp_plan = {
+        "transformer_blocks.0": {
+            "hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)
+        },
+        "output": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
 
     @register_to_config
     def __init__(
@@ -443,6 +487,35 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, Attent
         if not return_dict:
             return (sample,)
         return Transformer2DModelOutput(sample=sample)
+
+    def train(self, mode: bool = True):
+        """As `torch.nn.Module.train`; refuses training mode while attention maps are fused or a LoRA is.
+
+        Raises:
+            ValueError: if training would change fused weights that others are copies of, or normalise rows that a
+                fused LoRA has made longer.
+        """
+        if mode and any(getattr(module, "fused_projections", False) for module in self.modules()):
+            raise ValueError("`train` needs separate attention maps: call `unfuse_qkv_projections()` first.")
+        if mode and any(getattr(module, "merged", False) for module in self.modules()):
+            raise ValueError("`train` needs separate LoRA weights: call `unfuse_lora()` first.")
+        return super().train(mode)
+
+    def fuse_lora(self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None):
+        """As in diffusers, for inference: merged rows are used as they are, in evaluation mode.
+
+        Raises:
+            ValueError: in training mode, or for a model whose rows are normalised on use (`weight_normalization`
+                without `forced_weight_normalization`), where merged weights are another function.
+        """
+        if self.training:
+            raise ValueError("`fuse_lora` is for inference: call `model.eval()` first.")
+        if self.config.weight_normalization and not self.config.forced_weight_normalization:
+            raise ValueError(
+                "`fuse_lora` needs rows that are used as they are stored; with `forced_weight_normalization=False` "
+                "they are normalised on use: keep the LoRA unfused."
+            )
+        super().fuse_lora(lora_scale, safe_fusing, adapter_names)
 
     def _check_inputs(
         self,
