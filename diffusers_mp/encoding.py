@@ -1,7 +1,8 @@
 """From pictures to a data set of VAE posteriors: encoded once, in a folder that `latents.py` reads.
 
     folder/settings.json             written first: what is encoded, and how
-    folder/shard-00000.safetensors   mean, std, flipped_mean, flipped_std (float32), label; or pixels (uint8), label
+    folder/shard-00000.safetensors   mean, std, flipped_mean, flipped_std (float32); or pixels (uint8)
+                                     label, pooled_projections (float32), if there are any
     folder/shard-00000.json          written after its shard: counts, sums for the statistics, SHA-256, rows left out
     folder/index.json                written last: settings, shards and the statistics of the data
 
@@ -18,6 +19,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import time
 from collections import Counter, deque
@@ -110,6 +112,7 @@ def encode_dataset(
     num_channels: int = 3,
     image_column: str = "image",
     label_column: str = "label",
+    pooled_column: str | None = None,
     batch_size: int = 32,
     shard_size: int = 2048,
     num_workers: int = 0,
@@ -134,6 +137,8 @@ def encode_dataset(
         random_flip (bool): store the posterior of the mirrored picture too. Pixels are mirrored on reading instead.
         num_channels (int): of the pictures when `vae` is None (1 or 3); a VAE brings its own.
         image_column, label_column (str): names of the columns.
+        pooled_column (str, optional): column of condition vectors, such as a text encoder's pooled output: lists of
+            numbers, all of one length.
         batch_size, shard_size (int): pictures per forward pass and per file.
         num_workers (int): threads that decode pictures ahead.
         skip_corrupt (bool): leave unreadable pictures out, with a warning, instead of raising.
@@ -164,6 +169,7 @@ def encode_dataset(
         "random_flip": random_flip,
         "shard_size": shard_size,
         "id2label": None if id2label is None else {str(id_): name for id_, name in id2label.items()},
+        "pooled_column": pooled_column,
         "num_rows": num_rows,
     }
     settings = _claim(folder, settings, process_index)
@@ -174,8 +180,12 @@ def encode_dataset(
     if not is_finished and process_index == 0:
         (folder / INDEX_NAME).unlink(missing_ok=True)
 
-    columns = [image_column] + ([] if id2label is None else [label_column])
-    dataset = dataset.select_columns(columns)
+    columns = {"picture": image_column}
+    if id2label is not None:
+        columns["label"] = label_column
+    if pooled_column is not None:
+        columns["pooled_projections"] = pooled_column
+    dataset = dataset.select_columns(list(columns.values()))
     Image.init()  # threads that meet an unusual format at the same moment would race for its plugin
     own_rows = None
     if num_rows is not None:
@@ -263,26 +273,27 @@ class _Pictures:
 
     def _counted(self) -> Iterator[tuple[str, dict | None, Any]]:
         for row in self.rows:
-            picture, *label = (row[column] for column in self.columns)
+            conditions = {role: row[column] for role, column in self.columns.items()}
+            picture = conditions.pop("picture")
             path, content = (picture or {}).get("path"), (picture or {}).get("bytes")
             num_bytes = None if content is None else len(content)
             if content is None and path is not None and os.path.isfile(path):
                 num_bytes = os.path.getsize(path)
-            self.digest.update(json.dumps([path and os.path.basename(path), num_bytes, *label]).encode())
+            self.digest.update(json.dumps([path and os.path.basename(path), num_bytes, *conditions.values()]).encode())
             name = path or f"row {self.first_row + self.num_rows}"
             self.num_rows += 1
             self.progress_bar.update()
-            yield name, picture, *label
+            yield name, picture, conditions
 
     def digest_of_all(self) -> str:
         deque(self._counted(), maxlen=0)
         return self.digest.hexdigest()
 
-    def _prepare(self, name, picture, label=None):
-        return name, *read_picture(picture, self.resolution, self.num_channels), label
+    def _prepare(self, name, picture, conditions):
+        return name, *read_picture(picture, self.resolution, self.num_channels), conditions
 
     def prepared(self, pool: ThreadPoolExecutor | None, num_ahead: int) -> Iterator[tuple]:
-        """(name, pixels, error, label), with at most `num_ahead` pictures waiting to be taken."""
+        """(name, pixels, error, conditions), with at most `num_ahead` pictures waiting to be taken."""
         if pool is None:
             yield from itertools.starmap(self._prepare, self._counted())
             return
@@ -318,26 +329,30 @@ def _encode_shard(
     path: Path, pictures: Iterable[tuple], *, vae, random_flip, batch_size, skip_corrupt, id2label
 ) -> dict[str, Any]:
     """Writes one shard, unless none of its pictures can be read, and returns what its sidecar says of it."""
-    statistics, parts, skipped = _ChannelStatistics(), [], []
+    statistics, parts, skipped, pooled_dim = _ChannelStatistics(), [], [], None
     pictures = iter(pictures)
     while rows := list(itertools.islice(pictures, batch_size)):
         batch = []
-        for name, pixels, error, label in rows:
+        for name, pixels, error, conditions in rows:
             if error is not None and not skip_corrupt:
                 raise ValueError(f"Cannot read {name}: {error}. `--skip_corrupt` leaves such pictures out.")
             if error is not None:
                 logger.warning("Left out %s, which cannot be read: %s", name, error)
                 skipped.append(name)
                 continue
+            label = conditions.get("label")
             if id2label is not None and (
                 not isinstance(label, int) or label < 0 or id2label and label not in id2label
             ):
                 raise ValueError(f"Labels must be ids of `id2label`, {name} has {label!r}.")
-            batch.append((pixels, label))
+            if "pooled_projections" in conditions:
+                vector = _vector(name, conditions["pooled_projections"], pooled_dim)
+                conditions["pooled_projections"], pooled_dim = vector, len(vector)
+            batch.append((pixels, conditions))
         if batch:
             parts.append(_encode_batch(torch.stack([pixels for pixels, _ in batch]), vae, random_flip, statistics))
-            if id2label is not None:
-                parts[-1]["label"] = torch.tensor([label for _, label in batch])
+            for role in batch[0][1]:
+                parts[-1][role] = torch.tensor([conditions[role] for _, conditions in batch])
     if not parts:
         return {"num_samples": 0, "skipped": skipped}
     tensors = {key: torch.cat([part.pop(key) for part in parts]) for key in list(parts[0])}
@@ -350,10 +365,20 @@ def _encode_shard(
         "num_bytes": path.stat().st_size,
         "sha256": sha256,
         "latent_shape": list(first.shape[1:]),
+        "pooled_projection_dim": pooled_dim,
         "statistics": statistics.state(),
         "num_samples_per_class": {str(id_): count for id_, count in sorted(Counter(labels).items())},
         "skipped": skipped,
     }
+
+
+def _vector(name: str, values: Any, dim: int | None) -> list[float]:
+    is_vector = isinstance(values, (list, tuple)) and len(values) and all(isinstance(v, (int, float)) for v in values)
+    if not is_vector or not all(math.isfinite(value) for value in values) or len(values) != (dim or len(values)):
+        raise ValueError(
+            f"Condition vectors must be lists of finite numbers, all of one length, {name} has {_shortened(values)}."
+        )
+    return [float(value) for value in values]
 
 
 def _complete(folder: Path, settings: dict[str, Any], num_shards: int, process_index: int, is_finished: bool) -> None:
@@ -377,6 +402,9 @@ def _assemble(settings: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[
     shards = [sidecar for sidecar in sidecars if sidecar["num_samples"]]
     if not shards:
         raise ValueError(f"None of the {sum(sidecar['num_rows'] for sidecar in sidecars)} pictures could be read.")
+    dims = {shard["pooled_projection_dim"] for shard in shards}
+    if len(dims) > 1:
+        raise ValueError(f"Condition vectors must be of one length, the shards have {sorted(dims)}.")
     statistics, counts = _ChannelStatistics(), Counter()
     for shard in shards:
         statistics.add(shard["statistics"])
@@ -391,6 +419,7 @@ def _assemble(settings: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[
         "resolution": settings["resolution"],
         "latent_shape": shards[0]["latent_shape"],
         "random_flip": settings["random_flip"],
+        "pooled_projection_dim": dims.pop(),
         "num_samples": sum(shard["num_samples"] for shard in shards),
         "latents_mean": latents_mean,
         "latents_std": latents_std,

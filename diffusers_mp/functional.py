@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 # RMS of silu(x) for x ~ N(0, 1) is 0.59647; 0.596 is what EDM2 and the paper publish, so it is the one to keep.
 SILU_MAGNITUDE = 0.596
-# Weight t of the second summand in an MP sum: of two inputs of equal standing, of a third beside the sum of two, and of
+# Weight t of the second summand in an MP sum: of two inputs of equal standing, of a third one beside their sum, and of
 # a residual branch.
 BALANCED_T = 0.5
 THIRD_T = 1 / (1 + math.sqrt(2))

@@ -1,6 +1,7 @@
 """Pictures as VAE posteriors, read memory-mapped and drawn anew at every epoch; `encoding.py` writes them.
 
-    folder/shard-00000.safetensors   mean, std, flipped_mean, flipped_std (float32), label; or pixels (uint8), label
+    folder/shard-00000.safetensors   mean, std, flipped_mean, flipped_std (float32); or pixels (uint8)
+                                     label, pooled_projections (float32), if there are any
     folder/index.json                settings, shards and the statistics of the data
 
 A folder without `index.json` is unfinished.
@@ -23,7 +24,7 @@ from torch.utils.data import Dataset
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX_NAME = "index.json"
 REPAIR = "delete the file and encode again into the same folder, which makes what is missing"
 
@@ -65,6 +66,7 @@ class LatentDataset(Dataset):
         latents_mean, latents_std (list[float]): per channel, of all drawn latents.
         id2label (dict[int, str]): names of the classes, None if unlabelled.
         latent_shape (tuple[int, int, int]): of one sample, (C, H, W).
+        pooled_projection_dim (int): length of the condition vectors, None if there are none.
         index (dict): the whole `index.json`.
     Raises:
         FileNotFoundError: if `folder` holds no finished data set.
@@ -92,6 +94,7 @@ class LatentDataset(Dataset):
         self.id2label = None if names is None else {int(id_): name for id_, name in names.items()}
         self.latents_mean, self.latents_std = self.index["latents_mean"], self.index["latents_std"]
         self.latent_shape = tuple(self.index["latent_shape"])
+        self.pooled_projection_dim = self.index["pooled_projection_dim"]
         self._ends = list(itertools.accumulate(shard["num_samples"] for shard in self.index["shards"]))
         self._files = {}
 
@@ -108,8 +111,8 @@ class LatentDataset(Dataset):
         """The posterior of one picture, or of its mirror image.
 
         Returns:
-            dict: `mean` and `std` (torch.Tensor, float32, (C, H, W)) and `label` (int). Pixels have no `std`,
-            unlabelled data no `label`.
+            dict: `mean` and `std` (torch.Tensor, float32, (C, H, W)), `label` (int) and `pooled_projections`
+            (torch.Tensor, float32, (P,)). Pixels have no `std`; labels and vectors only if the data have them.
         Raises:
             ValueError: if `flip` is asked of latents encoded without.
         """
@@ -131,6 +134,8 @@ class LatentDataset(Dataset):
             sample = {key: file.get_slice(prefix + key)[row].clone() for key in ("mean", "std")}
         if self.id2label is not None:
             sample["label"] = int(file.get_slice("label")[row])
+        if self.pooled_projection_dim is not None:
+            sample["pooled_projections"] = file.get_slice("pooled_projections")[row].clone()
         return sample
 
     def verify(self, *, num_processes: int = 1, process_index: int = 0) -> None:

@@ -32,6 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset_split", default="train", help="split to encode")
     parser.add_argument("--image_column", default="image", help="column of the images")
     parser.add_argument("--label_column", default="label", help="column of the class labels")
+    parser.add_argument("--pooled_column", help="column of condition vectors, such as a text encoder's pooled output")
     parser.add_argument("--cache_dir", help="where `datasets` and the Hub client keep their files")
     parser.add_argument(
         "--streaming",
@@ -96,6 +97,7 @@ def main(args):
             num_channels=args.image_channels,
             image_column=args.image_column,
             label_column=args.label_column,
+            pooled_column=args.pooled_column,
             batch_size=args.encode_batch_size,
             shard_size=args.shard_size,
             num_workers=args.dataloader_num_workers,

@@ -252,7 +252,7 @@ def test_an_unknown_format_is_refused(pictures, tmp_path):
     encode_dataset(pictures[0], tmp_path, vae=None, resolution=RESOLUTION)
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps(index | {"format_version": 99}))
-    with pytest.raises(ValueError, match="`folder` must have format version 2, .* has 99"):
+    with pytest.raises(ValueError, match="`folder` must have format version 3, .* has 99"):
         LatentDataset(tmp_path)
 
 

@@ -11,7 +11,13 @@ from torch.utils.data import DataLoader
 
 from diffusers_mp.encoding import encode_dataset
 from diffusers_mp.images import load_image_dataset
-from diffusers_mp.training.data import StreamBatchSampler, TrainingSamples, sample_generator, split_validation
+from diffusers_mp.training.data import (
+    StreamBatchSampler,
+    TrainingSamples,
+    conditions_of,
+    sample_generator,
+    split_validation,
+)
 
 
 NUM_SAMPLES, NUM_CLASSES = 12, 3
@@ -201,7 +207,7 @@ def test_what_the_data_cannot_give_is_refused(latents, pictures, tmp_path):
     with pytest.raises(ValueError, match="`num_classes` must be at least 3, received 2"):
         samples_of(latents, num_classes=2)
     for options in ({"class_dropout_prob": 1.5}, {"num_classes": None, "class_dropout_prob": 0.1}):
-        with pytest.raises(ValueError, match=r"`class_dropout_prob` must be in \[0, 1\], and 0 without classes"):
+        with pytest.raises(ValueError, match=r"`class_dropout_prob` must be in \[0, 1\], and 0 without conditions"):
             samples_of(latents, **options)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     unflipped = encode_dataset(pictures[0], tmp_path, vae=vae, resolution=16)
@@ -294,3 +300,71 @@ def test_workers_give_the_same_batches(latents):
         assert alone[0]["latents"].shape == (5, 4, 4, 4)
         for first, second in zip(alone, shared, strict=True):
             assert_equal_samples(first, second)
+
+
+# --- condition vectors --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_vectors(pictures, tmp_path_factory):
+    dataset, id2label = pictures
+    vectors = np.random.default_rng(3).normal(size=(len(dataset), 5)).tolist()
+    dataset = dataset.add_column("clip", vectors)
+    latents = encode_dataset(
+        dataset,
+        tmp_path_factory.mktemp("with_vectors"),
+        vae=None,
+        resolution=16,
+        id2label=id2label,
+        shard_size=5,
+        pooled_column="clip",
+    )
+    return latents, torch.tensor(vectors)
+
+
+@pytest.mark.parametrize("num_classes", [NUM_CLASSES, None])
+def test_vectors_come_with_their_pictures_and_are_dropped_with_the_labels(with_vectors, num_classes):
+    latents, vectors = with_vectors
+    assert latents.pooled_projection_dim == 5
+    samples = samples_of(latents, num_classes=num_classes)
+    dropped = []
+    for position in range(NUM_SAMPLES):
+        sample = samples[0, position]
+        dropped.append(not sample["pooled_projections"].any())
+        if num_classes is not None:
+            assert dropped[-1] == (sample["class_label"] == NUM_CLASSES)
+        if not dropped[-1]:
+            assert torch.equal(sample["pooled_projections"], vectors[position])
+    assert set(dropped) == {True, False}
+    conditions = conditions_of(samples[0, 0])
+    assert set(conditions) == {"pooled_projections"} | ({"class_labels"} if num_classes else set())
+
+
+def test_vectors_move_no_other_draw(with_vectors, pictures, tmp_path):
+    latents, _ = with_vectors
+    dataset, id2label = pictures
+    without = encode_dataset(dataset, tmp_path, vae=None, resolution=16, id2label=id2label)
+    first, second = samples_of(latents)[1, 4], samples_of(without)[1, 4]
+    del first["pooled_projections"]
+    assert_equal_samples(first, second)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda vectors: [*vectors[:7], vectors[7][:3], *vectors[8:]], "all of one length"),
+        (lambda vectors: [[0.0, float("nan")]] * NUM_SAMPLES, r"lists of finite numbers, .* has \[0.0, NaN\]"),
+        (lambda vectors: [None] + vectors[1:], "lists of finite numbers, all of one length, .* has null"),
+    ],
+)
+def test_what_is_no_vector_is_refused(with_vectors, pictures, tmp_path, change, message):
+    dataset, id2label = pictures
+    dataset = dataset.add_column("clip", change(with_vectors[1].tolist()))
+    with pytest.raises(ValueError, match=message):
+        encode_dataset(dataset, tmp_path, vae=None, resolution=16, shard_size=7, pooled_column="clip")
+
+
+def test_another_column_is_other_data(with_vectors, pictures):
+    dataset, id2label = pictures
+    with pytest.raises(ValueError, match='pooled_column "clip" \\(now null\\)'):
+        encode_dataset(dataset, with_vectors[0].folder, vae=None, resolution=16, id2label=id2label, shard_size=5)

@@ -38,7 +38,7 @@ class Model(nn.Module):
         super().__init__()
         self.asked = []
 
-    def forward(self, hidden_states, timestep, class_labels):
+    def forward(self, hidden_states, timestep, class_labels=None):
         self.asked.append((hidden_states, timestep, class_labels))
 
         class Output:
@@ -75,7 +75,7 @@ def test_levels_are_told_apart():
     levels = torch.tensor([0.0, 500.0, 1000.0])
 
     class Identity(Model):
-        def forward(self, hidden_states, timestep, class_labels):
+        def forward(self, hidden_states, timestep, class_labels=None):
             output = super().forward(hidden_states, timestep, class_labels)
             output.sample = hidden_states
             return output

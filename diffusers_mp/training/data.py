@@ -4,7 +4,7 @@ Nothing here depends on how many processes, workers or micro batches share the w
 one process and eight train the same run, and a resumed run needs no stored random state, only its step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,7 +67,8 @@ class TrainingSamples(Dataset):
         dataset (LatentDataset): encoded pictures.
         seed (int): of the run.
         num_classes (int): of the model; its null id is `num_classes`. None: the model knows no classes.
-        class_dropout_prob (float): probability that the class id is replaced by the null id.
+        class_dropout_prob (float): probability that the condition is dropped: the class id replaced by the null id,
+            the condition vector by zeros, both together.
         random_flip (bool): mirror half of the samples.
         indices (Sequence[int]): the samples to use, for a hold-out; all by default.
     Raises:
@@ -88,9 +89,10 @@ class TrainingSamples(Dataset):
             raise ValueError(f"`num_classes` must be None for unlabelled data, received {num_classes}.")
         if num_classes is not None and num_classes <= max(dataset.id2label):
             raise ValueError(f"`num_classes` must be at least {max(dataset.id2label) + 1}, received {num_classes}.")
-        if not 0 <= class_dropout_prob <= (0 if num_classes is None else 1):
+        is_conditional = num_classes is not None or dataset.pooled_projection_dim is not None
+        if not 0 <= class_dropout_prob <= is_conditional:
             raise ValueError(
-                f"`class_dropout_prob` must be in [0, 1], and 0 without classes, received {class_dropout_prob}."
+                f"`class_dropout_prob` must be in [0, 1], and 0 without conditions, received {class_dropout_prob}."
             )
         if random_flip and not dataset.can_flip:
             raise ValueError("`random_flip=True` needs data encoded with `random_flip=True`.")
@@ -111,8 +113,9 @@ class TrainingSamples(Dataset):
         Args:
             key (tuple[int, int]): epoch and position in `indices`, what `StreamBatchSampler` yields.
         Returns:
-            dict[str, torch.Tensor]: `latents` and `noise` (float32, (C, H, W)), `time` (float64 scalar), `index` and,
-            if the model knows classes, `class_label` (int64 scalars).
+            dict[str, torch.Tensor]: `latents` and `noise` (float32, (C, H, W)), `time` (float64 scalar), `index`
+            (int64 scalar) and, if the model knows classes, `class_label` (int64 scalar) and, if the data have them,
+            `pooled_projections` (float32, (P,)).
         """
         epoch, position = key
         index = int(self.indices[position])
@@ -130,10 +133,25 @@ class TrainingSamples(Dataset):
             "time": torch.tensor(time, dtype=torch.float64),
             "index": torch.tensor(index),
         }
+        dropped = dropout < self.class_dropout_prob
+        if "pooled_projections" in posterior:
+            vector = posterior["pooled_projections"]
+            sample["pooled_projections"] = torch.zeros_like(vector) if dropped else vector
         if self.num_classes is not None:
-            dropped = dropout < self.class_dropout_prob
             sample["class_label"] = torch.tensor(self.num_classes if dropped else posterior["label"])
         return sample
+
+
+def conditions_of(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The conditions in a batch of `TrainingSamples`, as the model's forward names them.
+
+    Args:
+        batch (mapping): may hold `class_label`, (B,), and `pooled_projections`, (B, P).
+    Returns:
+        dict: `class_labels` and `pooled_projections`, those there are.
+    """
+    names = {"class_label": "class_labels", "pooled_projections": "pooled_projections"}
+    return {name: batch[key] for key, name in names.items() if key in batch}
 
 
 class StreamBatchSampler(Sampler[list[tuple[int, int]]]):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .data import conditions_of
 from .objectives import Objective
 
 
@@ -33,10 +34,10 @@ def validation_losses(
     """Mean loss over held-out samples, for each noise level and over all of them.
 
     Args:
-        model (nn.Module): in evaluation mode, called as `model(hidden_states, timestep=, class_labels=).sample`.
+        model (nn.Module): in evaluation mode, called as `model(hidden_states, timestep=, **conditions).sample`.
         objective (Objective): the training objective.
-        batches (iterable of dict): `latents` and `noise`, (B, C, H, W), and `class_label` (B,) unless unconditional;
-            their own times are ignored.
+        batches (iterable of dict): `latents` and `noise`, (B, C, H, W), and the conditions there are, see
+            `conditions_of`; their own times are ignored.
         timesteps (torch.Tensor): noise levels, as `validation_timesteps` gives them.
         device (torch.device): where to compute.
     Returns:
@@ -46,12 +47,12 @@ def validation_losses(
     num_samples = 0
     for batch in batches:
         latents, noise = batch["latents"].to(device), batch["noise"].to(device)
-        class_labels = batch["class_label"].to(device) if "class_label" in batch else None
+        conditions = {name: value.to(device) for name, value in conditions_of(batch).items()}
         num_samples += len(latents)
         for level, timestep in enumerate(timesteps.to(device)):
             timestep_batch = timestep.expand(len(latents))
             noisy = objective.add_noise(latents, noise, timestep_batch)
-            prediction = model(noisy, timestep=timestep_batch, class_labels=class_labels).sample
+            prediction = model(noisy, timestep=timestep_batch, **conditions).sample
             terms = objective.loss(prediction, latents, noise, timestep_batch)
             sums[level] += torch.stack([terms["loss"].sum(), terms["mse"].sum()]).double().cpu()
     means = sums / num_samples
