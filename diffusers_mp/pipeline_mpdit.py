@@ -41,6 +41,7 @@ class MPDiTPipeline(DiffusionPipeline):
         latents_std (list of float, optional): standard deviation, one for each channel. Without both, a VAE's own
             `scaling_factor` and `shift_factor` are used.
     Raises:
+        TypeError: if the transformer is not of this package.
         ValueError: if the components do not fit each other.
     """
 
@@ -60,6 +61,7 @@ class MPDiTPipeline(DiffusionPipeline):
         latents_std: list[float] | None = None,
     ):
         super().__init__()
+        _check_transformer(transformer)
         in_channels, num_classes = transformer.config.in_channels, transformer.config.num_classes
         if vae is not None and vae.config.latent_channels != in_channels:
             raise ValueError(
@@ -422,6 +424,7 @@ class MPDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: naming the argument, the rule and what was received.
         """
+        _check_transformer(self.transformer)
         config = self.transformer.config
         default_size = config.sample_size * self.vae_scale_factor
         height = default_size if height is None else height
@@ -527,3 +530,12 @@ class MPDiTPipeline(DiffusionPipeline):
 
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=image) if return_dict else (image,)
+
+
+def _check_transformer(transformer: torch.nn.Module) -> None:
+    # By its config: compiled and wrapped ones have another class.
+    if "class_dropout_prob" not in getattr(transformer, "config", {}):
+        raise TypeError(
+            "`transformer` must be an MPDiTTransformer2DModel, possibly compiled, got a "
+            f"{type(transformer).__name__}; diffusers' own DiT runs in its DiTPipeline."
+        )

@@ -1,0 +1,194 @@
+"""What a user of diffusers does with a pipeline, done with this one."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import DDIMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from helpers import run_python, tiny_model, tiny_vae
+
+from diffusers_mp import MPDiTPipeline
+
+
+def tiny_pipeline(**overrides):
+    pipe = MPDiTPipeline(tiny_model(**overrides).eval(), DDIMScheduler(clip_sample=False), tiny_vae())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe, class_labels=(1, 4), seed=0, **arguments):
+    generator = [torch.Generator().manual_seed(seed + number) for number in range(len(class_labels))]
+    arguments = {"num_inference_steps": 3, "output_type": "pt", "guidance_scale": 2.0, **arguments}
+    return pipe(list(class_labels), generator=generator, **arguments).images
+
+
+# Memory
+
+
+def model_offload(pipe):
+    # The only device here; the hooks that move parts to and fro are real.
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def sequential_offload(pipe):
+    # What `enable_sequential_cpu_offload` does; itself it makes "cpu:0" of "cpu", at which Accelerate stumbles.
+    for part in (pipe.transformer, pipe.vae):
+        cpu_offload(part, torch.device("cpu"))
+
+
+def group_offload(pipe):
+    pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+
+
+@pytest.mark.parametrize("offload", [model_offload, sequential_offload, group_offload])
+def test_offloading_changes_nothing(offload):
+    pipe = tiny_pipeline()
+    expected = sample(pipe)
+    offload(pipe)
+    assert torch.equal(sample(pipe), expected)
+    # And again: hooks are back in place after a call.
+    assert torch.equal(sample(pipe), expected)
+
+
+def test_the_order_of_offloading_names_the_models():
+    pipe = tiny_pipeline()
+    assert pipe.model_cpu_offload_seq.split("->") == ["transformer", "vae"]
+    assert {name for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)} == {
+        "transformer",
+        "vae",
+    }
+
+
+@pytest.mark.parametrize("how", ["slicing", "tiling"])
+def test_sliced_and_tiled_decoding(how):
+    pipe = tiny_pipeline()
+    expected, calls = sample(pipe), []
+    decode = pipe.vae.decoder.forward
+    pipe.vae.decoder.forward = lambda latents: calls.append(latents.shape) or decode(latents)
+    getattr(pipe.vae, f"enable_{how}")()
+    received = sample(pipe)
+    if how == "slicing":
+        torch.testing.assert_close(received, expected, rtol=1e-4, atol=1e-5)
+        assert [shape[0] for shape in calls] == [1, 1]
+    calls.clear()
+    pipe.vae.tile_latent_min_size = 4
+    pipe.vae.tile_sample_min_size = 16
+    assert sample(pipe).shape == expected.shape
+    assert (len(calls) > 2) is (how == "tiling")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parts_of_different_dtypes(dtype):
+    pipe = tiny_pipeline()
+    expected = sample(pipe)
+    for part in ("vae", "transformer"):
+        mixed = copy.deepcopy(pipe)
+        getattr(mixed, part).to(dtype)
+        received = sample(mixed)
+        assert (received.float() - expected).abs().mean() < 0.05
+
+
+# Other pipelines of the same parts
+
+
+def test_from_pipe_shares_the_parts_and_keeps_the_settings():
+    pipe = MPDiTPipeline(
+        tiny_model().eval(),
+        DDIMScheduler(clip_sample=False),
+        tiny_vae(),
+        id2label={id: f"class {id}" for id in range(10)},
+        latents_mean=[0.1, 0.2, 0.3, 0.4],
+        latents_std=[1.0, 2.0, 3.0, 4.0],
+    )
+    other = MPDiTPipeline.from_pipe(pipe, scheduler=DPMSolverMultistepScheduler.from_config(pipe.scheduler.config))
+    assert other.transformer is pipe.transformer
+    assert other.vae is pipe.vae
+    assert isinstance(other.scheduler, DPMSolverMultistepScheduler)
+    assert other.id2label == pipe.id2label
+    assert other.config.latents_std == pipe.config.latents_std
+    other.set_progress_bar_config(disable=True)
+    sampler = MPDiTPipeline(
+        **other.components, **{name: pipe.config[name] for name in ("latents_mean", "latents_std")}
+    )
+    sampler.set_progress_bar_config(disable=True)
+    assert torch.equal(sample(other, ["class 3"]), sample(sampler, [3]))
+
+
+def test_a_stock_transformer_is_refused_by_name():
+    pipe = tiny_pipeline()
+    stock = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8)
+    pipe.transformer = stock
+    with pytest.raises(TypeError, match=r"`transformer` must be an MPDiTTransformer2DModel, .* DiTTransformer2DModel"):
+        sample(pipe)
+    with pytest.raises(TypeError, match="DiTPipeline"):
+        MPDiTPipeline(stock, DDIMScheduler())
+
+
+def test_a_compiled_or_lora_transformer_is_taken():
+    pipe = tiny_pipeline()
+    expected = sample(pipe)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    torch.testing.assert_close(sample(pipe), expected)
+
+
+# Saving
+
+
+@pytest.mark.parametrize("variant", ["fp16", "ema"])
+def test_variants_are_saved_and_loaded(variant, tmp_path):
+    pipe = tiny_pipeline()
+    expected = sample(pipe)
+    pipe.save_pretrained(tmp_path, variant=variant)
+    assert (tmp_path / "transformer" / f"diffusion_pytorch_model.{variant}.safetensors").is_file()
+    again = MPDiTPipeline.from_pretrained(tmp_path, variant=variant)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(sample(again), expected)
+    with pytest.raises((OSError, EnvironmentError)):
+        MPDiTPipeline.from_pretrained(tmp_path)
+
+
+def test_loading_in_half_precision_in_a_fresh_process(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path, max_shard_size="30KB")
+    printed = run_python(
+        """
+        import sys, torch
+        from diffusers_mp import MPDiTPipeline
+        pipe = MPDiTPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16)
+        image = pipe(3, num_inference_steps=2).images[0]
+        print(pipe.transformer.dtype, pipe.vae.dtype, image.size)
+        """,
+        tmp_path,
+    )
+    assert "torch.bfloat16 torch.bfloat16" in printed
+
+
+# An image depends on its own seed only
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("configuration", ["A", "C", "E"])
+def test_batch_invariance(configuration, guidance_scale):
+    pipe = tiny_pipeline(configuration=configuration)
+    together = sample(pipe, (1, 4, 7), guidance_scale=guidance_scale)
+    for number, label in enumerate((1, 4, 7)):
+        alone = sample(pipe, (label,), seed=number, guidance_scale=guidance_scale)
+        torch.testing.assert_close(alone[0], together[number], rtol=1e-4, atol=1e-5)
+
+
+def test_non_square_images():
+    pipe = tiny_pipeline()
+    factor = pipe.vae_scale_factor
+    images = sample(pipe, height=8 * factor, width=12 * factor)
+    assert images.shape[-2:] == (8 * factor, 12 * factor)
+
+
+def test_a_callback_that_changes_latents():
+    pipe = tiny_pipeline()
+
+    def mirror(pipe, step, timestep, tensors):
+        return {"latents": tensors["latents"].flip(-1)} if step == 2 else {}
+
+    plain = sample(pipe, output_type="latent")
+    mirrored = sample(pipe, output_type="latent", callback_on_step_end=mirror)
+    assert torch.equal(mirrored, plain.flip(-1))
