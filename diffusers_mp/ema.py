@@ -7,16 +7,12 @@ deviation as a fraction of t, so a width means the same at every length of train
 float64: steps reach 1e6 and exponents 100, which float32 cannot multiply out.
 """
 
-import json
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from .layers import normalize_weights_, return_to_shards
@@ -24,7 +20,6 @@ from .layers import normalize_weights_, return_to_shards
 
 # The width of γ = 0, the plain mean of all weights so far: no power function that grows is wider.
 MAX_STD = 12**-0.5
-STATE_FILE = "ema.json"
 
 
 # Profile maths.
@@ -166,6 +161,10 @@ class PowerFunctionEMA:
     def copy_to(self, model: nn.Module, std: float) -> None:
         """Copy the average of one width into a model and put its normalised rows back to their norm.
 
+        Under `fully_shard` averages are sharded. Into a model with the same shards they are copied without a word to
+        other processes. For a whole model they are gathered, one parameter at a time: every process calls it, those
+        that want nothing with a model on the device "meta".
+
         Args:
             model (nn.Module): the tracked model or another with the same parameters, of any floating-point dtype.
                 Its buffers and integer parameters stay as they are.
@@ -240,54 +239,6 @@ class PowerFunctionEMA:
                 average.copy_(received[name])
         self.step = int(state_dict["step"])
 
-    def save(self, directory: str | Path) -> None:
-        """Write every average exactly: `ema-<std>.safetensors` per width, and `ema.json` with step and widths.
-
-        Each safetensors file also carries its own step and width as metadata, so that it explains itself.
-
-        Args:
-            directory (str or Path): folder, made if missing. Files of an earlier save are replaced.
-        Raises:
-            ValueError: if the model is sharded: pass `state_dict()` to `torch.distributed.checkpoint` then.
-        """
-        if any(hasattr(average, "placements") for average in self._averages[self.stds[0]].values()):
-            raise ValueError(
-                "`save` writes averages of a model that is whole in this process, these are DTensors; save "
-                "`state_dict()` with torch.distributed.checkpoint"
-            )
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        for std in self.stds:
-            tensors = {name: average.contiguous() for name, average in self._averages[std].items()}
-            save_file(tensors, directory / _average_file(std), metadata={"step": str(self.step), "std": repr(std)})
-        state = {"step": self.step, "stds": list(self.stds)}
-        (directory / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-
-    def load(self, directory: str | Path) -> None:
-        """Take over what `save` wrote.
-
-        Args:
-            directory (str or Path): folder that `save` wrote to.
-        Raises:
-            FileNotFoundError: if a file is missing.
-            ValueError: if the files are not of one save, or differ from this tracker as in `load_state_dict`.
-        """
-        directory = Path(directory)
-        state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-        averages = []
-        for std in state["stds"]:
-            path = directory / _average_file(std)
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                averages.append({name: file.get_tensor(name) for name in file.keys()})
-            # A save that was cut short leaves averages of two steps side by side.
-            if metadata.get("step") != str(state["step"]) or metadata.get("std") != repr(std):
-                raise ValueError(
-                    f"{path.name} must hold the average of std {std} at step {state['step']} that {STATE_FILE} "
-                    f"announces, received {metadata}"
-                )
-        self.load_state_dict({**state, "averages": averages})
-
     def _averages_of(self, std: float) -> dict[str, torch.Tensor]:
         if std not in self._averages:
             raise ValueError(f"`std` must be one of the tracked widths {list(self.stds)}, received {std}")
@@ -301,10 +252,21 @@ class PowerFunctionEMA:
         return [parameters[name] for name in averages]
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as it is without shards. Of a DTensor all processes gather it; any other is returned as it is.
+
+    Args:
+        tensor (torch.Tensor): sharded or not.
+    Returns:
+        torch.Tensor: of the same shape and device.
+    """
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def _copy_each(targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> None:
-    # One by one: DTensors know `copy_` but not `_foreach_copy_`.
+    # One by one: DTensors know `copy_` but not `_foreach_copy_`, and no more than one is gathered at a time.
     for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+        target.copy_(source if hasattr(target, "full_tensor") else whole(source))
 
 
 def _floating_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -321,7 +283,3 @@ def _check_parameters(where: str, expected: dict[str, torch.Tensor], received: d
             raise ValueError(
                 f"{where}: {name!r} must have shape {tuple(tensor.shape)}, received {tuple(received[name].shape)}"
             )
-
-
-def _average_file(std: float) -> str:
-    return f"ema-{std!r}.safetensors"

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
+import torch.distributed as dist
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from .ema import PowerFunctionEMA
+from .ema import PowerFunctionEMA, whole
 
 
 SNAPSHOT_NAME = re.compile(r"step-(\d+)_std-(\d+(?:\.\d+)?(?:e-\d+)?)")
@@ -49,39 +50,56 @@ class Snapshot:
 def save_snapshots(ema: PowerFunctionEMA, directory: str | Path, pipeline: DiffusionPipeline) -> list[Path]:
     """Write every average of a tracker as a snapshot; a folder with a snapshot's name is always complete.
 
+    To be called on every process: sharded averages are gathered, one parameter at a time, and the first process
+    writes. In its main memory it needs room for one whole model.
+
     Save snapshots before the checkpoint of the same step, and call `discard_snapshots_after` when a run goes on from a
     checkpoint: then none is lost or left over, whenever the run was killed.
 
     Args:
         ema (PowerFunctionEMA): tracker of a diffusers model, updated at least once.
         directory (str or Path): folder of the run's snapshots, made if missing.
-        pipeline (DiffusionPipeline): its parts except the transformer are stored once, beside the snapshots.
+        pipeline (DiffusionPipeline): its parts except the transformer are stored once, beside the snapshots. Its
+            transformer is whole and tells the config: `fully_shard` changes the name of a model's class.
     Returns:
         list of Path: one folder per width. A snapshot of the same step and width is replaced.
     Raises:
-        ValueError: if the averages have seen nothing yet, or the folder is that of another pipeline.
+        ValueError: if the averages have seen nothing yet, the pipeline's transformer is sharded, or the folder is that
+            of another pipeline.
     """
     if ema.step < 1:
         raise ValueError("`ema` must have been updated before its averages are stored, its step is 0")
+    if any(hasattr(parameter, "placements") for parameter in pipeline.transformer.parameters()):
+        raise ValueError("`pipeline` must have a whole transformer, whose class has its own name; this one is sharded")
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    _save_pipeline_parts(pipeline, directory)
+    writes = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    if writes:
+        directory.mkdir(parents=True, exist_ok=True)
+        _save_pipeline_parts(pipeline, directory)
     folders = []
     for std, averages in zip(ema.stds, ema.state_dict()["averages"], strict=True):
-        folder = directory / f"step-{ema.step:07d}_std-{std!r}"
-        unfinished = directory / f"{folder.name}{UNFINISHED}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        ema.model.save_config(unfinished)
-        weights = unfinished / SAFETENSORS_WEIGHTS_NAME
-        tensors = {name: average.contiguous() for name, average in averages.items()}
-        save_file(tensors, weights, metadata={"format": "pt"})
-        record = {"step": ema.step, "std": std, "sha256": _sha256(weights)}
-        (unfinished / SNAPSHOT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            _discard(folder)
-        unfinished.rename(folder)
-        folders.append(folder)
+        folders.append(directory / f"step-{ema.step:07d}_std-{std!r}")
+        tensors = {}
+        for name, average in averages.items():
+            average = whole(average)
+            if writes:
+                tensors[name] = average.cpu().contiguous()
+        if writes:
+            _save_snapshot(folders[-1], ema.step, std, tensors, pipeline.transformer)
     return folders
+
+
+def _save_snapshot(folder: Path, step: int, std: float, tensors: dict, transformer: ModelMixin) -> None:
+    unfinished = folder.with_name(f"{folder.name}{UNFINISHED}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    transformer.save_config(unfinished)
+    weights = unfinished / SAFETENSORS_WEIGHTS_NAME
+    save_file(tensors, weights, metadata={"format": "pt"})
+    record = {"step": step, "std": std, "sha256": _sha256(weights)}
+    (unfinished / SNAPSHOT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if folder.exists():
+        _discard(folder)
+    unfinished.rename(folder)
 
 
 def find_snapshots(directory: str | Path) -> list[Snapshot]:

@@ -10,20 +10,26 @@ Every sample's noise, time, posterior draw, flip and label dropout are functions
 the number of processes, workers and micro batches does not change the run.
 """
 
+import copy
 import json
 import math
 import os
 import time
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from training_arguments import OBJECTIVE_FLAGS, latents_folder, model_config, parse_args
@@ -45,16 +51,15 @@ from diffusers_mp.training import (
     DDPMObjective,
     FlowMatchObjective,
     JSONLinesTracker,
-    NonFiniteError,
     StopRequest,
     StreamBatchSampler,
     TrainingSamples,
     Watchdog,
     check_optimizer,
+    conditions_of,
     inverse_sqrt_schedule,
     load_checkpoint,
     read_state,
-    register_model_hooks,
     resolve_checkpoint,
     save_checkpoint,
     split_validation,
@@ -66,7 +71,64 @@ from diffusers_mp.training import (
 logger = get_logger(__name__)
 
 
+@dataclass
+class Run:
+    """What the parts below share."""
+
+    accelerator: Accelerator
+    curve: JSONLinesTracker
+    samples: TrainingSamples
+    held_out: TrainingSamples
+    objective: DDPMObjective | FlowMatchObjective
+    model: torch.nn.Module  # as the engine wants it called
+    transformer: torch.nn.Module  # the same without wrappers; its parameters may be shards
+    optimizer: AcceleratedOptimizer
+    lr_scheduler: LRScheduler
+    ema: PowerFunctionEMA
+    pipeline: MPDiTPipeline  # with a whole model for the averages, which only the main process has
+    facts: dict  # what makes this run this run
+    total_batch_size: int
+    max_train_steps: int
+    step: int = 0
+
+
 def main(args):
+    accelerator, curve = start(args)
+    repo_id = None
+    if args.push_to_hub and accelerator.is_main_process:
+        # Now, not after weeks: the token, the right to write, the repository.
+        repo_id = check_hub_access(
+            args.hub_model_id or args.output_dir.name, token=args.hub_token, private=args.hub_private_repo or None
+        )
+    checkpoint = None
+    if args.resume_from_checkpoint is not None:
+        checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+        if checkpoint is None:
+            logger.info("No checkpoint in %s yet, starting from the beginning", args.output_dir)
+    vae = None if args.vae == "none" else AutoencoderKL.from_pretrained(args.vae, cache_dir=args.cache_dir)
+    latents = load_latents(args, vae, accelerator)
+
+    run = set_up(args, accelerator, curve, vae, latents, checkpoint)
+    if checkpoint is not None:
+        resume(args, run, checkpoint)
+    clear_what_comes_again(args, run)
+    accelerator.print(
+        f"{sum(p.numel() for p in run.transformer.parameters()):,} parameters, {len(run.samples):,} training images, "
+        f"{len(run.held_out):,} held out, {run.max_train_steps:,} updates of {run.total_batch_size} from update "
+        f"{run.step:,}"
+    )
+    stopped_by = train(args, run)
+    if run.step < run.max_train_steps:
+        accelerator.print(
+            f"{stopped_by or 'A signal'}: stopped after update {run.step:,}; --resume_from_checkpoint latest goes on"
+        )
+    else:
+        finish(args, run, repo_id)
+    accelerator.end_training()
+
+
+def start(args):
+    """Accelerate, checked to be what was asked for, and the curve that every run keeps."""
     logging_dir = args.output_dir / args.logging_dir
     curve = JSONLinesTracker(logging_dir)
     accelerator = Accelerator(
@@ -76,27 +138,26 @@ def main(args):
         project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(logging_dir)),
     )
     check_engine(accelerator)
+    if accelerator.is_fsdp2:
+        # Accelerate's policy rounds weights and timesteps to half precision. Autocast computes as under the other
+        # engines: rows are normalised, and gradients summed, in float32.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
+    return accelerator, curve
 
-    repo_id = None
-    if args.push_to_hub and accelerator.is_main_process:
-        # Now, not after weeks: the token, the right to write, the repository.
-        repo_id = check_hub_access(
-            args.hub_model_id or args.output_dir.name, token=args.hub_token, private=args.hub_private_repo or None
-        )
 
-    # 1. Data: every image encoded once
-    vae = None if args.vae == "none" else AutoencoderKL.from_pretrained(args.vae, cache_dir=args.cache_dir)
-    latents = load_latents(args, vae, accelerator)
+def set_up(args, accelerator, curve, vae, latents, checkpoint):
+    """Everything that a run consists of, before its first update."""
     num_classes = None if latents.id2label is None else len(latents.id2label)
     num_held_out = args.num_validation_images
     if num_held_out is None:
         num_held_out = min(256, len(latents) // 20)
     train_indices, validation_indices = split_validation(len(latents), num_held_out, args.seed)
 
-    # 2. Model, objective, optimiser
-    model = MPDiTTransformer2DModel(**model_config(args, latents.latent_shape, num_classes))
+    model = MPDiTTransformer2DModel(
+        **model_config(args, latents.latent_shape, num_classes, latents.pooled_projection_dim)
+    )
     model.train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -116,69 +177,21 @@ def main(args):
         random_flip=args.random_flip,
         indices=train_indices,
     )
+    held_out = TrainingSamples(latents, seed=args.seed, num_classes=num_classes, indices=validation_indices)
     total_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     max_train_steps = 400_000 if args.max_train_steps is None else args.max_train_steps
     if args.num_train_epochs is not None:
         max_train_steps = math.ceil(args.num_train_epochs * len(samples) / total_batch_size)
-
-    # 3. Where a checkpoint was left, if one is resumed
-    checkpoint = None
-    if args.resume_from_checkpoint is not None:
-        checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
-        if checkpoint is None:
-            logger.info("No checkpoint in %s yet, starting from the beginning", args.output_dir)
     facts = run_facts(args, model, learning_rate, len(samples), total_batch_size, max_train_steps)
-    first_step = 0
     if checkpoint is not None:
-        facts, first_step = resumed_facts(checkpoint, facts, args), read_state(checkpoint)["step"]
+        facts = resumed_facts(checkpoint, facts, args)
     lr_scheduler = learning_rate_schedule(args, optimizer, facts, max_train_steps)
 
-    model, optimizer = accelerator.prepare(model, optimizer)
-    transformer = accelerator.unwrap_model(model, keep_torch_compile=False)
-    ema = PowerFunctionEMA(transformer, args.ema_stds)
-    accelerator.register_for_checkpointing(lr_scheduler)
-    register_model_hooks(accelerator)
-    if checkpoint is not None:
-        accelerator.print(f"Resuming from {checkpoint}")
-        load_checkpoint(accelerator, checkpoint, ema)
-        if args.learning_rate is not None and args.learning_rate != facts["learning_rate"]:
-            accelerator.print(
-                f"Learning rate {facts['learning_rate']:g} of the checkpoint, now {args.learning_rate:g}"
-            )
-            scale_learning_rate(optimizer, lr_scheduler, args.learning_rate / facts["learning_rate"])
-            facts["learning_rate"] = args.learning_rate
-    learning_rate = facts["learning_rate"]
-    curve.discard_after(first_step)
-    arguments = public_arguments(vars(args))
-    if accelerator.is_main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        discard_snapshots_after(args.output_dir / "ema_snapshots", first_step)
-        (args.output_dir / "training_arguments.json").write_text(json.dumps(arguments, indent=2, default=str) + "\n")
-    accelerator.init_trackers("train_mpdit", config={name: str(value) for name, value in arguments.items()})
-
-    batch_sampler = StreamBatchSampler(
-        len(samples),
-        seed=args.seed,
-        train_batch_size=args.train_batch_size,
-        max_train_steps=max_train_steps,
-        start_step=min(first_step, max_train_steps),
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-    )
-    batches = DataLoader(
-        samples,
-        batch_sampler=batch_sampler,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    say = accelerator.print
-    say(f"{sum(p.numel() for p in transformer.parameters()):,} parameters, {len(samples):,} training images, ", end="")
-    say(f"{num_held_out:,} held out, {max_train_steps:,} updates of {total_batch_size} from update {first_step:,}")
-
-    # Made before training, so that parts that do not fit each other stop the run before it costs anything.
+    # Averages are looked at in a model of their own, which stays whole when an engine shards the other one. Made, with
+    # the pipeline around it, before training: parts that do not fit each other stop the run before it costs anything.
+    whole_model = copy.deepcopy(model).eval().to("cpu" if accelerator.is_main_process else "meta")
     pipeline = MPDiTPipeline(
-        transformer=transformer,
+        transformer=whole_model,
         scheduler=objective.scheduler,
         vae=vae,
         id2label=latents.id2label,
@@ -187,18 +200,76 @@ def main(args):
     )
     if args.validation_steps and args.validation_guidance_scale is not None:
         pipeline.check_guidance(args.validation_guidance_scale)
-    held_out = TrainingSamples(latents, seed=args.seed, num_classes=num_classes, indices=validation_indices)
 
-    # 4. Train
-    progress_bar = tqdm(
-        total=max_train_steps, initial=first_step, desc="Training", disable=not accelerator.is_local_main_process
+    model, optimizer = accelerator.prepare(model, optimizer)
+    transformer = accelerator.unwrap_model(model, keep_torch_compile=False)
+    return Run(
+        accelerator=accelerator,
+        curve=curve,
+        samples=samples,
+        held_out=held_out,
+        objective=objective,
+        model=model,
+        transformer=transformer,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        ema=PowerFunctionEMA(transformer, args.ema_stds),
+        pipeline=pipeline,
+        facts=facts,
+        total_batch_size=total_batch_size,
+        max_train_steps=max_train_steps,
+    )
+
+
+def resume(args, run, checkpoint):
+    """Go on where a checkpoint was left, with another learning rate if one is given."""
+    run.accelerator.print(f"Resuming from {checkpoint}")
+    load_checkpoint(run.accelerator, checkpoint, run.transformer, run.optimizer, run.lr_scheduler, run.ema)
+    run.step = read_state(checkpoint)["step"]
+    former = run.facts["learning_rate"]
+    if args.learning_rate is not None and args.learning_rate != former:
+        run.accelerator.print(f"Learning rate {former:g} of the checkpoint, now {args.learning_rate:g}")
+        scale_learning_rate(run.optimizer, run.lr_scheduler, args.learning_rate / former)
+        run.facts["learning_rate"] = args.learning_rate
+
+
+def clear_what_comes_again(args, run):
+    """Drop what a former try left of the updates to come, and note how this one was called."""
+    run.curve.discard_after(run.step)
+    arguments = public_arguments(vars(args))
+    if run.accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        discard_snapshots_after(args.output_dir / "ema_snapshots", run.step)
+        (args.output_dir / "training_arguments.json").write_text(json.dumps(arguments, indent=2, default=str) + "\n")
+    run.accelerator.init_trackers("train_mpdit", config={name: str(value) for name, value in arguments.items()})
+
+
+def train(args, run):
+    """Updates until the last one or a signal, whose name it returns."""
+    accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
+    batch_sampler = StreamBatchSampler(
+        len(run.samples),
+        seed=args.seed,
+        train_batch_size=args.train_batch_size,
+        max_train_steps=run.max_train_steps,
+        start_step=min(run.step, run.max_train_steps),
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+    )
+    batches = DataLoader(
+        run.samples,
+        batch_sampler=batch_sampler,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
     )
 
     def compute_loss(batch):
         clean, noise, timesteps = batch["latents"], batch["noise"], batch["timestep"]
-        noisy = objective.add_noise(clean, noise, timesteps)
-        prediction = model(noisy, timestep=timesteps, class_labels=batch.get("class_label")).sample
-        return objective.loss(prediction, clean, noise, timesteps)["loss"].mean()
+        noisy = run.objective.add_noise(clean, noise, timesteps)
+        with accelerator.autocast():
+            prediction = model(noisy, timestep=timesteps, **conditions_of(batch)).sample
+        return run.objective.loss(prediction.float(), clean, noise, timesteps)["loss"].mean()
 
     watchdog = Watchdog(
         model,
@@ -208,11 +279,16 @@ def main(args):
         save_weights=True,
         scaler=accelerator.scaler,
     )
-    step, losses, since_log, log_time = first_step, [], [], time.perf_counter()
+    # An update that was skipped is one by zero: the schedule goes on, also where it is the first.
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+    progress_bar = tqdm(
+        total=run.max_train_steps, initial=run.step, desc="Training", disable=not accelerator.is_local_main_process
+    )
+    losses, since_log, log_time = [], [], time.perf_counter()
     stop = StopRequest()
     for batch in batches:
         with accelerator.accumulate(model):
-            batch["timestep"] = objective.timesteps(batch.pop("time"))
+            batch["timestep"] = run.objective.timesteps(batch.pop("time"))
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
             loss = compute_loss(batch)
             accelerator.backward(loss)
@@ -222,79 +298,80 @@ def main(args):
                 grad_norm = None
                 if args.max_grad_norm is not None:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                if watchdog.check(step + 1, grad_norm):
+                if watchdog.check(run.step + 1, grad_norm):
                     optimizer.step()
-                    since_log += losses
+                    # Updates that float16's scaler leaves out are treated as those that the watchdog does.
+                    if not accelerator.optimizer_step_was_skipped:
+                        since_log += losses
                 losses = []
                 optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
 
-        lr_scheduler.step()
-        normalize_weights_(transformer)
-        step += 1
-        if step % args.ema_update_steps == 0:
-            ema.update(step)
+        run.lr_scheduler.step()
+        normalize_weights_(run.transformer)
+        run.step += 1
+        if run.step % args.ema_update_steps == 0:
+            run.ema.update(run.step)
         progress_bar.update()
 
-        last, logging_due = step == max_train_steps, step % args.logging_steps == 0
+        last, logging_due = run.step == run.max_train_steps, run.step % args.logging_steps == 0
         stopping = stop.received is not None
         if accelerator.num_processes > 1:
             # All have to agree; asked only where the processes wait for each other anyway.
             stopping = logging_due and accelerator.reduce(torch.tensor(stopping, device=accelerator.device).int()) > 0
-        checkpoint_due = last or stopping or step % args.checkpointing_steps == 0
+        checkpoint_due = last or stopping or run.step % args.checkpointing_steps == 0
         # Logged before each checkpoint as well, so that a resumed run has nothing to remember of the entry under way.
         if since_log and (logging_due or checkpoint_due):
-            mean_loss = accelerator.reduce(torch.stack(since_log).mean(), reduction="mean").item()
-            elapsed = time.perf_counter() - log_time
-            images_per_second = len(since_log) * args.train_batch_size * accelerator.num_processes / elapsed
-            progress_bar.set_postfix({"loss": f"{mean_loss:.4f}", "images/s": f"{images_per_second:.0f}"})
-            learning_rate_factor = lr_scheduler.get_last_lr()[0] / lr_scheduler.base_lrs[0]
-            accelerator.log(
-                {
-                    "train/loss": mean_loss,
-                    "train/learning_rate": learning_rate * learning_rate_factor,
-                    "train/images_per_second": images_per_second,
-                },
-                step=step,
-            )
+            log_training(args, run, progress_bar, since_log, time.perf_counter() - log_time)
             since_log, log_time = [], time.perf_counter()
         pause = time.perf_counter()
-        if args.validation_steps and (step % args.validation_steps == 0 or last):
-            if accelerator.is_main_process:
-                validate(args, accelerator, pipeline, ema, objective, held_out, step)
-            accelerator.wait_for_everyone()
-        if args.ema_snapshot_steps and (step % args.ema_snapshot_steps == 0 or last) and accelerator.is_main_process:
-            save_snapshots(ema, args.output_dir / "ema_snapshots", pipeline)
+        if args.validation_steps and (run.step % args.validation_steps == 0 or last):
+            validate(args, run)
+        if args.ema_snapshot_steps and (run.step % args.ema_snapshot_steps == 0 or last):
+            save_snapshots(run.ema, args.output_dir / "ema_snapshots", run.pipeline)
         # After everything else of this update, which a run resumed from here will not do again.
         if checkpoint_due:
-            if not all(parameter.isfinite().all() for parameter in transformer.parameters()):
-                raise NonFiniteError(f"weights are not finite after update {step}: no checkpoint of them is written")
-            save_checkpoint(accelerator, args.output_dir, step, ema, facts, args.checkpoints_total_limit)
+            save_checkpoint(
+                *(accelerator, args.output_dir, run.step, run.transformer, run.optimizer, run.lr_scheduler, run.ema),
+                *(run.facts, args.checkpoints_total_limit),
+            )
         log_time += time.perf_counter() - pause
         if stopping and not last:
             break
     progress_bar.close()
     stop.close()
-    if step < max_train_steps:
-        say(f"{stop.received or 'A signal'}: stopped after update {step:,}; --resume_from_checkpoint latest goes on")
-        accelerator.end_training()
-        return
-
-    # 5. The run's folder becomes a pipeline
-    if accelerator.is_main_process:
-        finish(args, pipeline, ema, repo_id, num_images_seen=max_train_steps * total_batch_size)
-    accelerator.end_training()
+    return stop.received
 
 
-def finish(args, pipeline, ema, repo_id, num_images_seen):
+def log_training(args, run, progress_bar, losses, seconds):
+    """Mean loss, learning rate and speed since the last entry."""
+    accelerator, lr_scheduler = run.accelerator, run.lr_scheduler
+    loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
+    images_per_second = len(losses) * args.train_batch_size * accelerator.num_processes / seconds
+    progress_bar.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{images_per_second:.0f}"})
+    learning_rate_factor = lr_scheduler.get_last_lr()[0] / lr_scheduler.base_lrs[0]
+    accelerator.log(
+        {
+            "train/loss": loss,
+            "train/learning_rate": run.facts["learning_rate"] * learning_rate_factor,
+            "train/images_per_second": images_per_second,
+        },
+        step=run.step,
+    )
+
+
+def finish(args, run, repo_id):
     """Save the first average in `transformer`, the others beside it, and a model card; publish them if asked."""
-    transformer = pipeline.transformer.eval()
-    for std in ema.stds[1:]:
-        with ema.averaged(transformer, std):
-            transformer.save_pretrained(args.output_dir / f"transformer_ema_{std:g}")
-    with ema.averaged(transformer, ema.stds[0]):
-        pipeline.save_pretrained(args.output_dir)
+    pipeline, ema = run.pipeline, run.ema
+    for std in (*ema.stds[1:], ema.stds[0]):
+        ema.copy_to(pipeline.transformer, std)
+        if run.accelerator.is_main_process and std != ema.stds[0]:
+            pipeline.transformer.save_pretrained(args.output_dir / f"transformer_ema_{std:g}")
+    if not run.accelerator.is_main_process:
+        return
+    pipeline.save_pretrained(args.output_dir)
+    num_images_seen = run.max_train_steps * run.total_batch_size
     write_model_card(args.output_dir, repo_id, license=args.hub_license, num_images_seen=num_images_seen)
     print(f"Saved the pipeline to {args.output_dir}: MPDiTPipeline.from_pretrained({str(args.output_dir)!r})")
     if args.push_to_hub:
@@ -320,6 +397,7 @@ def run_facts(args, model, learning_rate, num_train_samples, total_batch_size, m
         "lr_scheduler": args.lr_scheduler,
         "lr_warmup_steps": max_train_steps // 150 if lr_warmup_steps is None else lr_warmup_steps,
         "lr_constant_steps": max(1, max_train_steps // 10) if lr_constant_steps is None else lr_constant_steps,
+        "ema_stds": args.ema_stds,
         "ema_update_steps": args.ema_update_steps,
         **{name: getattr(args, name) for name in ("adam_beta1", "adam_beta2", "adam_epsilon", *OBJECTIVE_FLAGS)},
         **{f"model.{name}": value for name, value in model.config.items() if not name.startswith("_")},
@@ -368,48 +446,83 @@ def check_engine(accelerator):
             f"launched as {launched} processes, but Accelerate runs {accelerator.num_processes}: each would train a "
             "model of its own in the same folder. Without accelerators, use `ACCELERATE_USE_CPU=1 torchrun`."
         )
-    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
-            raise RuntimeError(
-                f"{engine} was asked for, but this trainer runs on one process or DDP (Accelerate chose "
-                f"{accelerator.distributed_type.value}): its checkpoints and averages are those of whole parameters. "
-                "Launch without it; --gradient_checkpointing and --gradient_accumulation_steps save memory."
-            )
+    asked_for = [
+        engine
+        for engine in ("DEEPSPEED", "MEGATRON_LM", "FSDP")
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1")
+    ]
+    if asked_for and asked_for[0] != "FSDP":
+        raise RuntimeError(
+            f"{asked_for[0]} was asked for, but this trainer runs on one process, DDP or FSDP2: shard a large model "
+            "with `--use_fsdp --fsdp_version 2`."
+        )
+    if asked_for and accelerator.distributed_type != DistributedType.FSDP:
+        raise RuntimeError(
+            f"FSDP was asked for, but Accelerate chose {accelerator.distributed_type.value}: it shards on several "
+            "accelerators only. Launch without it."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise RuntimeError(
+            "FSDP version 1 was asked for, which flattens parameters and has no rows to normalise: launch with "
+            "`--fsdp_version 2`."
+        )
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing:
+        raise RuntimeError(
+            "`--fsdp_activation_checkpointing` renames parameters, and checkpoints would fit no other engine: use "
+            "the trainer's own `--gradient_checkpointing`."
+        )
 
 
-def validate(args, accelerator, pipeline, ema, objective, held_out, step):
+def validate(args, run):
     """Loss of the held-out images at fixed noise levels and a row of samples, with the first average in the model."""
-    transformer, num_classes = pipeline.transformer, pipeline.transformer.config.num_classes
-    transformer.eval()
-    pipeline.to(accelerator.device)
+    accelerator, pipeline = run.accelerator, run.pipeline
+    run.ema.copy_to(pipeline.transformer, run.ema.stds[0])
+    if accelerator.is_main_process:
+        pipeline.to(accelerator.device)
+        validate_pipeline(args, run, pipeline)
+        pipeline.to("cpu")
+    accelerator.wait_for_everyone()
+
+
+def validate_pipeline(args, run, pipeline):
+    """What the main process does of a validation."""
+    accelerator, objective, num_classes = run.accelerator, run.objective, pipeline.transformer.config.num_classes
+    if len(run.held_out):
+        keys = [(0, position) for position in range(len(run.held_out))]
+        batches = DataLoader(run.held_out, sampler=keys, batch_size=args.train_batch_size)
+        levels = validation_timesteps(objective, args.num_validation_levels)
+        losses = validation_losses(pipeline.transformer, objective, batches, levels, accelerator.device)
+        accelerator.log({f"validation/{name}": value for name, value in losses.items()}, step=run.step)
     pipeline.set_progress_bar_config(disable=True)
     training_scheduler = pipeline.scheduler
-    with ema.averaged(transformer, ema.stds[0]):
-        if len(held_out):
-            keys = [(0, position) for position in range(len(held_out))]
-            batches = DataLoader(held_out, sampler=keys, batch_size=args.train_batch_size)
-            levels = validation_timesteps(objective, args.num_validation_levels)
-            losses = validation_losses(transformer, objective, batches, levels, accelerator.device)
-            accelerator.log({f"validation/{name}": value for name, value in losses.items()}, step=step)
-        pipeline.scheduler = objective.preview_scheduler()
-        images = pipeline(
-            class_labels=None if num_classes is None else list(range(min(10, num_classes))),
-            num_images_per_class=10 if num_classes is None else 1,
-            num_inference_steps=args.validation_inference_steps,
-            guidance_scale=args.validation_guidance_scale,
-            generator=torch.Generator().manual_seed(args.seed),
-        ).images
+    pipeline.scheduler = objective.preview_scheduler()
+    conditions = {}
+    if num_classes is not None:
+        conditions["class_labels"] = list(range(min(10, num_classes)))
+    if pipeline.transformer.config.pooled_projection_dim is not None:
+        # Those of real samples, with their own labels.
+        source = run.held_out if len(run.held_out) else run.samples
+        shown = [run.held_out.dataset[int(index)] for index in source.indices[:10]]
+        conditions["pooled_projections"] = torch.stack([sample["pooled_projections"] for sample in shown])
+        if num_classes is not None:
+            conditions["class_labels"] = [sample["label"] for sample in shown]
+    images = pipeline(
+        **conditions,
+        num_images_per_class=1 if conditions else 10,
+        num_inference_steps=args.validation_inference_steps,
+        guidance_scale=args.validation_guidance_scale,
+        generator=torch.Generator().manual_seed(args.seed),
+    ).images
     pipeline.scheduler = training_scheduler
-    transformer.train()
 
     (args.output_dir / "samples").mkdir(exist_ok=True)
-    make_image_grid(images, rows=1, cols=len(images)).save(args.output_dir / "samples" / f"step-{step:07d}.png")
+    make_image_grid(images, rows=1, cols=len(images)).save(args.output_dir / "samples" / f"step-{run.step:07d}.png")
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             pictures = np.stack([np.asarray(image.convert("RGB")) for image in images])
-            tracker.log_images({"validation/samples": pictures}, step=step, dataformats="NHWC")
+            tracker.log_images({"validation/samples": pictures}, step=run.step, dataformats="NHWC")
         elif hasattr(tracker, "log_images"):
-            tracker.log_images({"validation/samples": images}, step=step)
+            tracker.log_images({"validation/samples": images}, step=run.step)
 
 
 def load_latents(args, vae, accelerator) -> LatentDataset:
@@ -431,6 +544,7 @@ def load_latents(args, vae, accelerator) -> LatentDataset:
             label_column=args.label_column,
             max_train_samples=args.max_train_samples,
             seed=args.seed,
+            streaming=args.streaming,
         )
         if vae is not None:
             vae.to(accelerator.device).eval()
@@ -447,6 +561,7 @@ def load_latents(args, vae, accelerator) -> LatentDataset:
             num_channels=args.image_channels,
             image_column=args.image_column,
             label_column=args.label_column,
+            pooled_column=args.pooled_column,
             batch_size=args.encode_batch_size,
             num_workers=args.dataloader_num_workers,
             skip_corrupt=args.skip_corrupt,

@@ -52,7 +52,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--dataset_split", default="train", help="split to train on")
     group.add_argument("--image_column", default="image", help="column of the images")
     group.add_argument("--label_column", default="label", help="column of the class labels")
+    group.add_argument("--pooled_column", help="column of condition vectors, such as a text encoder's pooled output")
     group.add_argument("--cache_dir", help="where `datasets` and the Hub client keep their files")
+    group.add_argument(
+        "--streaming",
+        action="store_true",
+        help="keep no copy of the source; each process, and each restart, reads the source from its beginning",
+    )
     group.add_argument("--max_train_samples", type=int, help="use this many samples only, chosen by the seed")
     group.add_argument("--skip_corrupt", action="store_true", help="leave unreadable images out instead of stopping")
     group.add_argument("--resolution", type=int, help="side of the images in pixels, after centre crop [128]")
@@ -68,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--configuration", help="A (DiT) to E (magnitude preserving) [E]")
     group.add_argument("--modulation", nargs="+", help="kinds of modulation [scale rotate gate]")
     group.add_argument("--activation_fn", choices=("silu", "leaky_relu"), help="activation [silu]")
-    group.add_argument("--class_dropout_prob", type=float, help="share of labels replaced by the null id [0.1]")
+    group.add_argument("--class_dropout_prob", type=float, help="share of conditions that are dropped [0.1]")
     for flag in MODEL_FLAGS:
         group.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help="overrides the configuration")
     group.add_argument("--model_config_name_or_path", help="config of a model, instead of the preset and its flags")
@@ -241,7 +247,12 @@ def _check_model_flags(args: argparse.Namespace, parser: argparse.ArgumentParser
         parser.error(str(error))
 
 
-def model_config(args: argparse.Namespace, latent_shape: tuple[int, int, int], num_classes: int | None) -> dict:
+def model_config(
+    args: argparse.Namespace,
+    latent_shape: tuple[int, int, int],
+    num_classes: int | None,
+    pooled_projection_dim: int | None = None,
+) -> dict:
     """Keyword arguments of the model: preset, flags, and what follows from the data."""
     channels, sample_size, _ = latent_shape
     of_data = {
@@ -249,9 +260,11 @@ def model_config(args: argparse.Namespace, latent_shape: tuple[int, int, int], n
         "out_channels": 2 * channels if args.variance_type == "learned_range" else channels,
         "sample_size": sample_size,
         "num_classes": num_classes,
+        "pooled_projection_dim": pooled_projection_dim,
     }
     class_dropout_prob = 0.1 if args.class_dropout_prob is None else args.class_dropout_prob
-    if num_classes is None:
+    is_conditional = num_classes is not None or pooled_projection_dim is not None
+    if not is_conditional:
         class_dropout_prob = 0.0
     if args.model_config_name_or_path is None:
         flags = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
@@ -273,6 +286,6 @@ def model_config(args: argparse.Namespace, latent_shape: tuple[int, int, int], n
                 f"--prediction_type {args.prediction_type} with --variance_type {args.variance_type}, got "
                 f"{config[name]}."
             )
-    if args.class_dropout_prob is None and num_classes is not None:
+    if args.class_dropout_prob is None and is_conditional:
         class_dropout_prob = config.get("class_dropout_prob", class_dropout_prob)
     return {**config, **of_data, "class_dropout_prob": class_dropout_prob}

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffusers_mp.ema import (
@@ -320,50 +318,6 @@ def test_state_dict_round_trip_continues_the_same_run():
             tracker.update(step)
     for now, then in zip(resumed.state_dict()["averages"], ema.state_dict()["averages"], strict=True):
         assert bits(now) == bits(then)
-
-
-def test_save_and_load_are_exact_and_files_explain_themselves(tmp_path):
-    ema = tracked(Small().to(torch.bfloat16), stds=(0.05, 0.123456789))
-    folder = tmp_path / "checkpoint" / "ema"
-    ema.save(folder)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "ema-0.05.safetensors",
-        "ema-0.123456789.safetensors",
-        "ema.json",
-    ]
-    assert json.loads((folder / "ema.json").read_text()) == {"step": 7, "stds": [0.05, 0.123456789]}
-    with safe_open(folder / "ema-0.123456789.safetensors", framework="pt") as file:
-        assert file.metadata() == {"step": "7", "std": "0.123456789"}
-    loaded = PowerFunctionEMA(Small(), stds=(0.05, 0.123456789))
-    loaded.load(folder)
-    assert loaded.step == 7
-    for now, then in zip(loaded.state_dict()["averages"], ema.state_dict()["averages"], strict=True):
-        assert bits(now) == bits(then)
-    drift(ema.model, 8)
-    ema.update(8)
-    ema.save(folder)
-    loaded.load(folder)
-    assert loaded.step == 8
-
-
-def test_parameters_with_strides_of_their_own_are_saved(tmp_path):
-    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    assert not model.weight.is_contiguous()
-    ema = PowerFunctionEMA(model)
-    ema.save(tmp_path)
-    assert torch.equal(load_file(tmp_path / "ema-0.05.safetensors")["weight"], model.weight)
-
-
-def test_load_refuses_files_of_two_saves(tmp_path):
-    ema = tracked(Small())
-    ema.save(tmp_path)
-    tensors = load_file(tmp_path / "ema-0.1.safetensors")
-    save_file(tensors, tmp_path / "ema-0.1.safetensors", metadata={"step": "6", "std": "0.1"})
-    with pytest.raises(ValueError, match=r"ema-0\.1\.safetensors must hold .* std 0\.1 at step 7 .* received .*'6'"):
-        ema.load(tmp_path)
-    (tmp_path / "ema-0.1.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"ema-0\.1"):
-        ema.load(tmp_path)
 
 
 # Errors.

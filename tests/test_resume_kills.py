@@ -4,17 +4,22 @@ The trainer is imported once and forked for each try, so that a try costs no sta
 """
 
 import json
+import math
 import subprocess
 import sys
 
 import pytest
-from test_train_mpdit import EXAMPLES, MODEL, arguments, assert_same_weights, data, metrics, weights  # noqa: F401
+from test_train_mpdit import EXAMPLES, arguments, assert_same_weights, data, metrics, raw_weights, weights  # noqa: F401
+
+from diffusers_mp.snapshots import find_snapshots
 
 
 OPTIONS = [
     *("--checkpointing_steps", "4", "--logging_steps", "3", "--checkpoints_total_limit", "2"),
     *("--train_batch_size", "3", "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2"),
     *("--max_grad_norm", "0.5", "--num_validation_images", "5", "--validation_steps", "40", "--random_flip"),
+    # Some snapshots fall on a checkpoint, others between two.
+    *("--ema_snapshot_steps", "6"),
 ]
 
 # argv: number of kills, seed, the trainer's arguments. Prints JSON: how many kills, how many of them while saving.
@@ -28,6 +33,11 @@ num_kills, seed, argv = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 output_dir = Path(argv[argv.index("--output_dir") + 1])
 rng = random.Random(seed)
 kills = while_saving = tries = 0
+
+def unfinished():
+    # A checkpoint, or a snapshot.
+    return [*output_dir.glob("*.unfinished"), *output_dir.glob("ema_snapshots/*.unfinished")]
+
 while True:
     child = os.fork()
     if child == 0:
@@ -39,13 +49,11 @@ while True:
     if kills < num_kills:
         deadline, at_save = time.monotonic() + rng.uniform(0.1, 0.8), kills % 2 == 1
         while time.monotonic() < deadline and os.waitpid(child, os.WNOHANG) == (0, 0):
-            saving = list(output_dir.glob("*.unfinished"))
+            saving = unfinished()
             if at_save and saving and time.monotonic() > deadline - 0.4:
                 time.sleep(rng.uniform(0, 0.005))
                 break
             time.sleep(0.001)
-        else:
-            saving = list(output_dir.glob("*.unfinished"))
         try:
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
@@ -53,7 +61,7 @@ while True:
             raise SystemExit("the run ended before it could be killed often enough")
         if os.WIFSIGNALED(status):
             kills += 1
-            while_saving += bool(list(output_dir.glob("*.unfinished")))
+            while_saving += bool(unfinished())
     else:
         _, status = os.waitpid(child, 0)
         if status:
@@ -72,6 +80,15 @@ def run(data, output_dir, num_steps, num_kills, seed=0):  # noqa: F811
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def contents(folder):
+    """Files by name: what JSON says, the order of whose keys is that of a set, and what others are."""
+    return {
+        path.relative_to(folder): json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
 @pytest.mark.parametrize("num_steps, num_kills", [(400, 4), pytest.param(1500, 24, marks=pytest.mark.slow)])
 def test_killed_run_is_the_uninterrupted_one(data, tmp_path, num_steps, num_kills):  # noqa: F811
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -82,6 +99,11 @@ def test_killed_run_is_the_uninterrupted_one(data, tmp_path, num_steps, num_kill
     assert report["while_saving"] > 0 or num_kills < 20
     assert metrics(killed, "train/loss") == metrics(whole, "train/loss")
     assert metrics(killed, "validation/loss") == metrics(whole, "validation/loss")
-    for part in (f"checkpoint-{num_steps}/transformer", "transformer", "transformer_ema_0.1"):
+    last = f"checkpoint-{num_steps}"
+    assert_same_weights(raw_weights(killed / last), raw_weights(whole / last))
+    for part in ("transformer", "transformer_ema_0.1"):
         assert_same_weights(weights(killed / part), weights(whole / part))
-    assert not list(killed.glob("*.unfinished"))
+    # Snapshots: none lost, none left over, each the same.
+    assert contents(killed / "ema_snapshots") == contents(whole / "ema_snapshots")
+    assert len(find_snapshots(killed / "ema_snapshots")) == 2 * math.ceil(num_steps / 6)
+    assert not list(killed.rglob("*.unfinished"))

@@ -63,6 +63,9 @@ from datetime import timedelta
 from pathlib import Path
 import warnings
 import torch.distributed.checkpoint as dcp
+from diffusers import DDPMScheduler
+from diffusers_mp import MPDiTPipeline
+from diffusers_mp.snapshots import save_snapshots
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -199,13 +202,25 @@ normalize_weights_(model)
 assert abs(model.patch_embed.proj.weight.full_tensor().norm(dim=-1) - 1).max() < 1e-12
 same(parameters(model), {name: p.full_tensor() for name, p in raw.items()}, 1e-14)
 
-# Averages in a file: refused, since it would have to gather; a distributed checkpoint instead.
+# Averages in a whole model: gathered on both processes, kept by the first.
+with torch.device("cpu" if rank == 0 else "meta"):
+    whole = tiny_model(open_gains=False).double().eval()
+expected = tiny_model().double().eval()
+ema.copy_to(whole, 0.1)
+their_ema.copy_to(expected, 0.1)
+assert type(whole) is type(expected)
+for name, parameter in whole.named_parameters():
+    assert parameter.is_meta if rank else (parameter - expected.get_parameter(name)).abs().max() <= tolerance, name
+
+# Snapshots tell the class of the model, which sharding renames.
 try:
-    ema.save(folder / "ema")
+    save_snapshots(ema, folder / "snapshots", MPDiTPipeline(model, DDPMScheduler()))
 except ValueError as error:
-    assert "torch.distributed.checkpoint" in str(error)
+    assert "must have a whole transformer" in str(error)
 else:
     raise AssertionError("not refused")
+
+# A distributed checkpoint.
 model_state, optimizer_state = get_state_dict(model, optimizer)
 dcp.save({"model": model_state, "optimizer": optimizer_state, "ema": ema.state_dict()}, checkpoint_id=folder / "dcp")
 torch.manual_seed(1)

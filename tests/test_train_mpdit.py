@@ -1,7 +1,11 @@
 """The trainer on a small real image folder: digits-like pictures, a tiny AutoencoderKL, a tiny model, on the CPU."""
 
+import io
 import json
+import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils.data import DataLoader
 
-from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel
+from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, normalize_weights_
 from diffusers_mp.latents import LatentDataset
 from diffusers_mp.presets import CONFIGURATIONS
 from diffusers_mp.training import (
@@ -102,6 +108,18 @@ def weights(folder, name="diffusion_pytorch_model.safetensors"):
     return load_file(folder / name)
 
 
+def stored(checkpoint):
+    """What a checkpoint holds of model, optimiser and averages, by name."""
+    buffer = io.BytesIO()
+    dcp_to_torch_save(checkpoint / "shards", buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def raw_weights(checkpoint):
+    return stored(checkpoint)["model"]
+
+
 def assert_same_weights(first, second):
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -122,7 +140,7 @@ def test_run_becomes_a_pipeline(data, tmp_path, capfd):
     # The pipeline's transformer is the first average, the other one lies beside it; neither is the raw model.
     first = weights(output_dir / "transformer")
     second = weights(output_dir / "transformer_ema_0.1")
-    raw = weights(output_dir / "checkpoint-6" / "transformer")
+    raw = raw_weights(output_dir / "checkpoint-6")
     for other in (second, raw):
         assert any(not torch.equal(first[name], other[name]) for name in first)
     rows = first["transformer_blocks.0.attn.to_q.weight"].norm(dim=1)
@@ -171,7 +189,8 @@ def test_resume_gives_the_weights_and_losses_of_an_uninterrupted_run(data, tmp_p
 
     assert metrics(resumed, "train/loss") == metrics(whole, "train/loss")
     assert list(metrics(resumed, "train/loss")) == [1, 2, 3, 4, 5, 6]
-    for part in ("checkpoint-6/transformer", "transformer", "transformer_ema_0.1"):
+    assert_same_weights(raw_weights(whole / "checkpoint-6"), raw_weights(resumed / "checkpoint-6"))
+    for part in ("transformer", "transformer_ema_0.1"):
         assert_same_weights(weights(whole / part), weights(resumed / part))
 
 
@@ -195,6 +214,8 @@ def test_resume_of_another_run_is_refused(data, tmp_path):
     output_dir = train(data, tmp_path / "run")
     with pytest.raises(ValueError, match=r"seed 0 \(now 1\), total_batch_size 4 \(now 8\)"):
         train(data, output_dir, "--resume_from_checkpoint", "latest", "--seed", "1", "--train_batch_size", "8")
+    with pytest.raises(ValueError, match=r"ema_stds \[0.05, 0.1\] \(now \[0.05\]\)"):
+        train(data, output_dir, "--resume_from_checkpoint", "latest", "--ema_stds", "0.05")
     with pytest.raises(ValueError, match=r"lr_constant_steps 1 \(now 3\)"):
         train(data, output_dir, "--resume_from_checkpoint", "latest", "--lr_constant_steps", "3")
     with pytest.raises(FileNotFoundError, match=r"got 'checkpoint-3'; .* \['checkpoint-2', 'checkpoint-4'"):
@@ -211,20 +232,21 @@ def damage(path):
 def test_damaged_checkpoint_is_passed_over_aloud(data, tmp_path, caplog):
     whole = train(data, tmp_path / "whole")
     output_dir = train(data, tmp_path / "run", "--checkpointing_steps", "2")
-    damage(output_dir / "checkpoint-6" / "optimizer.bin")
-    with pytest.raises(ValueError, match=r"checkpoint-6` is damaged: optimizer.bin has other content"):
+    damage(output_dir / "checkpoint-6" / "shards" / "__0_0.distcp")
+    with pytest.raises(ValueError, match=r"checkpoint-6` is damaged: shards/__0_0.distcp has other content"):
         train(data, output_dir, "--resume_from_checkpoint", "checkpoint-6")
     train(data, output_dir, "--resume_from_checkpoint", "latest")
-    assert "checkpoint-6 is damaged, going back to the one before it: optimizer.bin has other content" in caplog.text
-    assert_same_weights(
-        weights(whole / "checkpoint-6" / "transformer"), weights(output_dir / "checkpoint-6" / "transformer")
+    assert (
+        "checkpoint-6 is damaged, going back to the one before it: shards/__0_0.distcp has other content"
+        in caplog.text
     )
+    assert_same_weights(raw_weights(whole / "checkpoint-6"), raw_weights(output_dir / "checkpoint-6"))
     assert check_checkpoint(output_dir / "checkpoint-6") is None
 
 
 def test_all_checkpoints_damaged_is_no_fresh_start(data, tmp_path):
     output_dir = train(data, tmp_path / "run", "--checkpointing_steps", "3")
-    (output_dir / "checkpoint-3" / "ema" / "ema.json").unlink()
+    (output_dir / "checkpoint-3" / "shards" / ".metadata").unlink()
     (output_dir / "checkpoint-6" / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="all 2 in .* are damaged"):
         train(data, output_dir, "--resume_from_checkpoint", "latest")
@@ -267,7 +289,7 @@ def test_accumulation_does_not_change_the_run(data, tmp_path):
         *(data, tmp_path / "two", "--train_batch_size", "2", "--gradient_accumulation_steps", "2"),
         *("--adam_epsilon", "1e-2"),
     )
-    first, second = (weights(run / "checkpoint-6" / "transformer") for run in (one, two))
+    first, second = (raw_weights(run / "checkpoint-6") for run in (one, two))
     for name, tensor in first.items():
         assert torch.allclose(tensor, second[name], atol=1e-5), name
 
@@ -325,15 +347,15 @@ def test_validation_is_that_of_the_averaged_weights(data, tmp_path):
     levels = validation_timesteps(objective, 8)
     expected = validation_losses(pipe.transformer.eval(), objective, batches, levels, torch.device("cpu"))
     assert metrics(output_dir, "validation/loss")[6] == pytest.approx(expected["loss"], rel=1e-5)
-    raw = MPDiTTransformer2DModel.from_pretrained(output_dir / "checkpoint-6", subfolder="transformer")
-    of_raw = validation_losses(raw, objective, batches, levels, torch.device("cpu"))["loss"]
+    pipe.transformer.load_state_dict(raw_weights(output_dir / "checkpoint-6"))
+    of_raw = validation_losses(pipe.transformer, objective, batches, levels, torch.device("cpu"))["loss"]
     assert of_raw != pytest.approx(expected["loss"], rel=1e-4)
 
 
 def test_clipping_and_the_rate_of_configuration_a(data, tmp_path):
     clipped = train(data, tmp_path / "clipped", "--max_grad_norm", "1e-3", "--adam_epsilon", "1e-2")
     free = train(data, tmp_path / "free", "--adam_epsilon", "1e-2")
-    first, second = (weights(run / "checkpoint-6" / "transformer") for run in (clipped, free))
+    first, second = (raw_weights(run / "checkpoint-6") for run in (clipped, free))
     assert (first["output.gain"] - second["output.gain"]).abs() > 1e-3
     (tmp_path / "a.json").write_text(json.dumps({**MODEL, **CONFIGURATIONS["A"]}))
     more = (
@@ -363,7 +385,7 @@ def test_another_rate_on_resume_is_applied(data, tmp_path, capfd):
     )
     assert "Learning rate 0.01 of the checkpoint, now 0.002" in capfd.readouterr().out
     assert metrics(output_dir, "train/learning_rate")[8] == pytest.approx(2e-3)
-    groups = torch.load(output_dir / "checkpoint-8" / "optimizer.bin", weights_only=True)["param_groups"]
+    groups = stored(output_dir / "checkpoint-8")["optimizer"]["param_groups"]
     assert {group["name"]: group["lr"] for group in groups}["as_published"] == pytest.approx(2e-3)
 
 
@@ -406,6 +428,71 @@ def test_two_workers_do_not_change_the_run(data, tmp_path):
     one = train(data, tmp_path / "one", "--max_train_steps", "3")
     two = train(data, tmp_path / "two", "--max_train_steps", "3", "--dataloader_num_workers", "2")
     assert_same_weights(weights(one / "transformer"), weights(two / "transformer"))
+
+
+def test_updates_that_the_scaler_of_float16_skips_are_updates_by_zero(data, tmp_path, monkeypatch):
+    """Weights and Adam's state stay, everything that counts updates goes on. On the CPU, so in float32."""
+    import train_mpdit
+
+    class Scaled(train_mpdit.Accelerator):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.scaler = scalers.append(torch.amp.GradScaler("cpu", init_scale=2.0**15)) or scalers[-1]
+
+    def loss_with_gradients_too_large(self, *args):
+        terms = loss(self, *args)
+        if scalers[-1].get_scale() > 2.0**13:
+            terms["loss"].register_hook(lambda gradient: gradient * math.inf)
+        return terms
+
+    loss, scalers = train_mpdit.DDPMObjective.loss, []
+    monkeypatch.setattr(train_mpdit, "Accelerator", Scaled)
+    monkeypatch.setattr(train_mpdit.DDPMObjective, "loss", loss_with_gradients_too_large)
+    more = ("--logging_steps", "1", "--checkpointing_steps", "1", "--max_train_steps", "4")
+    output_dir = train(data, tmp_path / "run", *more)
+    assert list(metrics(output_dir, "train/loss")) == [3, 4]
+    first, second, third, last = (stored(output_dir / f"checkpoint-{step}") for step in (1, 2, 3, 4))
+    assert_same_weights(first["model"], second["model"])
+    assert any(not torch.equal(tensor, second["model"][name]) for name, tensor in third["model"].items())
+    adam = [state["optimizer"]["state"]["output.gain"]["step"].item() for state in (second, third, last)]
+    assert adam == [0, 1, 2]  # saving makes Adam's state, but no update
+    assert [state["ema"]["step"] for state in (first, second, third)] == [1, 2, 3]
+    rates = metrics(output_dir, "train/learning_rate")
+    assert rates == pytest.approx({step: 1e-2 / (step + 1) ** 0.5 for step in (3, 4)})
+
+    # The scale is part of a checkpoint: no further update is skipped.
+    resumed = train(data, output_dir, *more, "--resume_from_checkpoint", "checkpoint-3")
+    assert_same_weights(raw_weights(resumed / "checkpoint-4"), last["model"])
+
+
+def test_streaming_does_not_change_the_run(data, tmp_path, monkeypatch):
+    import train_mpdit
+
+    load, asked = train_mpdit.load_image_dataset, []
+
+    def note(*args, **kwargs):
+        asked.append(kwargs["streaming"])
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(train_mpdit, "load_image_dataset", note)
+    whole = train(data, tmp_path / "whole")
+    streamed = train(data, tmp_path / "streamed", "--streaming")
+    assert asked == [False, True]
+    assert_same_weights(weights(whole / "transformer"), weights(streamed / "transformer"))
+    assert MPDiTPipeline.from_pretrained(streamed).id2label == {0: "dark", 1: "light"}
+
+
+def test_a_checkpoint_becomes_a_pipeline_elsewhere(data, tmp_path):
+    """As docs/resume.md has it: nothing of the run changes."""
+    run = train(data, tmp_path / "run", "--ema_snapshot_steps", "2")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    more = ("--latents_dir", str(run / "latents"), "--resume_from_checkpoint", str(run / "checkpoint-4"))
+    output_dir = train(data, tmp_path / "early", *more, "--max_train_steps", "4")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    pipe = MPDiTPipeline.from_pretrained(output_dir)
+    snapshot = MPDiTTransformer2DModel.from_pretrained(run / "ema_snapshots" / "step-0000004_std-0.05")
+    assert_same_weights(normalize_weights_(snapshot).state_dict(), pipe.transformer.state_dict())
+    assert not list(output_dir.glob("checkpoint-*"))
 
 
 def test_pixels_without_a_vae(data, tmp_path):
@@ -480,6 +567,23 @@ def test_every_scheduler_trains(data, tmp_path):
         assert rates[4] == pytest.approx(1e-2 if name == "constant_with_warmup" else 0.0, abs=1e-9)
 
 
+@pytest.mark.parametrize("page", ["resume.md", "scale_out.md"])
+def test_every_command_of_the_docs_is_understood(page, tmp_path, monkeypatch):
+    import training_arguments
+
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```bash\n(.*?)```", (EXAMPLES.parent / "docs" / page).read_text(), re.S)
+    commands = [line for block in blocks for line in block.splitlines()]
+    assert len(commands) >= 5
+    for command in commands:
+        argv = shlex.split(command.partition("train_mpdit.py")[2])
+        if "--train_data_dir" not in argv:
+            (tmp_path / "run" / "latents").mkdir(parents=True)
+            (tmp_path / "run" / "latents" / "index.json").write_text('{"resolution": 256, "vae": {"id": "x"}}')
+        args = training_arguments.parse_args(argv)
+        assert args.preset in command
+
+
 class TestErrors:
     def test_output_dir_in_use(self, data, tmp_path, capsys):
         (tmp_path / "thesis.txt").write_text("years of work")
@@ -520,9 +624,10 @@ class TestErrors:
         with pytest.raises(FloatingPointError, match="update 2|after update 1"):
             train(data, tmp_path / "run", *more, "--logging_steps", "100")
         for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
-            assert all(tensor.isfinite().all() for tensor in weights(checkpoint / "transformer").values())
+            assert all(tensor.isfinite().all() for tensor in raw_weights(checkpoint).values())
 
-    def test_non_finite_update_can_be_skipped(self, data, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("skipped", [1, 2])
+    def test_non_finite_update_can_be_skipped(self, data, tmp_path, monkeypatch, skipped):
         import train_mpdit
 
         loss = train_mpdit.DDPMObjective.loss
@@ -530,13 +635,13 @@ class TestErrors:
         def loss_with_a_hole(self, *args):
             terms = loss(self, *args)
             calls.append(terms)
-            return {**terms, "loss": terms["loss"] / (0 if len(calls) == 2 else 1)}
+            return {**terms, "loss": terms["loss"] / (0 if len(calls) == skipped else 1)}
 
         calls = []
         monkeypatch.setattr(train_mpdit.DDPMObjective, "loss", loss_with_a_hole)
         output_dir = train(data, tmp_path / "run", "--on_non_finite", "skip", "--logging_steps", "1")
-        assert list(metrics(output_dir, "train/loss")) == [1, 3, 4, 5, 6]
-        evidence = output_dir / "non_finite" / "step-0000002"
+        assert list(metrics(output_dir, "train/loss")) == [step for step in range(1, 7) if step != skipped]
+        evidence = output_dir / "non_finite" / f"step-000000{skipped}"
         assert "inf" in (evidence / "report.json").read_text()
         assert list(evidence.glob("*.safetensors"))
         assert MPDiTPipeline.from_pretrained(output_dir)
@@ -586,7 +691,7 @@ def test_two_processes_are_the_same_run(data, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one = train(data, tmp_path / "one", "--adam_epsilon", "1e-2")
-    first, second = (weights(run / "checkpoint-6" / "transformer") for run in (one, tmp_path / "two"))
+    first, second = (raw_weights(run / "checkpoint-6") for run in (one, tmp_path / "two"))
     for name, tensor in first.items():
         assert torch.allclose(tensor, second[name], atol=1e-5), name
     assert MPDiTPipeline.from_pretrained(tmp_path / "two").id2label == {0: "dark", 1: "light"}
@@ -605,7 +710,7 @@ def test_checkpoint_resumes_under_another_number_of_processes(data, tmp_path):
         ACCELERATE_USE_CPU="1",
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (weights(run / "checkpoint-6" / "transformer") for run in (whole, parts))
+    first, second = (raw_weights(run / "checkpoint-6") for run in (whole, parts))
     for name, tensor in first.items():
         assert torch.allclose(tensor, second[name], atol=1e-5), name
 
@@ -617,12 +722,40 @@ def test_processes_that_did_not_find_each_other_are_refused(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
-def test_engine_that_is_not_supported_is_refused(data, tmp_path, monkeypatch, engine):
-    # On the CPU Accelerate would go on with plain DDP and say nothing.
+@pytest.mark.parametrize(
+    "engine, message",
+    [
+        ("FSDP", "FSDP was asked for, but Accelerate chose NO: it shards on several accelerators only"),
+        ("DEEPSPEED", "DEEPSPEED was asked for, but this trainer runs on one process, DDP or FSDP2"),
+        ("MEGATRON_LM", "MEGATRON_LM was asked for, but this trainer runs on one process, DDP or FSDP2"),
+    ],
+)
+def test_engine_that_is_not_given_is_refused(monkeypatch, engine, message):
+    # On the CPU Accelerate would go on without it and say nothing.
     import train_mpdit
 
     accelerator = train_mpdit.Accelerator()
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(RuntimeError, match=f"{engine} was asked for, but this trainer runs on one process or DDP"):
+    with pytest.raises(RuntimeError, match=message):
         train_mpdit.check_engine(accelerator)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"fsdp_version": 1}, "FSDP version 1 was asked for, .* launch with `--fsdp_version 2`"),
+        ({"activation_checkpointing": True}, "`--fsdp_activation_checkpointing` renames parameters"),
+    ],
+)
+def test_kind_of_fsdp_that_is_not_supported_is_refused(monkeypatch, options, message):
+    import train_mpdit
+
+    # A single process says that it shards: nothing needs a second one to be refused.
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **options})
+        accelerator = train_mpdit.Accelerator(fsdp_plugin=plugin)
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+        with pytest.raises(RuntimeError, match=message):
+            train_mpdit.check_engine(accelerator)

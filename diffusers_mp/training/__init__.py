@@ -4,11 +4,11 @@ from .checkpoints import check_checkpoint as check_checkpoint
 from .checkpoints import find_checkpoints as find_checkpoints
 from .checkpoints import load_checkpoint as load_checkpoint
 from .checkpoints import read_state as read_state
-from .checkpoints import register_model_hooks as register_model_hooks
 from .checkpoints import resolve_checkpoint as resolve_checkpoint
 from .checkpoints import save_checkpoint as save_checkpoint
 from .data import StreamBatchSampler as StreamBatchSampler
 from .data import TrainingSamples as TrainingSamples
+from .data import conditions_of as conditions_of
 from .data import sample_generator as sample_generator
 from .data import split_validation as split_validation
 from .flow_matching import FlowMatchObjective as FlowMatchObjective

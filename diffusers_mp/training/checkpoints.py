@@ -1,26 +1,38 @@
-"""Checkpoints of a training run: `checkpoint-N` folders that Accelerate and diffusers both understand.
+"""Checkpoints of a training run: `checkpoint-N` folders, the same for one process, many, and shards.
 
     checkpoint-N/manifest.json         size and SHA-256 of every other file; written last
     checkpoint-N/training_state.json   the step, and what must not change when the run goes on
-    checkpoint-N/transformer/          the raw model, a diffusers folder
-    checkpoint-N/ema/                  the averages
-    checkpoint-N/optimizer.bin, …      Accelerate's own: optimiser, schedule, random states
+    checkpoint-N/shards/               `torch.distributed.checkpoint`: weights, optimiser, averages
+    checkpoint-N/scheduler.bin, …      Accelerate's own: schedule, random states, scaler of float16
 
-A folder of that name is complete: it is written as `checkpoint-N.unfinished` and then renamed.
+A folder of that name is complete: it is written as `checkpoint-N.unfinished` and then renamed. Every process writes
+the shards that it holds, and reads those that it needs: nothing is gathered, and a run may go on with another number
+of processes or another engine. The folder must be one that all of them see.
 """
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.logging import get_logger
-from diffusers import ModelMixin
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import SCALER_NAME
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..ema import PowerFunctionEMA
+from ..layers import return_to_shards
+from .watchdog import NonFiniteError, all_finite
 
 
 logger = get_logger(__name__)
@@ -28,8 +40,7 @@ logger = get_logger(__name__)
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = "training_state.json"
 MANIFEST_FILE = "manifest.json"
-MODEL_FOLDER = "transformer"
-EMA_FOLDER = "ema"
+SHARDS_FOLDER = "shards"
 
 
 def find_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -104,64 +115,50 @@ def resolve_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> P
     )
 
 
-def register_model_hooks(accelerator: Accelerator) -> None:
-    """Make `save_state` write the model as a diffusers folder, and `load_state` read it from there.
-
-    Args:
-        accelerator (Accelerator): its prepared models are single `ModelMixin`s, wrapped or not.
-    """
-
-    def save(models, weights, output_dir):
-        # Accelerate writes whatever is left in `weights` itself.
-        while weights:
-            weights.pop()
-        if accelerator.is_main_process:
-            for model in models:
-                accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(
-                    Path(output_dir) / MODEL_FOLDER
-                )
-
-    def load(models, input_dir):
-        while models:
-            model = accelerator.unwrap_model(models.pop(), keep_torch_compile=False)
-            stored: ModelMixin = type(model).from_pretrained(input_dir, subfolder=MODEL_FOLDER)
-            model.load_state_dict(stored.state_dict())
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
 def save_checkpoint(
     accelerator: Accelerator,
     output_dir: str | Path,
     step: int,
+    model: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    lr_scheduler: LRScheduler,
     ema: PowerFunctionEMA,
-    state: dict[str, Any],
+    facts: dict[str, Any],
     total_limit: int | None = None,
 ) -> Path:
     """Write `checkpoint-<step>`; a folder of that name is always complete. To be called on every process.
 
     Args:
-        accelerator (Accelerator): with `register_model_hooks` done.
+        accelerator (Accelerator): of the run, for the number of processes and the scaler.
         output_dir (str or Path): folder of the run.
         step (int): optimiser updates done.
+        model (nn.Module): the model that the averages follow, sharded or whole.
+        optimizer (AcceleratedOptimizer): its optimiser, as `accelerator.prepare` gave it.
+        lr_scheduler (LRScheduler): its schedule.
         ema (PowerFunctionEMA): its averages.
-        state (dict): JSON-serialisable facts that `load_checkpoint` gives back.
+        facts (dict): JSON-serialisable facts that `read_state` gives back.
         total_limit (int, optional): checkpoints to keep, this one included; the oldest go once this one is complete.
     Returns:
         Path: the checkpoint.
+    Raises:
+        NonFiniteError: if a weight is not finite, on every process alike; nothing is written then.
     """
+    if not all_finite(model):
+        raise NonFiniteError(f"weights are not finite after update {step}: no checkpoint of them is written")
     output_dir = Path(output_dir)
     final, unfinished = output_dir / f"checkpoint-{step}", output_dir / f"checkpoint-{step}.unfinished"
     if accelerator.is_main_process:
         for leftover in output_dir.glob("checkpoint-*.unfinished"):
             shutil.rmtree(leftover)
+        unfinished.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
+    with _one_process_is_no_mistake():
+        dcp.save(_state(model, optimizer, ema), checkpoint_id=unfinished / SHARDS_FOLDER)
+    index, scaler = accelerator.process_index, accelerator.scaler
+    save_accelerator_state(str(unfinished), [], [], [lr_scheduler], [], index, step, scaler)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        ema.save(unfinished / EMA_FOLDER)
-        (unfinished / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        (unfinished / STATE_FILE).write_text(json.dumps({"step": step, **facts}, indent=2) + "\n")
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())
         manifest = {
             path.relative_to(unfinished).as_posix(): {"num_bytes": path.stat().st_size, "sha256": _sha256(path)}
@@ -179,13 +176,8 @@ def save_checkpoint(
     return final
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The `state` that a checkpoint was saved with, and its `step`.
+    """The `facts` that a checkpoint was saved with, and its `step`.
 
     Args:
         checkpoint (Path): a finished checkpoint.
@@ -195,15 +187,53 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE_FILE).read_text())
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: PowerFunctionEMA) -> None:
-    """Restore model, optimiser, schedule, random states and averages. To be called on every process.
+def load_checkpoint(
+    accelerator: Accelerator,
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    lr_scheduler: LRScheduler,
+    ema: PowerFunctionEMA,
+) -> None:
+    """Restore weights, optimiser, schedule, random states and averages. To be called on every process.
 
-    Accelerate's part of a checkpoint contains pickles: load only what your own run has written.
+    Checkpoints contain pickles: load only what your own run has written.
 
     Args:
-        accelerator (Accelerator): with the same objects prepared as when it was saved.
+        accelerator (Accelerator): of the run. The number of processes and the engine may be others than when saving.
         checkpoint (Path): a finished checkpoint.
-        ema (PowerFunctionEMA): receives the averages.
+        model, optimizer, lr_scheduler, ema: as in `save_checkpoint`, with the same parameters, groups and widths.
     """
-    accelerator.load_state(str(checkpoint))
-    ema.load(checkpoint / EMA_FOLDER)
+    state = _state(model, optimizer, ema)
+    with _one_process_is_no_mistake():
+        dcp.load(state, checkpoint_id=checkpoint / SHARDS_FOLDER)
+    set_state_dict(model, optimizer.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    ema.load_state_dict(state["ema"])
+    # A run may go on in float16 that began without, and then has no scaler yet.
+    scaler = accelerator.scaler if (checkpoint / SCALER_NAME).is_file() else None
+    load_accelerator_state(str(checkpoint), [], [], [lr_scheduler], [], accelerator.process_index, scaler)
+
+
+def _state(model: nn.Module, optimizer: AcceleratedOptimizer, ema: PowerFunctionEMA) -> dict[str, Any]:
+    """The live tensors of a run by name; DTensors where it is sharded."""
+    return_to_shards(model)
+    # The optimiser within Accelerate's: PyTorch fills an empty state by an update by zero, which no scaler should see,
+    # and which does not count.
+    was_empty = not optimizer.optimizer.state
+    model_state, optimizer_state = get_state_dict(model, optimizer.optimizer)
+    if was_empty:
+        for state in optimizer_state["state"].values():
+            state["step"].zero_()
+    return {"model": model_state, "optimizer": optimizer_state, "ema": ema.state_dict()}
+
+
+@contextlib.contextmanager
+def _one_process_is_no_mistake() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        yield
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -265,6 +265,22 @@ def gradient_norm(model: nn.Module) -> torch.Tensor:
     return torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])
 
 
+def all_finite(model: nn.Module) -> bool:
+    """Whether every parameter of a model is finite, with one answer for all processes. To be called on each of them.
+
+    Args:
+        model (nn.Module): any module, sharded or whole.
+    Returns:
+        bool: False if a process holds a value that is not finite.
+    """
+    parameters = list(model.parameters())
+    failed = torch.tensor(0.0, device=parameters[0].device if parameters else None)
+    failed += not all(map(_is_finite, parameters))
+    if _num_processes() > 1:
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    return not failed
+
+
 class _Trace:
     """Hooks on every module that note the first value that is not finite, in the order in which values are made."""
 
