@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Two workers with a thread each beat one with two threads on these many small tests.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: install demo test test-all style quality clean
+.PHONY: install demo test test-all test-lowest test-wheel style quality clean
 
 install: $(INSTALLED)
 
@@ -24,6 +24,20 @@ test: quality  ## what CI runs: no network, no GPU
 test-all: quality  ## with the long matrix
 	$(PYTEST)
 
+test-lowest:  ## the same tests on the oldest versions that pyproject.toml allows, in an environment of their own
+	rm -rf .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) .ci/lowest_versions.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --disable-pip-version-check --quiet --constraint .venv-lowest/constraints.txt --editable ".[dev]"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+test-wheel: $(INSTALLED)  ## build, install in an empty environment, import, type-check a user's file
+	rm -rf dist .venv-wheel
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt dist/*.whl mypy
+	.venv-wheel/bin/python -P .ci/check_wheel.py
+
 style: $(INSTALLED)  ## reformat
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -33,4 +47,4 @@ quality: $(INSTALLED)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest .venv-wheel demo build dist *.egg-info .pytest_cache .ruff_cache
