@@ -127,12 +127,15 @@ class MPLinear(_NormalizedRows, nn.Linear):
     Args:
         in_features (int): size of the last dimension of the input.
         out_features (int): size of the last dimension of the output.
+        bias (bool): False, at the place that it has in `torch.nn.Linear`.
         device (torch.device, optional): as in `torch.nn.Linear`.
         dtype (torch.dtype, optional): as in `torch.nn.Linear`.
         forced_weight_normalization (bool): rows return to norm 1 by `normalize_weights_`, on leaving training mode and
             on saving, and are used as stored in evaluation mode.
     Shapes:
         (..., in_features) → (..., out_features), weight (out_features, in_features).
+    Raises:
+        ValueError: if a bias is asked for.
     """
 
     row_norm = 1.0
@@ -141,10 +144,16 @@ class MPLinear(_NormalizedRows, nn.Linear):
         self,
         in_features: int,
         out_features: int,
+        bias: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         forced_weight_normalization: bool = True,
     ):
+        if bias is not False:
+            raise ValueError(
+                "`bias` must be False: a constant added to the output changes its magnitude. Where one is needed, "
+                f"append a constant 1 to the input, as MPPatchEmbed does; got {bias!r}."
+            )
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
         self.forced_weight_normalization = forced_weight_normalization
 

@@ -358,6 +358,8 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAd
                 "`forced_weight_normalization=True` needs `weight_normalization=True`: rows that are not normalised "
                 "on use carry meaning in their norm. Got `weight_normalization=False`."
             )
+        if patch_size < 1 or num_layers < 1:
+            raise ValueError(f"`patch_size` and `num_layers` must be at least 1, got {patch_size} and {num_layers}.")
         if sample_size % patch_size:
             raise ValueError(f"`sample_size` must be divisible by `patch_size` ({patch_size}), got {sample_size}.")
         if num_classes is not None and num_classes < 1:
@@ -535,6 +537,18 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAd
                 f"{hidden_states.shape[-2]}x{hidden_states.shape[-1]}."
             )
         batch_size = hidden_states.shape[0]
+        weight = self.patch_embed.proj.weight
+        has_other_dtype = weight.is_floating_point() and hidden_states.dtype != weight.dtype
+        if has_other_dtype and not torch.is_autocast_enabled(hidden_states.device.type):
+            raise ValueError(
+                f"`hidden_states` must have the dtype of the model, {weight.dtype}, got {hidden_states.dtype}: "
+                "convert one to the other, or use `torch.autocast`."
+            )
+        if not isinstance(timestep, torch.Tensor):
+            raise ValueError(
+                f"`timestep` must be a tensor of shape ({batch_size},), got {timestep!r}: "
+                f"`torch.full(({batch_size},), {timestep!r})`."
+            )
         if timestep.shape != (batch_size,):
             raise ValueError(
                 f"`timestep` must have shape ({batch_size},), one for each sample; got {tuple(timestep.shape)}."
