@@ -74,10 +74,13 @@ MISTAKES = {
         model(hidden_states=torch.zeros(3, 3, 8, 8)),
         r"must have shape \(B, 4, H, W\), got \(3, 3, 8, 8\)",
     ),
-    "an unknown preset": (lambda: get_preset("DiT-XL/2"), "(?s)must be .*XL/2.*got 'DiT-XL/2'"),
+    "an unknown preset": (
+        lambda: get_preset("DiT-XL/2"),
+        r"must be one of .*'XL'\], a slash and one of .* got 'DiT-XL/2'",
+    ),
     "an unknown modulation": (
         lambda: tiny_model(modulation=("scale", "rotation")),
-        r"distinct names out of \['scale', 'shift', 'rotate', 'gate'\], got \('scale', 'rotation'\)",
+        r"distinct names out of \['scale', 'shift', 'rotate', 'gate'\], got \['scale', 'rotation'\]",
     ),
     "no patches": (lambda: tiny_model(patch_size=0), "`patch_size` and `num_layers` must be at least 1, got 0 and 2"),
     "a bias": (lambda: MPLinear(4, 4, bias=True), "`bias` must be False: .* append a constant 1 to the input"),
