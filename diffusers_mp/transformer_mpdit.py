@@ -3,11 +3,14 @@
 import copy
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -489,6 +492,38 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAd
         if not return_dict:
             return (sample,)
         return Transformer2DModelOutput(sample=sample)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | Path,
+        *,
+        config: str | Path,
+        subfolder: str | None = None,
+        dtype: torch.dtype | None = None,
+        **hub_options,
+    ) -> "MPDiTTransformer2DModel":
+        """Load from one safetensors file, apart from its folder.
+
+        diffusers' own `from_single_file` guesses the config from the keys of models that it knows; here it is given.
+
+        Args:
+            pretrained_model_link_or_path (str or Path): a file, or a link to one on the Hub.
+            config (str or Path): folder or Hub id with the `config.json` of the model.
+            subfolder (str, optional): where it lies in there, such as "transformer".
+            dtype (torch.dtype, optional): of the model; that of the file by default.
+            hub_options: `token`, `cache_dir`, `local_files_only`, `revision`, `force_download`, as in
+                `from_pretrained`.
+        Returns:
+            MPDiTTransformer2DModel: in evaluation mode.
+        Raises:
+            RuntimeError: if the keys or shapes in the file are not those of the config.
+        """
+        state_dict = load_single_file_checkpoint(str(pretrained_model_link_or_path), **hub_options)
+        with init_empty_weights():
+            model = cls.from_config(cls.load_config(config, subfolder=subfolder, **hub_options))
+        model.eval().load_state_dict(state_dict, assign=True)
+        return model if dtype is None else model.to(dtype)
 
     def train(self, mode: bool = True):
         """As `torch.nn.Module.train`; refuses training mode while attention maps are fused or a LoRA is.

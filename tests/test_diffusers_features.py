@@ -1,6 +1,7 @@
 """What a user of diffusers does with a transformer, done with this one; after diffusers' own model tests."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -223,6 +224,25 @@ def test_shards_and_variants(tmp_path, variant):
         finally:
             del os.environ["HF_ENABLE_PARALLEL_LOADING"]
         assert torch.equal(forward(loaded), expected)
+
+
+@pytest.mark.parametrize("configuration", ["A", "C", "E"])
+def test_a_single_file(configuration, tmp_path):
+    model = tiny_model(configuration).eval()
+    model.save_pretrained(tmp_path / "pipeline" / "transformer")
+    (tmp_path / "elsewhere").mkdir()
+    file = tmp_path / "elsewhere" / "weights.safetensors"
+    shutil.move(tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors", file)
+    options = {"config": tmp_path / "pipeline", "subfolder": "transformer"}
+    loaded = MPDiTTransformer2DModel.from_single_file(file, **options)
+    assert not loaded.training
+    assert torch.equal(forward(loaded), forward(model))
+    half = MPDiTTransformer2DModel.from_single_file(file, dtype=torch.bfloat16, **options)
+    assert half.dtype == torch.bfloat16
+    other = tiny_model(configuration, num_layers=1).eval()
+    other.save_config(tmp_path / "other")
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"transformer_blocks.1"):
+        MPDiTTransformer2DModel.from_single_file(file, config=tmp_path / "other")
 
 
 # Attention
