@@ -80,7 +80,8 @@ def test_a_stock_model_with_the_adapter_is_the_swapped_model(tmp_path, options):
     other = stock_model()
     report = load_rotation_adapter(other, tmp_path)
     assert report == swap_report
-    assert type(other) is type(model) and dict(other.config) == dict(model.config)
+    assert type(other) is type(model)
+    assert dict(other.config) == dict(model.config)
     assert torch.equal(other(**inputs()).sample, model(**inputs()).sample)
 
 
@@ -111,9 +112,7 @@ def test_trained_scale_and_gate_rows_are_saved_when_asked_for(tmp_path):
 def test_the_config_says_what_it_belongs_to(tmp_path):
     model = stock_model()
     swap_adaln_for_rotation(model, rank=2, sublayers=["mlp"])
-    save_rotation_adapter(
-        model, tmp_path, base_model_name_or_path="facebook/DiT-XL-2-256", base_model_revision="abc"
-    )
+    save_rotation_adapter(model, tmp_path, base_model_name_or_path="facebook/DiT-XL-2-256", base_model_revision="abc")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     expected = {
         "adapter_type": "rotation_modulation",
@@ -198,10 +197,10 @@ FIRST = "transformer_blocks.0.norm1.linear.rotation.weight"
         (change_config(rank=2), ValueError, "must hold exactly the rotations of this model"),
         (change_config(base_model_class="FluxTransformer2DModel"), ValueError, "must be a FluxTransformer2DModel"),
         (change_config(format_version=2), ValueError, "must have format_version 1, it has 2"),
-        (change_config(adapter_type="absent"), ValueError, "must have adapter_type 'rotation_modulation', it has None"),
+        (change_config(adapter_type="absent"), ValueError, "adapter_type 'rotation_modulation', it has None"),
         (change_config(pairing="neighbours"), ValueError, "must have pairing 'halves', it has 'neighbours'"),
         (change_config(sublayers="absent"), ValueError, r"is damaged: it lacks \['sublayers'\]"),
-        (lambda folder: (folder / "adapter_config.json").unlink(), FileNotFoundError, "adapter_config.json is missing"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), FileNotFoundError, "config.json is missing"),
         (
             lambda folder: (folder / "adapter_model.safetensors").unlink(),
             FileNotFoundError,
