@@ -135,14 +135,13 @@ class RotationLinear(nn.Module):
         linear = nn.Linear(stock.in_features, stock.out_features, bias=stock.bias is not None, device="meta").train(
             self.training
         )
-        reference = self.rotation if isinstance(self.rotation, nn.Linear) else self.rotation[-1]
-        device, dtype = reference.weight.device, reference.weight.dtype
+        here = next(self.parameters())
         for name, source in stock.named_parameters():
-            rows = source.detach().to(device, dtype, copy=True).unflatten(0, (len(self.kinds), self.dim))
+            rows = source.detach().to(here.device, here.dtype, copy=True).unflatten(0, (len(self.kinds), self.dim))
             if self.linear is not None:
                 groups = [index for index, kind in enumerate(self.kinds) if kind != "rotate"]
                 kept = getattr(self.linear, name).detach()
-                rows[groups] = kept.to(dtype).unflatten(0, (len(groups), self.dim))
+                rows[groups] = kept.to(here.dtype).unflatten(0, (len(groups), self.dim))
             setattr(linear, name, nn.Parameter(rows.flatten(0, 1)))
         return linear
 

@@ -4,7 +4,7 @@ import functools
 import inspect
 
 import diffusers
-from diffusers import ModelMixin
+from diffusers import ConfigMixin, ModelMixin
 
 from .coverage import COVERAGE, SUPPORTED
 
@@ -50,6 +50,9 @@ def rotation_class(stock_class: type[ModelMixin]) -> type[ModelMixin]:
         (stock_class,),
         {
             "__init__": __init__,
+            # Those of Transformer2DModel go by its name to load another class in its place.
+            "from_config": classmethod(ConfigMixin.from_config.__func__),
+            "from_pretrained": classmethod(ModelMixin.from_pretrained.__func__),
             "__module__": "diffusers_mp",
             "__doc__": f"{stock_class.__name__} with rotations in the places of its shifts.",
         },

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import diffusers
 import torch
 from diffusers import ModelMixin
 from torch import nn
@@ -87,6 +88,8 @@ def swap_adaln_for_rotation(
         return SwapReport(swap_native(model, keep_shift), before, num_parameters(model))
     sites = find_sites(model, sublayers)
     check_sites(model, sites, keep_shift)
+    if isinstance(calibration, (Mapping, str)):
+        raise ValueError(f"`calibration` must be an iterable of mappings, got a {type(calibration).__name__}.")
     mean_shifts = None if calibration is None else _mean_shifts(model, sites, calibration)
     options = {
         "sublayers": list(sublayers),
@@ -130,6 +133,10 @@ def unswap_rotation(model: ModelMixin, base: ModelMixin | None = None) -> None:
         num_rows = len(rotation.kinds) * rotation.dim
         if stock is not None and stock.out_features != num_rows:
             raise ValueError(f"`base` must have {num_rows} rows in {name}, got {stock.out_features}.")
+        if rotation.shift_scale is None and rotation.linear is not None:
+            _check_plain(
+                name, rotation.linear, "to be put together again", "dequantise it, or merge or unload the LoRA"
+            )
         linears[name] = rotation.stock_linear(stock)
     for name, linear in linears.items():
         model.set_submodule(name, linear)
@@ -231,7 +238,10 @@ def check_model(model: nn.Module) -> None:
     """Raise if a model cannot be swapped, saying what to do."""
     if is_rotation_class(type(model)):
         raise ValueError("`model` must not be swapped already; `unswap_rotation` is the way back.")
-    if type(model).__name__ not in supported_names() or not isinstance(model, ModelMixin):
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("`model` must not be compiled yet, it is: swap first.")
+    name = type(model).__name__
+    if name not in supported_names() or type(model) not in (getattr(diffusers, name, None), MPDiTTransformer2DModel):
         raise TypeError(
             f"`model` must be one of {', '.join(supported_names())}, got a {type(model).__module__}."
             f"{type(model).__qualname__}; docs/rotation_swap.md says what stands in the way of others."
@@ -273,14 +283,23 @@ def check_swapped(model: nn.Module) -> None:
         raise ValueError(f"`model` must be swapped by `swap_adaln_for_rotation`, got a {type(model).__name__}.")
 
 
-def _check_sliceable(name: str, linear: nn.Module) -> None:
-    is_plain = type(linear) is nn.Linear and type(linear.weight.data) is torch.Tensor
-    if not is_plain or not linear.weight.is_floating_point():
+def _check_plain(name: str, linear: nn.Module, purpose: str, remedy: str) -> None:
+    weight_class = type(linear.weight.data)
+    if type(linear) is not nn.Linear or weight_class is not torch.Tensor or not linear.weight.is_floating_point():
         raise ValueError(
-            f"`model` must have plain linear maps for their shift rows to be cut out, {name} is a "
-            f"{type(linear).__name__} of {type(linear.weight.data).__name__}s ({linear.weight.dtype}): swap before "
-            "quantising or loading a LoRA, or keep the rows with `keep_shift=True` (and `shift_scale=0`)."
+            f"`model` must have plain linear maps {purpose}, {name} is a {type(linear).__module__}."
+            f"{type(linear).__qualname__} whose weight is a {weight_class.__module__}.{weight_class.__qualname__} of "
+            f"{linear.weight.dtype}: {remedy}."
         )
+
+
+def _check_sliceable(name: str, linear: nn.Module) -> None:
+    _check_plain(
+        name,
+        linear,
+        "for their shift rows to be cut out",
+        "swap before quantising or loading a LoRA, or keep the rows with `keep_shift=True` (and `shift_scale=0`)",
+    )
 
 
 # Calibration

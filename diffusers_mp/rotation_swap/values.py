@@ -49,7 +49,14 @@ class Rotation:
     def size(self, dim: int) -> int:
         return self.angle.size(dim)
 
-    def __radd__(self, tokens: torch.Tensor) -> torch.Tensor:
+    def added_to(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What `tokens + rotation` is.
+
+        Args:
+            tokens (torch.Tensor): shape (B, N, D).
+        Returns:
+            torch.Tensor: of the same shape.
+        """
         if self.shift is not None:
             tokens = tokens + self.shift
         return functional.rotate(tokens, self.angle)
@@ -59,11 +66,11 @@ class Rotation:
         """Addition to a tensor, and a choice between two (QwenImage's tokens of two conditions); nothing else."""
         if func in (torch.Tensor.add, torch.Tensor.__add__) and not kwargs:
             tokens, rotation = args
-            return rotation.__radd__(tokens)
+            return rotation.added_to(tokens)
         if func is torch.where and not kwargs:
             condition, chosen, other = args
             return chosen._map(lambda *tensors: torch.where(condition, *tensors), other)
-        return NotImplemented
+        raise TypeError(f"A Rotation can only be added to tokens, got it as an argument of `{func.__name__}`.")
 
 
 class ModulationMaps:
@@ -76,14 +83,24 @@ class ModulationMaps:
     def __init__(self, maps: Sequence[torch.Tensor | Rotation]):
         self.maps = maps
 
+    def __getitem__(self, index) -> "ModulationMaps":
+        return ModulationMaps([rows[index] for rows in self.maps])
+
     def chunk(self, chunks: int, dim: int = 0) -> tuple:
         """The maps in equal groups; a group of one is the map itself.
 
         Args:
             chunks (int): number of groups.
-            dim (int): the dimension of the rows, as the caller of a tensor says it.
+            dim (int): the dimension of the rows, the last one, as the caller of a tensor says it.
+        Raises:
+            ValueError: if the groups are not equal, or of samples.
         """
-        size = len(self.maps) // chunks
+        size, rest = divmod(len(self.maps), chunks)
+        if rest or dim == 0:
+            raise ValueError(
+                f"`chunks` must divide the {len(self.maps)} maps of a modulation, along their rows, got {chunks} and "
+                f"`dim` {dim}."
+            )
         groups = [self.maps[index * size : (index + 1) * size] for index in range(chunks)]
         return tuple(group[0] if size == 1 else ModulationMaps(group) for group in groups)
 
@@ -91,4 +108,4 @@ class ModulationMaps:
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is torch.chunk:
             return args[0].chunk(*args[1:], **(kwargs or {}))
-        return NotImplemented
+        raise TypeError(f"ModulationMaps must be chunked first, got them as an argument of `{func.__name__}`.")
