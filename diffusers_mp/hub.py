@@ -1,4 +1,4 @@
-"""Publication of a trained pipeline's folder on the Hub, in one commit.
+"""Publication of a trained pipeline's or a rotation adapter's folder on the Hub, in one commit.
 
 The folder of a run holds more than may leave the machine: optimiser states, pickles, latents, arguments, paths. What
 is uploaded is therefore a list of what belongs, never the folder less what does not.
@@ -31,6 +31,9 @@ _PUBLISHED = (
     *(f"{folder}/{name}" for folder in ("transformer", "transformer_ema_*", "vae") for name in _MODEL_FILES),
     *(CARD_NAME, GRID_NAME, CURVE_NAME),
 )
+# Of `save_rotation_adapter`.
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+_PUBLISHED_ADAPTER = (ADAPTER_CONFIG_NAME, "adapter_model.safetensors", CARD_NAME)
 # Trackers that keep to what they are given; others record the command line, and with it `--hub_token`.
 _LOCAL_TRACKERS = ("none", "tensorboard")
 _TOKEN_PATTERN = re.compile(r"hf_[A-Za-z0-9]{16,}")
@@ -172,13 +175,15 @@ def files_to_publish(folder: str | Path) -> list[str]:
     """Paths of what belongs on the Hub: the pipeline's configurations and safetensors, the card and its pictures.
 
     Args:
-        folder (str or Path): the pipeline's folder.
+        folder (str or Path): the folder of a pipeline (ours, or a `DiTPipeline`) or of a rotation adapter.
     Returns:
         list of str: sorted, relative to `folder`.
     Raises:
-        ValueError: if the folder holds no complete pipeline.
+        ValueError: if the folder holds no complete pipeline and no complete adapter, or one of each.
     """
     folder = Path(folder)
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return _adapter_files(folder)
     found = sorted({path.relative_to(folder).as_posix() for pattern in _PUBLISHED for path in folder.glob(pattern)})
     if "model_index.json" not in found:
         raise ValueError(f"`folder` must hold a saved pipeline, {folder} has no model_index.json.")
@@ -196,6 +201,16 @@ def files_to_publish(folder: str | Path) -> list[str]:
     return found
 
 
+def _adapter_files(folder: Path) -> list[str]:
+    if (folder / "model_index.json").is_file():
+        raise ValueError(f"`folder` must hold a pipeline or an adapter, {folder} holds both.")
+    found = [name for name in _PUBLISHED_ADAPTER if (folder / name).is_file()]
+    missing = sorted(set(_PUBLISHED_ADAPTER) - {CARD_NAME, *found})
+    if missing:
+        raise ValueError(f"`folder` must hold a complete adapter, {folder} lacks {', '.join(missing)}.")
+    return sorted(found)
+
+
 def publish(
     folder: str | Path,
     repo_id: str,
@@ -205,21 +220,21 @@ def publish(
     revision: str | None = None,
     commit_message: str | None = None,
 ) -> str:
-    """Upload a pipeline's folder in one commit, which is seen whole or not at all.
+    """Upload the folder of a pipeline or of a rotation adapter in one commit, which is seen whole or not at all.
 
     What was published before and is no longer in the folder (an average of another width, shards) is deleted in the
     same commit. A lost connection is tried again; files that arrived are not sent twice. Without changes there is no
     new commit.
 
     Args:
-        folder (str or Path): the pipeline's folder, with the card of `write_model_card`.
+        folder (str or Path): the folder, with the card of `write_model_card` or `write_rotation_card`.
         repo_id (str): "user/name".
         token, private, revision: as in `check_hub_access`.
         commit_message (str, optional): first line of the commit.
     Returns:
         str: URL of the commit.
     Raises:
-        ValueError: if the folder holds no complete pipeline, or no card.
+        ValueError: if the folder holds no complete pipeline or adapter, or no card.
         HubError: if access was refused or lost, or a file that would be published holds the token.
     """
     folder = Path(folder)
@@ -266,7 +281,8 @@ def _api(token: str) -> HfApi:
 
 def _belongs(name: str) -> bool:
     # fnmatch's * also stands for slashes.
-    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in _PUBLISHED)
+    patterns = (*_PUBLISHED, *_PUBLISHED_ADAPTER)
+    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
 
 
 def _has_component(folder: Path, name: str) -> bool:
@@ -278,13 +294,17 @@ def _content(folder: Path, name: str, names: list[str]) -> Path | bytes:
     if not name.endswith(".json"):
         return folder / name
     config = json.loads((folder / name).read_text())
-    # The local path that a component was loaded from is nobody's business.
-    if "_name_or_path" in config and not _is_repo_id(config["_name_or_path"]):
-        del config["_name_or_path"]
-    elif name == "model_index.json" and any(name.startswith("transformer_ema_") for name in names):
+    original = dict(config)
+    # The local path that something was loaded from is nobody's business.
+    if not _is_repo_id(config.get("_name_or_path")):
+        config.pop("_name_or_path", None)
+    if "base_model_name_or_path" in config and not _is_repo_id(config["base_model_name_or_path"]):
+        config["base_model_name_or_path"] = None
+    averages = [name for name in names if name.startswith("transformer_ema_")]
+    if name == "model_index.json" and averages:
         # Else everyone who loads the pipeline would also download every other average.
-        config["_ignore_files"] = [name for name in names if name.startswith("transformer_ema_")]
-    else:
+        config["_ignore_files"] = averages
+    if config == original:
         return folder / name
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 

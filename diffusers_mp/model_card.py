@@ -1,4 +1,4 @@
-"""A model card for a trained pipeline's folder, with its sample grid and its training curve."""
+"""Model cards: of a trained pipeline, with its sample grid and its training curve, and of a rotation swap."""
 
 import json
 import math
@@ -10,7 +10,17 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
-from .hub import _WEIGHTS, CARD_NAME, CURVE_NAME, GRID_NAME, _has_component, _is_repo_id, _mask, files_to_publish
+from .hub import (
+    _WEIGHTS,
+    ADAPTER_CONFIG_NAME,
+    CARD_NAME,
+    CURVE_NAME,
+    GRID_NAME,
+    _has_component,
+    _is_repo_id,
+    _mask,
+    files_to_publish,
+)
 
 
 _NUM_CURVE_ROWS = 10
@@ -105,6 +115,108 @@ def write_model_card(
         ],
     )
     text = "\n\n".join(section for section in sections if section)
+    card = ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{_mask(text)}\n")
+    card.save(folder / CARD_NAME)
+    return card
+
+
+_REPORTED_FINETUNING = (
+    *("swap", "anneal_steps", "distillation", "train", "rank", "sublayers", "num_calibration_samples"),
+    *("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler"),
+    *("lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "class_dropout_prob", "random_flip", "mixed_precision"),
+    "seed",
+)
+
+
+def write_rotation_card(
+    folder: str | Path,
+    repo_id: str | None = None,
+    *,
+    base_model: str | None = None,
+    record: Mapping | None = None,
+    license: str | None = None,
+) -> ModelCard:
+    """Write README.md of a `DiTPipeline` whose shifts became rotations, or of a rotation adapter.
+
+    Says how to load it, what was swapped, and what `examples/finetune_rotation.py` has measured; no local path.
+
+    Args:
+        folder (str or Path): what `save_pretrained` or `save_rotation_adapter` wrote.
+        repo_id (str, optional): where it will be published, for the card's code.
+        base_model (str, optional): what was swapped, told if it is the id of a repository.
+        record (mapping, optional): content of `evaluation.json`: `arguments`, `num_parameters`, and a mapping of
+            measures for each of `before`, `after_swap` and `final`.
+        license (str, optional): licence of the weights.
+    Returns:
+        ModelCard: the card as written.
+    Raises:
+        ValueError: if the folder holds no complete pipeline or adapter.
+    """
+    folder, record = Path(folder), record or {}
+    files_to_publish(folder)
+    is_adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
+    config = _read_json(folder / ADAPTER_CONFIG_NAME) or _read_json(folder / "transformer" / "config.json")
+    swap = config if is_adapter else config.get("rotation_modulation")
+    base, arguments = base_model if _is_repo_id(base_model) else None, record.get("arguments", {})
+    base_text = f"[{base}](https://huggingface.co/{base})" if base else "a model of the author's own"
+    what = "fine-tuned, without a swap"
+    if swap is not None:
+        what = "whose AdaLN shifts were swapped for rotations by `diffusers-mp`, then fine-tuned"
+    if arguments.get("max_train_steps") == 0:
+        what = what.replace(", then fine-tuned", " and not fine-tuned")
+    source = repr(repo_id or "folder")
+    # Importing the package alone is enough for a folder, but not for a repository.
+    class_import = ""
+    if swap is not None and not is_adapter:
+        class_import = f"\nfrom diffusers_mp import {config['_class_name']}  # known to diffusers from here on"
+    usage = f"""from diffusers import DiTPipeline{class_import}
+
+pipe = DiTPipeline.from_pretrained({source})"""
+    if is_adapter:
+        usage = f"""from diffusers import DiTPipeline
+from diffusers_mp import load_rotation_adapter
+
+pipe = DiTPipeline.from_pretrained({(base or "base model")!r})
+load_rotation_adapter(pipe.transformer, {source})"""
+    sections = [
+        f"# {_text(repo_id.split('/')[-1]) if repo_id else 'DiT with rotation modulation'}",
+        f"{'Adapter for' if is_adapter else 'From'} {base_text}, {what}. Rotation modulation is that of "
+        "[arXiv 2505.19122](https://arxiv.org/abs/2505.19122), which trains with it from scratch.",
+        f"## How to use\n\n```python\n{usage}\n```",
+    ]
+    if swap is not None:
+        options = [(name, swap[name]) for name in ("sublayers", "keep_shift", "mean_shift", "rank")]
+        sections.append("## Swap\n\n" + _table(("option", "value"), options))
+    stages = [stage for stage in ("before", "after_swap", "final") if stage in record]
+    if stages:
+        names = ("loss", "mse", "relative_error")
+        rows = [(stage.replace("_", " "), *(record[stage][name] for name in names)) for stage in stages]
+        parameters = record["num_parameters"]
+        sections.append(
+            "## Evaluation\n\nOn images held out of the fine-tuning, at fixed noise levels. The relative error is the "
+            "squared difference of the predicted noise from the untouched model's.\n\n"
+            + _table(("stage", "loss", "squared error", "relative error"), rows)
+            + f"\n\nParameters of the transformer: {parameters['before']:,} before, {parameters['after']:,} after."
+        )
+    dataset = arguments.get("dataset_name")
+    told = [(key, arguments[key]) for key in _REPORTED_FINETUNING if arguments.get(key) is not None]
+    if told:
+        data = f"[{dataset}](../../datasets/{dataset})" if _is_repo_id(dataset) else "data on the author's machine"
+        sections.append(f"## Fine-tuning\n\nOn {data}.\n\n" + _table(("argument", "value"), told))
+    sections += [
+        "## Licence of the weights\n\n" + _licence(license, None, None),
+        f"## Citation\n\n```bibtex\n{_CITATION}\n```",
+    ]
+    card_data = ModelCardData(
+        library_name="diffusers",
+        base_model=base,
+        license=license,
+        datasets=[dataset] if _is_repo_id(dataset) else None,
+        tags=["diffusers", "diffusers-mp", "diffusion-transformer", "class-conditional"]
+        + (["rotation-modulation"] if swap is not None else [])
+        + ["arxiv:2505.19122"],
+    )
+    text = "\n\n".join(sections)
     card = ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{_mask(text)}\n")
     card.save(folder / CARD_NAME)
     return card

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from helpers import random_picture, tiny_model, tiny_vae
 from hub_server import CHUNK_SIZE, Fault, HubServer, sha256
 from PIL import PngImagePlugin
 
-from diffusers_mp import MPDiTPipeline, hub
+from diffusers_mp import MPDiTPipeline, hub, save_rotation_adapter, swap_adaln_for_rotation
 from diffusers_mp.hub import HubError
-from diffusers_mp.model_card import write_model_card
+from diffusers_mp.model_card import write_model_card, write_rotation_card
 
 
 TOKEN, READ_TOKEN = "hf_" + "WriteSecret" * 3, "hf_" + "ReadSecret" * 3
@@ -527,3 +527,128 @@ def test_incomplete_folders_are_refused(run, server, tmp_path):
     with pytest.raises(ValueError, match="lacks vae/diffusion_pytorch_model-00001-of-00001.safetensors"):
         hub.files_to_publish(run)
     assert issubclass(HubError, RuntimeError)
+
+
+# Rotation swaps
+
+
+RECORD = {
+    "arguments": {"swap": "mean", "max_train_steps": 3, "learning_rate": 1e-4, "dataset_name": None},
+    "num_parameters": {"before": 2000, "after": 1900},
+    **{stage: {"loss": 0.25, "mse": 0.125, "relative_error": 0.5} for stage in ("before", "after_swap", "final")},
+}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+DIT_OPTIONS = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8}
+
+
+@pytest.fixture(scope="module")
+def swapped(tmp_path_factory):
+    """A stock DiTPipeline, the same swapped with its card, and an adapter with its card; its output."""
+    base = tmp_path_factory.mktemp("home of the author")
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(**DIT_OPTIONS, out_channels=8, num_embeds_ada_norm=3).eval()
+    DiTPipeline(transformer, tiny_vae(), DDIMScheduler(clip_sample=False)).save_pretrained(base / "stock")
+    pipe = DiTPipeline.from_pretrained(base / "stock")
+    swap_adaln_for_rotation(pipe.transformer)
+    for name, parameter in pipe.transformer.named_parameters():
+        if ".rotation." in name:
+            torch.nn.init.normal_(parameter, 0, 0.3)
+    pipe.register_modules(transformer=pipe.transformer)
+    pipe.save_pretrained(base / "run")
+    write_rotation_card(base / "run", "user/name", base_model=str(base / "stock"), record=RECORD, license="mit")
+    save_rotation_adapter(pipe.transformer, base / "adapter", base_model_name_or_path=str(base / "stock"))
+    write_rotation_card(base / "adapter", "user/adapter", base_model="owner/dit", record=RECORD)
+    for name in ("evaluation.json", "logs/metrics.jsonl", "latents/shard-00000.safetensors", "optimizer.bin"):
+        for folder in ("run", "adapter"):
+            (base / folder / name).parent.mkdir(exist_ok=True)
+            (base / folder / name).write_text("private")
+    inputs = torch.ones(1, 4, 8, 8), torch.tensor([7]), torch.tensor([1])
+    return Namespace(base=base, output=pipe.transformer(*inputs).sample.tolist())
+
+
+LOAD_SWAPPED = """
+import json, re, sys, torch
+torch.set_num_threads(1)
+from diffusers import DiTPipeline
+task, inputs = json.load(sys.stdin), (torch.ones(1, 4, 8, 8), torch.tensor([7]), torch.tensor([1]))
+(block,) = re.findall(r"```python\\n(.*?)```", task["card"], re.DOTALL)
+names = {}
+exec(block, names)
+swapped = names["pipe"].transformer(*inputs).sample.tolist()
+pipe = DiTPipeline.from_pretrained(task["stock"])
+from diffusers_mp import load_rotation_adapter
+load_rotation_adapter(pipe.transformer, "user/adapter")
+print("RESULTS " + json.dumps([swapped, pipe.transformer(*inputs).sample.tolist()]))
+"""
+
+
+def test_a_swapped_pipeline_and_an_adapter_are_published_and_loaded(swapped, server, tmp_path):
+    push(
+        server,
+        tmp_path / "home",
+        publish(swapped.base / "run"),
+        publish(swapped.base / "adapter", "user/adapter"),
+    )
+    run, adapter = (server.repositories[name].files() for name in ("user/name", "user/adapter"))
+    parts = [f"{part}/{name}" for part in ("transformer", "vae") for name in ("config.json", WEIGHTS)]
+    assert set(run) == {".gitattributes", "README.md", "model_index.json", "scheduler/scheduler_config.json", *parts}
+    assert set(adapter) == {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
+    # Where the base lay is nobody's business.
+    assert json.loads(adapter["adapter_config.json"])["base_model_name_or_path"] is None
+    for content in (*run.values(), *adapter.values()):
+        assert b"home of the author" not in content
+        assert b"private" not in content
+
+    card = run["README.md"].decode()
+    for fact in ("license: mit", "a model of the author's own", "rotations", "2,000 before, 1,900 after", "| final |"):
+        assert fact in card, fact
+    assert "base_model" not in card
+    adapters_card = adapter["README.md"].decode()
+    assert "base_model: owner/dit" in adapters_card
+    assert "None was given" in adapters_card
+    (block,) = re.findall(r"```python\n(.*?)```", adapters_card, re.DOTALL)
+    ast.parse(block)
+    assert "load_rotation_adapter(pipe.transformer, 'user/adapter')" in block
+
+    task = {"card": card, "stock": str(swapped.base / "stock")}
+    (whole, adapted), _ = client(server, tmp_path / "reader", LOAD_SWAPPED, task)
+    np.testing.assert_allclose(whole, swapped.output, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(adapted, swapped.output, rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_in_the_place_of_a_pipeline_leaves_nothing_of_it(swapped, server, tmp_path):
+    push(server, tmp_path / "home", publish(swapped.base / "run"), publish(swapped.base / "adapter"))
+    files = server.repositories["user/name"].files()
+    assert set(files) == {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_the_id_of_a_base_on_the_hub_is_kept(swapped, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        os.link(swapped.base / "adapter" / name, tmp_path / name)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    rewrite(tmp_path / "adapter_config.json", json.dumps({**config, "base_model_name_or_path": "owner/dit"}))
+    names = hub.files_to_publish(tmp_path)
+    assert names == ["adapter_config.json", "adapter_model.safetensors"]
+    assert hub._content(tmp_path, "adapter_config.json", names) == tmp_path / "adapter_config.json"
+
+
+def test_incomplete_or_ambiguous_adapters_are_refused(swapped, tmp_path):
+    os.link(swapped.base / "adapter" / "adapter_config.json", tmp_path / "adapter_config.json")
+    with pytest.raises(ValueError, match=r"must hold a complete adapter, .* lacks adapter_model.safetensors"):
+        hub.files_to_publish(tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="must hold a pipeline or an adapter, .* holds both"):
+        hub.files_to_publish(tmp_path)
+
+
+def test_the_card_of_a_control_says_that_nothing_was_swapped(swapped, tmp_path):
+    for path in (swapped.base / "stock").rglob("*"):
+        if path.is_file():
+            link = tmp_path / path.relative_to(swapped.base / "stock")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, link)
+    card = write_rotation_card(tmp_path, base_model="owner/dit", record=RECORD).content
+    assert "fine-tuned, without a swap" in card
+    assert "rotation-modulation" not in card
+    assert "## Swap" not in card
+    assert "https://huggingface.co/owner/dit" in card

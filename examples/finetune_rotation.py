@@ -1,0 +1,410 @@
+"""Swap the AdaLN shifts of a pretrained DiT for rotations, fine-tune it, and say what that cost and saved.
+
+    accelerate launch examples/finetune_rotation.py --pretrained_model_name_or_path facebook/DiT-XL-2-256 \
+        --train_data_dir photos --swap mean --output_dir dit-rotation
+
+The base is a folder or Hub id of a diffusers `DiTPipeline`. `--swap` says what takes the place of the shifts:
+
+    none      nothing is swapped: plain fine-tuning, to compare with
+    drop      nothing beside the rotations, which start at zero
+    mean      a constant for each site, the mean shift over training batches
+    anneal    the shifts themselves, faded into that constant over `--anneal_steps`, and cut out at the end
+
+Held-out images are evaluated before the swap, right after it, and at the end: the loss at fixed noise levels, and the
+squared error of the predicted noise relative to the untouched model's. `evaluation.json` has these, and
+`logs/metrics.jsonl` the curve. The folder becomes a pipeline,
+
+    from diffusers_mp import RotationDiTTransformer2DModel  # known to diffusers from here on
+    pipeline = DiTPipeline.from_pretrained("dit-rotation")
+
+or with `--save adapter` an adapter for `load_rotation_adapter`. `--max_train_steps 0` swaps and saves only.
+
+Latents are `vae.config.scaling_factor` times those of the VAE, as the pipeline expects. Labels, the numbers of the
+data's classes, are dropped once for each sample; in training mode diffusers' blocks would each drop their own. The
+untouched model stays in memory beside the trained one. There is no resuming: a run that was killed is lost.
+"""
+
+import argparse
+import copy
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from diffusers import DDPMScheduler, DiTPipeline
+from diffusers.models.embeddings import LabelEmbedding
+from diffusers.optimization import SchedulerType, get_scheduler
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from train_mpdit import check_engine
+
+from diffusers_mp import drop_shift_, save_rotation_adapter, set_shift_scale, swap_adaln_for_rotation
+from diffusers_mp.encoding import encode_dataset
+from diffusers_mp.hub import check_hub_access, check_trackers, public_arguments, publish
+from diffusers_mp.images import load_image_dataset
+from diffusers_mp.model_card import write_rotation_card
+from diffusers_mp.rotation_swap.sites import SUBLAYERS, find_sites
+from diffusers_mp.training import (
+    DDPMObjective,
+    JSONLinesTracker,
+    NonFiniteError,
+    StreamBatchSampler,
+    TrainingSamples,
+    split_validation,
+    validation_losses,
+    validation_timesteps,
+)
+
+
+def main(args):
+    logging_dir = args.output_dir / "logs"
+    curve = JSONLinesTracker(logging_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=[curve] if args.report_to == "none" else [curve, args.report_to],
+        project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(logging_dir)),
+    )
+    check_engine(accelerator)
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise RuntimeError(f"this script runs on one process or DDP, got {accelerator.distributed_type.value}.")
+    set_seed(args.seed)
+    repo_id = None
+    if args.push_to_hub and accelerator.is_main_process:
+        repo_id = check_hub_access(
+            args.hub_model_id or args.output_dir.name, token=args.hub_token, private=args.hub_private_repo or None
+        )
+
+    # 1. The base, and data as it wants them
+    source = {"revision": args.revision, "cache_dir": args.cache_dir}
+    pipeline = DiTPipeline.from_pretrained(args.pretrained_model_name_or_path, **source)
+    transformer, objective = pipeline.transformer.to(accelerator.device), training_objective(pipeline)
+    latents = load_latents(args, pipeline, accelerator)
+    num_held_out = args.num_validation_images
+    if num_held_out is None:
+        num_held_out = max(1, min(256, len(latents) // 20))
+    train_indices, validation_indices = split_validation(len(latents), num_held_out, args.seed)
+    options = {"seed": args.seed, "num_classes": transformer.config.num_embeds_ada_norm}
+    held_out = HeldOut(args, TrainingSamples(latents, **options, indices=validation_indices), objective)
+    options |= {"class_dropout_prob": args.class_dropout_prob, "random_flip": args.random_flip}
+    samples = TrainingSamples(latents, **options, indices=train_indices)
+
+    # 2. The swap, between two evaluations
+    teacher = copy.deepcopy(transformer).eval().requires_grad_(False)
+    evaluation, num_parameters = {"before": held_out.evaluate(transformer, teacher)}, {"before": count(transformer)}
+    sites = [site.name for site in find_sites(transformer, args.sublayers)]
+    if args.swap != "none":
+        calibration = calibration_inputs(args, samples, objective, accelerator.device)
+        report = swap_adaln_for_rotation(
+            transformer,
+            sublayers=args.sublayers,
+            rank=args.rank,
+            keep_shift=args.swap == "anneal",
+            calibration=None if args.swap == "drop" else calibration,
+        )
+        accelerator.print(report)
+    evaluation["after_swap"] = held_out.evaluate(transformer, teacher)
+
+    # 3. Fine-tuning, and what came of it
+    arguments = public_arguments(vars(args))
+    accelerator.init_trackers("finetune_rotation", {name: str(value) for name, value in arguments.items()})
+    accelerator.log({f"validation/{name}": value for name, value in evaluation["after_swap"].items()}, step=0)
+    train(args, accelerator, transformer, teacher, trained_parameters(args, transformer, sites), samples, held_out)
+    if args.swap == "anneal" and args.max_train_steps:
+        drop_shift_(transformer)
+    evaluation["final"], num_parameters["after"] = held_out.evaluate(transformer, teacher), count(transformer)
+    final = {f"validation/{name}": value for name, value in evaluation["final"].items()}
+    accelerator.log(final, step=args.max_train_steps)
+    if accelerator.is_main_process:
+        record = {"arguments": arguments, "num_parameters": num_parameters, **evaluation}
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        (args.output_dir / "evaluation.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+        save(args, pipeline, latents.id2label, repo_id, record)
+    accelerator.end_training()
+
+
+def train(args, accelerator, transformer, teacher, parameters, samples, held_out):
+    """All updates, of the transformer in place."""
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
+    lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lengths)
+    model, optimizer = accelerator.prepare(transformer, optimizer)
+    batch_sampler = StreamBatchSampler(
+        len(samples),
+        seed=args.seed,
+        train_batch_size=args.train_batch_size,
+        max_train_steps=args.max_train_steps,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+    )
+    batches = DataLoader(samples, batch_sampler=batch_sampler, num_workers=args.dataloader_num_workers)
+    progress_bar = tqdm(total=args.max_train_steps, desc="Fine-tuning", disable=not accelerator.is_main_process)
+    set_training_mode(model)
+    objective, step, losses = held_out.objective, 0, []
+    for batch in batches:
+        with accelerator.accumulate(model):
+            batch["timestep"] = objective.timesteps(batch.pop("time"))
+            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+            clean, noise, timesteps = batch["latents"], batch["noise"], batch["timestep"]
+            inputs = (objective.add_noise(clean, noise, timesteps), timesteps, batch["class_label"])
+            prediction = model(*inputs).sample.float()
+            if args.distillation:
+                with torch.no_grad(), accelerator.autocast():
+                    target = teacher(*inputs).sample.float()
+                loss = F.mse_loss(prediction, target)
+            else:
+                loss = objective.loss(prediction, clean, noise, timesteps)["loss"].mean()
+            accelerator.backward(loss)
+            losses.append(loss.detach())
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        lr_scheduler.step()
+        step += 1
+        progress_bar.update()
+        if args.swap == "anneal":
+            # Rows that no longer count get no gradient. They go at the end, when no optimiser holds them.
+            set_shift_scale(transformer, max(0.0, 1 - step / args.anneal_steps))
+        if step % args.logging_steps == 0:
+            loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"the loss is {loss} before update {step}: try a lower --learning_rate")
+            progress_bar.set_postfix({"loss": f"{loss:.4f}"})
+            accelerator.log({"train/loss": loss, "train/learning_rate": lr_scheduler.get_last_lr()[0]}, step=step)
+            losses = []
+        if args.validation_steps and step % args.validation_steps == 0 and step < args.max_train_steps:
+            measured = held_out.losses(transformer)
+            accelerator.log({f"validation/{name}": value for name, value in measured.items()}, step=step)
+            set_training_mode(model)
+    progress_bar.close()
+
+
+class HeldOut:
+    """Held-out images with noise that is always the same, at fixed noise levels."""
+
+    def __init__(self, args, samples, objective):
+        self.objective = objective
+        self.levels = validation_timesteps(objective, args.num_validation_levels)
+        keys = [(0, position) for position in range(len(samples))]
+        self.batches = DataLoader(samples, sampler=keys, batch_size=args.train_batch_size)
+
+    def losses(self, model):
+        """`loss`, `mse`, and the latter by noise level."""
+        return validation_losses(model.eval(), self.objective, self.batches, self.levels, model.device)
+
+    @torch.no_grad()
+    def evaluate(self, model, teacher):
+        """These, and `relative_error`: |noise - teacher's noise|² / |teacher's noise|², of predictions, summed."""
+        measures, error, power = self.losses(model), 0.0, 0.0
+        for batch in self.batches:
+            clean, noise, labels = (batch[name].to(model.device) for name in ("latents", "noise", "class_label"))
+            for level in self.levels.tolist():
+                timesteps = torch.full_like(labels, level)
+                inputs = (self.objective.add_noise(clean, noise, timesteps), timesteps, labels)
+                ours, theirs = (each(*inputs).sample[:, : clean.shape[1]].double() for each in (model, teacher))
+                error += (ours - theirs).square().sum().item()
+                power += theirs.square().sum().item()
+        return {**measures, "relative_error": error / power}
+
+
+def training_objective(pipeline):
+    """Noise prediction on the scheduler's noise levels; with a learned variance if the model has channels for it."""
+    config = pipeline.transformer.config
+    learned = pipeline.transformer.out_channels == 2 * config.in_channels
+    variance_type = "learned_range" if learned else "fixed_small"
+    return DDPMObjective(DDPMScheduler.from_config(pipeline.scheduler.config, variance_type=variance_type))
+
+
+def load_latents(args, pipeline, accelerator):
+    """The data, encoded once by the base's VAE, to be read as the base was trained on them."""
+    dataset, id2label = load_image_dataset(
+        args.train_data_dir,
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        split=args.dataset_split,
+        cache_dir=args.cache_dir,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        max_train_samples=args.max_train_samples,
+        seed=args.seed,
+    )
+    if id2label is None:
+        raise ValueError("the data must have labels: a DiT generates images of a class.")
+    vae, config = pipeline.vae.to(accelerator.device).eval(), pipeline.transformer.config
+    processes = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
+    latents = encode_dataset(
+        dataset,
+        args.latents_dir or args.output_dir / "latents",
+        vae=vae,
+        resolution=config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1),
+        id2label=id2label,
+        random_flip=args.random_flip,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        batch_size=args.encode_batch_size,
+        num_workers=args.dataloader_num_workers,
+        skip_corrupt=args.skip_corrupt,
+        **processes,
+    )
+    latents.verify(**processes)
+    # Samples are (z - mean) / std. What a DiT has learned, and its pipeline undoes, is z · scaling_factor.
+    latents.latents_mean = [0.0] * config.in_channels
+    latents.latents_std = [1 / vae.config.scaling_factor] * config.in_channels
+    return latents
+
+
+def set_training_mode(model):
+    """Training mode but for the blocks' label embeddings: labels are dropped already, once for all blocks."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, LabelEmbedding):
+            module.eval()
+
+
+def calibration_inputs(args, samples, objective, device):
+    """Inputs of the model for the first samples of the run; the same for any number of processes and micro batches."""
+    stream = StreamBatchSampler(
+        len(samples), seed=args.seed, train_batch_size=args.num_calibration_samples, max_train_steps=1
+    )
+    for batch in DataLoader(samples, sampler=next(iter(stream)), batch_size=args.train_batch_size):
+        timesteps = objective.timesteps(batch["time"])
+        yield {
+            "hidden_states": objective.add_noise(batch["latents"], batch["noise"], timesteps).to(device),
+            "timestep": timesteps.to(device),
+            "class_labels": batch["class_label"].to(device),
+        }
+
+
+def trained_parameters(args, transformer, sites):
+    """What `--train` names; everything else is frozen."""
+    if args.train == "all":
+        return list(transformer.parameters())
+    transformer.requires_grad_(False)
+    for site in map(transformer.get_submodule, sites):
+        site.requires_grad_(args.train == "modulation")
+        if args.train == "rotation":
+            site.rotation.requires_grad_(True)
+            if site.mean_shift is not None:
+                site.mean_shift.requires_grad_(True)
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def count(model):
+    """Number of its parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def save(args, pipeline, id2label, repo_id, record):
+    """A pipeline or an adapter, with its card; published if asked."""
+    folder, transformer, base = args.output_dir, pipeline.transformer.eval(), args.pretrained_model_name_or_path
+    if args.save == "adapter":
+        save_rotation_adapter(
+            transformer,
+            folder,
+            base_model_name_or_path=base,
+            base_model_revision=args.revision,
+            modulation_rows=args.train == "modulation",
+        )
+    else:
+        # Again, as the class of the transformer is another one now; and names, which `save_pretrained` would forget.
+        pipeline.register_modules(transformer=transformer)
+        known = DiTPipeline.load_config(base, revision=args.revision, cache_dir=args.cache_dir).get("id2label") or {}
+        pipeline.register_to_config(id2label={**{int(id_): name for id_, name in known.items()}, **id2label})
+        pipeline.save_pretrained(folder)
+    write_rotation_card(folder, repo_id, base_model=base, record=record, license=args.hub_license)
+    print(f"Saved the {'adapter' if args.save == 'adapter' else 'pipeline'} to {folder}")
+    if args.push_to_hub:
+        message = f"After {args.max_train_steps:,} updates"
+        private = args.hub_private_repo or None
+        url = publish(folder, repo_id, token=args.hub_token, private=private, commit_message=message)
+        print(f"Published: {url}")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="folder or Hub id of a DiTPipeline")
+    add("--revision", help="branch, tag or commit of it")
+    add("--swap", choices=("none", "drop", "mean", "anneal"), default="mean", help="what takes the shifts' places")
+    add("--anneal_steps", type=int, help="updates until the shifts are gone [half of max_train_steps]")
+    add("--distillation", action="store_true", help="learn the untouched model's predictions instead of the data")
+    add("--train", choices=("all", "modulation", "rotation"), default="all", help="which parameters are trained")
+    add("--rank", type=int, help="rotation heads through a bottleneck of this width [full]")
+    add("--sublayers", nargs="+", choices=SUBLAYERS, default=list(SUBLAYERS), help="whose shifts are swapped")
+    add("--num_calibration_samples", type=int, default=512, help="training samples for the mean of the shifts")
+    add("--save", choices=("model", "adapter"), default="model", help="a whole pipeline, or what the swap added")
+    add("--train_data_dir", help="folder of images, one sub-folder for each class")
+    add("--dataset_name", help="data set on the Hub, or a path `datasets.load_dataset` understands")
+    add("--dataset_config_name", help="configuration of the data set")
+    add("--dataset_split", default="train", help="split to train on")
+    add("--image_column", default="image", help="column of the images")
+    add("--label_column", default="label", help="column of the class labels")
+    add("--cache_dir", help="where `datasets` and the Hub client keep their files")
+    add("--latents_dir", help="where encoded images are kept and found again [OUTPUT_DIR/latents]")
+    add("--max_train_samples", type=int, help="use this many samples only, chosen by the seed")
+    add("--skip_corrupt", action="store_true", help="leave unreadable images out instead of stopping")
+    add("--random_flip", action="store_true", help="mirror half of the samples")
+    add("--encode_batch_size", type=int, default=32, help="images per forward pass of the VAE")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that prepare batches")
+    add("--output_dir", type=Path, default=Path("dit-rotation"), help="new or empty folder for the result")
+    add("--seed", type=int, default=0, help="seed of every training sample")
+    add("--class_dropout_prob", type=float, default=0.1, help="share of labels replaced by the null class")
+    add("--train_batch_size", type=int, default=16, help="samples per process and micro batch")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro batches per update")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="[as `accelerate config` says]")
+    add("--max_train_steps", type=int, default=1000, help="number of updates")
+    add("--learning_rate", type=float, default=1e-4, help="of AdamW, after warm-up")
+    schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
+    add("--lr_scheduler", choices=schedules, default="constant_with_warmup", help="how the rate goes on from there")
+    add("--lr_warmup_steps", type=int, default=0, help="updates of linear warm-up")
+    add("--adam_weight_decay", type=float, default=0.0, help="AdamW's weight decay")
+    add("--max_grad_norm", type=float, default=1.0, help="clip gradients to this norm")
+    add("--validation_steps", type=int, default=100, help="updates between validations; 0 for none")
+    add("--num_validation_images", type=int, help="images held out of training [256, at most one in 20]")
+    add("--num_validation_levels", type=int, default=8, help="noise levels of the validation loss")
+    add("--logging_steps", type=int, default=10, help="updates between log entries")
+    add("--report_to", default="none", help="tensorboard, wandb, … or none; metrics.jsonl is always kept")
+    add("--push_to_hub", action="store_true", help="publish the result with a model card")
+    add("--hub_model_id", help="repository, as in user/name [name of output_dir]")
+    add("--hub_token", help="better: `hf auth login`, which leaves it out of the process list")
+    add("--hub_private_repo", action="store_true", help="make the repository private")
+    add("--hub_license", help="licence of the weights, for the model card; it has to suit the base model's")
+    args = parser.parse_args(argv)
+
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        parser.error("give one of --train_data_dir and --dataset_name")
+    if args.swap == "none" and (args.train == "rotation" or args.save == "adapter"):
+        parser.error("--swap none has no rotations for --train rotation or --save adapter")
+    if args.save == "adapter" and args.train == "all":
+        parser.error("--save adapter does not hold the whole model: use --train rotation or --train modulation")
+    if args.anneal_steps is not None and args.swap != "anneal":
+        parser.error(f"--anneal_steps has no meaning for --swap {args.swap}")
+    if args.swap == "anneal":
+        args.anneal_steps = max(1, args.max_train_steps // 2) if args.anneal_steps is None else args.anneal_steps
+        if not 1 <= args.anneal_steps <= max(1, args.max_train_steps):
+            parser.error(f"--anneal_steps must be from 1 to --max_train_steps, got {args.anneal_steps}")
+    if args.num_validation_images is not None and args.num_validation_images < 1:
+        parser.error(f"--num_validation_images must be at least 1, got {args.num_validation_images}")
+    if args.output_dir.is_dir() and {path.name for path in args.output_dir.iterdir()} - {"latents"}:
+        parser.error(f"--output_dir must be new or empty, {args.output_dir} is not")
+    try:
+        check_trackers(args.report_to, args.hub_token)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+if __name__ == "__main__":
+    main(parse_args())
