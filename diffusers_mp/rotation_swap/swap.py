@@ -224,6 +224,7 @@ def install(model: nn.Module, linears: Mapping[str, RotationLinear], options: Ma
 
 
 def check_arguments(sublayers: Sequence[str], keep_shift: bool, shift_scale: float, rank: int | None) -> None:
+    """Raise if an argument of the swap, or their combination, has no meaning."""
     if isinstance(sublayers, str) or not sublayers or set(sublayers) - set(SUBLAYERS):
         raise ValueError(f"`sublayers` must be a non-empty list out of {list(SUBLAYERS)}, got {sublayers!r}.")
     if not 0 <= shift_scale <= 1:
