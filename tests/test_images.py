@@ -71,8 +71,6 @@ def test_missing_columns_are_named_with_those_there(tmp_path):
         load_image_dataset(**source, image_column="label")
 
 
-# `datasets` leaves the CSV file open; theirs to mend.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:unclosed file:ResourceWarning")
 def test_labels_of_a_metadata_file(tmp_path):
     for k, picture in enumerate(three_pictures()):
         (tmp_path / "a").mkdir(exist_ok=True)
