@@ -15,6 +15,7 @@ _EXPORTS = {
         "MPSiLU",
         "MPTimestepEmbedding",
         "normalize_weights_",
+        "trust_rows_",
     ],
     "modulation": ["GateModulation", "RotationModulation", "ScaleModulation", "ShiftModulation"],
     "transformer_mpdit": ["MPDiTTransformer2DModel"],
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .layers import MPSiLU as MPSiLU
     from .layers import MPTimestepEmbedding as MPTimestepEmbedding
     from .layers import normalize_weights_ as normalize_weights_
+    from .layers import trust_rows_ as trust_rows_
     from .modulation import GateModulation as GateModulation
     from .modulation import RotationModulation as RotationModulation
     from .modulation import ScaleModulation as ScaleModulation

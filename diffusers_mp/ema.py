@@ -151,10 +151,14 @@ class PowerFunctionEMA:
         # Cast once for all widths; a parameter of the average's dtype is used as it is.
         dtypes = [average.dtype for average in self._averages[self.stds[0]].values()]
         current = [parameter.to(dtype) for parameter, dtype in zip(parameters, dtypes, strict=True)]
-        for std in self.stds:
-            decay = power_function_decay(step, std, stride=step - self.step)
-            # lerp(average, θ, w) = average + w (θ - average): constant weights stay to the bit, and w = 1 gives θ.
-            torch._foreach_lerp_(list(self._averages[std].values()), current, 1.0 - decay)
+        shares = [1.0 - power_function_decay(step, std, stride=step - self.step) for std in self.stds]
+        # By parameter, then by width, so that a parameter is read from memory once.
+        # lerp(average, θ, w) = average + w (θ - average): constant weights stay to the bit, and w = 1 gives θ.
+        torch._foreach_lerp_(
+            [self._averages[std][name] for name in self._averages[self.stds[0]] for std in self.stds],
+            [parameter for parameter in current for _ in self.stds],
+            shares * len(current),
+        )
         self.step = step
 
     @torch.no_grad()

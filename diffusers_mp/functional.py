@@ -9,6 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from . import fused
+
 
 # RMS of silu(x) for x ~ N(0, 1) is 0.59647; 0.596 is what EDM2 and the paper publish, so it is the one to keep.
 SILU_MAGNITUDE = 0.596
@@ -59,9 +61,7 @@ def unit_norm(x: torch.Tensor) -> torch.Tensor:
     Returns:
         torch.Tensor: shape (..., n), dtype of `x`.
     """
-    y = x.to(compute_dtype(x.dtype))
-    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    return (y / norm.masked_fill(norm == 0, 1)).to(x.dtype)
+    return fused.scale_rows(x, 1.0)
 
 
 def unit_magnitude(x: torch.Tensor) -> torch.Tensor:
@@ -75,12 +75,10 @@ def unit_magnitude(x: torch.Tensor) -> torch.Tensor:
     Returns:
         torch.Tensor: shape (..., n), dtype of `x`.
     """
-    y = x.to(compute_dtype(x.dtype))
-    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    return (y * (math.sqrt(x.shape[-1]) / norm.masked_fill(norm == 0, 1))).to(x.dtype)
+    return fused.scale_rows(x, math.sqrt(x.shape[-1]))
 
 
-def mp_silu(x: torch.Tensor) -> torch.Tensor:
+def mp_silu(x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     """SiLU that keeps RMS 1 on standard normal input.
 
         y = silu(x) / 0.596
@@ -88,13 +86,16 @@ def mp_silu(x: torch.Tensor) -> torch.Tensor:
 
     Args:
         x (torch.Tensor): any shape, RMS about 1.
+        inplace (bool): overwrite `x`.
     Returns:
         torch.Tensor: same shape and dtype.
     """
-    return F.silu(x) / SILU_MAGNITUDE
+    if inplace:
+        return F.silu(x, inplace=True).mul_(1 / SILU_MAGNITUDE)
+    return fused.scaled_silu(x, 1 / SILU_MAGNITUDE)
 
 
-def mp_leaky_relu(x: torch.Tensor, negative_slope: float = 0.01) -> torch.Tensor:
+def mp_leaky_relu(x: torch.Tensor, negative_slope: float = 0.01, inplace: bool = False) -> torch.Tensor:
     """Leaky ReLU that keeps any magnitude of symmetric input, not only 1.
 
         y = leaky_relu(x) sqrt(2 / (1 + negative_slope^2))
@@ -103,10 +104,13 @@ def mp_leaky_relu(x: torch.Tensor, negative_slope: float = 0.01) -> torch.Tensor
     Args:
         x (torch.Tensor): any shape.
         negative_slope (float): slope for negative inputs.
+        inplace (bool): overwrite `x`.
     Returns:
         torch.Tensor: same shape and dtype.
     """
-    return F.leaky_relu(x, negative_slope) * math.sqrt(2 / (1 + negative_slope**2))
+    # Scaled first, which is the same: the derivative in place needs the result.
+    scale = math.sqrt(2 / (1 + negative_slope**2))
+    return F.leaky_relu(x.mul_(scale) if inplace else x * scale, negative_slope, inplace=True)
 
 
 def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
@@ -139,12 +143,23 @@ def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     Returns:
         torch.Tensor: shape (B, N, D), dtype of `x`.
     """
-    angle = angle.to(compute_dtype(angle.dtype))
     if angle.ndim < x.ndim:
         angle = angle.unsqueeze(-2)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return _scale_and_rotate(x, None, angle)
+
+
+def _scale_and_rotate(x: torch.Tensor, scale: torch.Tensor | None, angle: torch.Tensor) -> torch.Tensor:
+    # Scale and rotation in one pass over the tokens, by factors made of few numbers:
+    #   y_first  = first  (s_first  cos) + second (-s_second sin),   s = 1 + scale
+    #   y_second = second (s_second cos) + first  ( s_first  sin)
+    angle = angle.to(compute_dtype(angle.dtype))
+    cos, sin = angle.cos(), angle.sin()
+    direct, cross = torch.stack([cos, cos], dim=-2), torch.stack([-sin, sin], dim=-2)
+    if scale is not None:
+        factor = (1 + scale).unflatten(-1, (2, -1))
+        direct, cross = direct * factor, cross * factor.flip(-2)
+    pairs, direct, cross = x.unflatten(-1, (2, -1)), direct.to(x.dtype), cross.to(x.dtype)
+    return fused.pair_map(pairs, direct, cross).flatten(-2)
 
 
 def modulate(
@@ -160,19 +175,42 @@ def modulate(
 
     Args:
         x (torch.Tensor): tokens, shape (B, N, D).
-        scale (torch.Tensor, optional): shape (B, D).
-        shift (torch.Tensor, optional): shape (B, D).
-        angle (torch.Tensor, optional): radians, shape (B, D/2).
+        scale (torch.Tensor, optional): shape (B, 1, D).
+        shift (torch.Tensor, optional): shape (B, 1, D).
+        angle (torch.Tensor, optional): radians, shape (B, 1, D/2).
     Returns:
         torch.Tensor: shape (B, N, D), dtype of `x`.
     """
-    if scale is not None:
-        x = x * (1 + scale).unsqueeze(-2)
-    if shift is not None:
-        x = x + shift.unsqueeze(-2)
     if angle is not None:
-        x = rotate(x, angle)
-    return x
+        x = _scale_and_rotate(x, scale, angle)
+        # A rotation of the few shifts instead of the many tokens.
+        return x if shift is None else x.add_(_scale_and_rotate(shift, None, angle))
+    if scale is None:
+        return x if shift is None else x + shift
+    x = x * (1 + scale)
+    return x if shift is None else x.add_(shift)
+
+
+def gated_sum(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None, t: float | None) -> torch.Tensor:
+    """Residual stream and gated branch, as an MP sum or a plain one.
+
+        y = ((1 - t) x + t gate branch) / sqrt((1 - t)^2 + t^2),   y = x + gate branch for t = None
+    Section 4 of the paper.
+
+    Args:
+        x (torch.Tensor): the residual stream, shape (B, N, D).
+        branch (torch.Tensor): what is added, shape (B, N, D).
+        gate (torch.Tensor, optional): factor of the branch, shape (B, 1, D).
+        t (float, optional): weight of the branch, in (0, 1).
+    Returns:
+        torch.Tensor: shape (B, N, D).
+    """
+    if gate is None:
+        return x + branch if t is None else mp_sum(x, branch, t)
+    if t is None:
+        return (branch * gate).add_(x)
+    scale = 1 / math.sqrt((1 - t) ** 2 + t**2)
+    return (branch * (gate * (t * scale))).add_(x, alpha=(1 - t) * scale)
 
 
 def timestep_features(timestep: torch.Tensor, dtype: torch.dtype, magnitude_preserving: bool = True) -> torch.Tensor:

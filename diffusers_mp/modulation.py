@@ -93,14 +93,14 @@ class Modulation(nn.Module):
             tuple: modulated tokens, shape (B, N, D), and the factor for the branch's output, shape (B, 1, D), or None
             if "gate" is not among the kinds.
         """
-        maps = self.proj(conditioning).split(self.sizes, dim=-1)
+        maps = self.proj(conditioning).unsqueeze(-2).split(self.sizes, dim=-1)
         if self.gain is not None:
             maps = [part * gain for part, gain in zip(maps, self.gain.to(conditioning.dtype).unbind(), strict=True)]
         maps = dict(zip(self.kinds, maps, strict=True))
         hidden_states = functional.modulate(hidden_states, maps.get("scale"), maps.get("shift"), maps.get("rotate"))
         gate = maps.get("gate")
         if gate is not None:
-            gate = (gate if self.gain is None else 1 + gate).unsqueeze(-2)
+            gate = gate if self.gain is None else 1 + gate
         return hidden_states, gate
 
 

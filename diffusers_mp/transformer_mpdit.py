@@ -120,6 +120,11 @@ class MPDiTFeedForward(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.linear_2(self.act(self.linear_1(hidden_states)))
 
+    def train(self, mode: bool = True):
+        # The widest tensor of the model: no second one of it where no gradient will need the first.
+        self.act.inplace = not mode
+        return super().train(mode)
+
 
 class MPDiTPooledEmbedding(nn.Module):
     """Pooled vector, such as that of a text or image encoder, to a conditioning vector. Shapes: (B, P) → (B, D).
@@ -224,16 +229,9 @@ class MPDiTTransformerBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         modulated, gate = self.attn_modulation(self.norm1(hidden_states), conditioning)
-        hidden_states = self._residual(hidden_states, self.attn(modulated), gate)
+        hidden_states = functional.gated_sum(hidden_states, self.attn(modulated), gate, self.residual_t)
         modulated, gate = self.ff_modulation(self.norm2(hidden_states), conditioning)
-        return self._residual(hidden_states, self.ff(modulated), gate)
-
-    def _residual(self, hidden_states: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        if gate is not None:
-            branch = branch * gate
-        if self.residual_t is None:
-            return hidden_states + branch
-        return functional.mp_sum(hidden_states, branch, self.residual_t)
+        return functional.gated_sum(hidden_states, self.ff(modulated), gate, self.residual_t)
 
 
 class MPDiTOutput(nn.Module):

@@ -40,6 +40,7 @@ from diffusers_mp import (
     PowerFunctionEMA,
     normalize_weights_,
     parameter_groups,
+    trust_rows_,
 )
 from diffusers_mp.encoding import encode_dataset
 from diffusers_mp.hub import check_hub_access, public_arguments, publish
@@ -202,7 +203,8 @@ def set_up(args, accelerator, curve, vae, latents, checkpoint):
         pipeline.check_guidance(args.validation_guidance_scale)
 
     model, optimizer = accelerator.prepare(model, optimizer)
-    transformer = accelerator.unwrap_model(model, keep_torch_compile=False)
+    # Rows are normalised after every update, below: the forward need not do it.
+    transformer = trust_rows_(accelerator.unwrap_model(model, keep_torch_compile=False))
     return Run(
         accelerator=accelerator,
         curve=curve,

@@ -186,12 +186,12 @@ def test_rotation_pairs_span_the_whole_width():
 
 
 def test_modulation_applies_scale_then_shift_then_rotation():
-    x, scale, shift, angle = _double(2, 3, 8), _double(2, 8), _double(2, 8), _double(2, 4)
-    scaled = x * (1 + scale[:, None])
-    torch.testing.assert_close(functional.modulate(x, scale, shift, angle), _rotated(scaled + shift[:, None], angle))
+    x, scale, shift, angle = _double(2, 3, 8), _double(2, 1, 8), _double(2, 1, 8), _double(2, 1, 4)
+    scaled = x * (1 + scale)
+    torch.testing.assert_close(functional.modulate(x, scale, shift, angle), _rotated(scaled + shift, angle[:, 0]))
     torch.testing.assert_close(functional.modulate(x, scale=scale), scaled)
-    torch.testing.assert_close(functional.modulate(x, shift=shift), x + shift[:, None])
-    torch.testing.assert_close(functional.modulate(x, angle=angle), _rotated(x, angle))
+    torch.testing.assert_close(functional.modulate(x, shift=shift), x + shift)
+    torch.testing.assert_close(functional.modulate(x, angle=angle), _rotated(x, angle[:, 0]))
     assert torch.equal(functional.modulate(x), x)
 
 

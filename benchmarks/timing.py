@@ -1,0 +1,47 @@
+"""Times of functions that take turns in one process, so that a machine's moods meet all of them alike."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def take_turns(functions: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each call. Every round calls each function once, beginning with another one each time.
+
+    Args:
+        functions (dict): name to function; what it starts on a CUDA device is waited for.
+        rounds (int): calls of each that are timed.
+        warmup (int): calls of each before that.
+    Returns:
+        dict: name to one time for each round.
+    """
+    names = list(functions)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warmup + rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            _wait()
+            start = time.perf_counter()
+            functions[name]()
+            _wait()
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: dict[str, list[float]], name: str, over: str) -> dict[str, float]:
+    """Median and quartiles of the ratios within a round."""
+    return spread([a / b for a, b in zip(times[name], times[over], strict=True)])
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,225 @@
+"""Functions with derivatives by hand: the plain formula has the last word on values and derivatives of every order."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import tiny_inputs, tiny_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffusers_mp import MPLinear, functional, fused, normalize_weights_, trust_rows_
+
+
+# PyTorch's forward mode imports what it has itself deprecated, and its `vmap` loops over `addcmul_`.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
+]
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def plain_scale_rows(x):
+    return 3 * x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def plain_pair_map(x, direct, cross):
+    (first, second), (a, d), (b, c) = x.unbind(-2), direct.unbind(-2), cross.unbind(-2)
+    return torch.stack([a * first + b * second, c * first + d * second], dim=-2)
+
+
+def plain_scaled_silu(x):
+    return 3 * x * torch.sigmoid(x)
+
+
+FUNCTIONS = {
+    "scale_rows": (lambda x: fused.scale_rows(x, 3.0), plain_scale_rows, [(2, 3, 4)]),
+    "pair_map": (fused.pair_map, plain_pair_map, [(2, 3, 2, 4), (2, 1, 2, 4), (2, 1, 2, 4)]),
+    "pair_map_of_each_token": (fused.pair_map, plain_pair_map, [(2, 3, 2, 4), (2, 3, 2, 4), (2, 3, 2, 4)]),
+    "scaled_silu": (lambda x: fused.scaled_silu(x, 3.0), plain_scaled_silu, [(2, 5)]),
+}
+
+
+@pytest.fixture(params=list(FUNCTIONS))
+def case(request):
+    torch.manual_seed(0)
+    function, plain, shapes = FUNCTIONS[request.param]
+    return function, plain, tuple(double(*shape) for shape in shapes)
+
+
+def test_values_are_those_of_the_plain_formula(case):
+    function, plain, inputs = case
+    torch.testing.assert_close(function(*inputs), plain(*inputs), rtol=1e-14, atol=1e-15)
+    with torch.no_grad():
+        torch.testing.assert_close(function(*inputs), plain(*inputs), rtol=1e-14, atol=1e-15)
+
+
+def test_first_and_second_derivatives(case):
+    function, _, inputs = case
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_function_transforms(case):
+    function, plain, inputs = case
+    tangents = tuple(torch.randn_like(value) for value in inputs)
+    for ours, theirs in zip(
+        torch.func.jvp(function, inputs, tangents), torch.func.jvp(plain, inputs, tangents), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.func.vmap(function)(*inputs), plain(*inputs))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.func.jvp(function, inputs, tangents)[1], torch.func.jvp(plain, inputs, tangents)[1]
+        )
+
+
+def test_only_the_gradients_that_are_asked_for():
+    x, direct, cross = double(2, 3, 2, 4), double(2, 1, 2, 4), double(2, 1, 2, 4).detach()
+    (grad,) = torch.autograd.grad(fused.pair_map(x, direct, cross).sum(), direct)
+    torch.testing.assert_close(grad, x.detach().sum(dim=1, keepdim=True))
+
+
+def test_rows_of_zeros_stay_and_small_ones_do_not():
+    x = torch.zeros(3, 4, requires_grad=True)
+    y = fused.scale_rows(x, 2.0)
+    assert torch.equal(y, torch.zeros(3, 4))
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+    small = torch.randn(3, 4) * 1e-18
+    expected = 2 * F.normalize(small.double(), dim=-1, eps=0)
+    torch.testing.assert_close(fused.scale_rows(small, 2.0).double(), expected, rtol=1e-5, atol=1e-6)
+    # Where squares vanish nothing is blown up.
+    assert fused.scale_rows(small * 1e-12, 2.0).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_of_half_precision_are_summed_in_float32(dtype):
+    x = torch.full((2, 4096), 200.0, dtype=dtype)  # squares sum to 1.6e8, which float16 has no number for
+    torch.testing.assert_close(fused.scale_rows(x, 64.0), torch.ones_like(x))
+    assert fused.scale_rows(x, 64.0).dtype == dtype
+
+
+def test_scaled_rows_keep_their_result_and_not_their_input():
+    x = torch.randn(8, 64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = fused.scale_rows(x, 8.0)
+    assert sum(tensor.numel() for tensor in kept) == y.numel() + 8
+    assert x.data_ptr() not in [tensor.data_ptr() for tensor in kept]
+
+
+# Trusted rows
+
+
+def test_trusted_rows_train_like_normalised_ones():
+    torch.manual_seed(0)
+    layer = MPLinear(8, 5, dtype=torch.float64)
+    x, grad = double(3, 8), torch.randn(3, 5, dtype=torch.float64)
+    results = []
+    for _ in range(2):
+        results.append(torch.autograd.grad(layer(x), [x, layer.weight], grad))
+        trust_rows_(layer)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-13, atol=1e-14)
+    along = (results[1][1] * layer.weight).sum(dim=-1)
+    torch.testing.assert_close(along, torch.zeros_like(along), rtol=0, atol=1e-14)
+
+
+def test_trusting_normalises_once():
+    layer = MPLinear(8, 5)
+    with torch.no_grad():
+        layer.weight.mul_(3)
+    trust_rows_(layer)
+    torch.testing.assert_close(layer.weight.norm(dim=-1), torch.ones(5))
+    # From here on it is a promise: rows are taken as they are.
+    with torch.no_grad():
+        layer.weight.mul_(3)
+        ones = layer(layer.weight[:1])[0, 0]
+    torch.testing.assert_close(ones, torch.tensor(9.0))
+    normalize_weights_(layer)
+    torch.testing.assert_close(layer.weight.norm(dim=-1), torch.ones(5))
+
+
+def test_rows_without_forced_normalisation_are_not_trusted():
+    layer = MPLinear(8, 5, forced_weight_normalization=False)
+    x = torch.randn(2, 8)
+    expected = layer(x)
+    with torch.no_grad():
+        trust_rows_(layer).weight.mul_(3)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_second_derivatives_of_trusted_rows_are_refused():
+    layer = trust_rows_(MPLinear(8, 5))
+    (grad,) = torch.autograd.grad(layer(torch.randn(2, 8)).square().sum(), layer.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_trusted_run_is_the_run():
+    runs = []
+    for trusted in (False, True):
+        torch.manual_seed(0)
+        model = tiny_model().double().train()
+        if trusted:
+            trust_rows_(model)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        inputs = tiny_inputs(dtype=torch.float64)
+        for _ in range(4):
+            model(**inputs).sample.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            normalize_weights_(model)
+        runs.append([parameter.detach() for parameter in model.parameters()])
+    for ours, theirs in zip(*runs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)  # Adam makes much of rounding
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_compiled_gradients_are_eager_ones(trusted):
+    torch.manual_seed(0)
+    model = tiny_model().train()
+    if trusted:
+        trust_rows_(model)
+    inputs, parameters = tiny_inputs(), list(model.parameters())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    gradients = [
+        torch.autograd.grad(function(**inputs).sample.square().mean(), parameters) for function in (model, compiled)
+    ]
+    for eager, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_model_can_be_differentiated_forwards_and_twice():
+    # As consistency and mean-flow training do, in the latents and in time.
+    torch.manual_seed(0)
+    model = tiny_model().double().train()
+    inputs = tiny_inputs(dtype=torch.float64)
+    latents, time = inputs.pop("hidden_states"), inputs.pop("timestep").double()
+
+    def velocity(latents, time):
+        return model(latents, timestep=time, **inputs).sample
+
+    tangents = torch.randn_like(latents), torch.ones_like(time)
+    with sdpa_kernel(SDPBackend.MATH):  # the one kind of attention that PyTorch differentiates forwards
+        _, derivative = torch.func.jvp(velocity, (latents, time), tangents)
+    step = 1e-6
+    ahead = velocity(latents + step * tangents[0], time + step)
+    behind = velocity(latents - step * tangents[0], time - step)
+    torch.testing.assert_close(derivative, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
+    derivative.square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_rotation_by_pairs_is_the_rotation():
+    torch.manual_seed(0)
+    x, scale, angle = double(2, 3, 8), double(2, 1, 8), double(2, 1, 4)
+    scaled = x * (1 + scale)
+    number = torch.complex(scaled[..., :4], scaled[..., 4:]) * torch.exp(1j * angle)
+    expected = torch.cat([number.real, number.imag], dim=-1)
+    torch.testing.assert_close(functional.modulate(x, scale=scale, angle=angle), expected)
+    quarter_turn = functional.rotate(x, torch.full((2, 4), math.pi / 2, dtype=torch.float64))
+    torch.testing.assert_close(quarter_turn, torch.cat([-x[..., 4:], x[..., :4]], dim=-1))
