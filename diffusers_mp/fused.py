@@ -1,8 +1,9 @@
 """Equations of `functional` that eager mode would cut into many passes over memory, forward and backward by hand.
 
-Each function here reads and writes its big tensor as few times as PyTorch's operators allow and keeps for backward only
-what is kept anyway. They can be differentiated twice, and by `torch.func`. `torch.compile` fuses the plain formulas
-better than it does these, so `functional` uses them in eager mode only. docs/design/performance.md has the numbers.
+Each function here reads and writes its big tensor as few times as PyTorch's operators allow and keeps for backward
+only what is kept anyway. They can be differentiated twice, and by `torch.func`. `torch.compile` fuses the plain
+formulas better than it does these, so `functional` uses them in eager mode only. docs/design/performance.md has the
+numbers.
 """
 
 import math

@@ -341,11 +341,11 @@ def return_to_shards(module: nn.Module) -> None:
 def trust_rows_(module: nn.Module) -> nn.Module:
     """Promise that rows have norm 1 whenever the module runs, which makes training faster.
 
-    In training mode an `MPLinear` normalises its rows in every forward, since it cannot know what an optimiser has done
-    to them. After this call it takes them as they are and only projects the gradient: the same values and gradients
-    for rows of norm 1, and wrong ones for others. The promise is kept by calling `normalize_weights_` after every
-    `optimizer.step()`, and after whatever else changes weights of a module in training mode. Rows are normalised here,
-    once. Layers without forced weight normalisation, whose rows keep a norm of their own, are not concerned.
+    In training mode an `MPLinear` normalises its rows in every forward, since it cannot know what an optimiser has
+    done to them. After this call it takes them as they are and only projects the gradient: the same values and
+    gradients for rows of norm 1, and wrong ones for others. The promise is kept by calling `normalize_weights_` after
+    every `optimizer.step()`, and after whatever else changes weights of a module in training mode. Rows are normalised
+    here, once. Layers without forced weight normalisation, whose rows keep a norm of their own, are not concerned.
 
     Args:
         module (nn.Module): any module.
