@@ -32,12 +32,14 @@ _EXPORTS = {
         "unswap_rotation",
     ],
     "training": ["parameter_groups"],
+    "diagnostics": ["MagnitudeRecorder"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = ["__version__", *sorted(_MODULE_OF)]
 
 if TYPE_CHECKING:
+    from .diagnostics import MagnitudeRecorder as MagnitudeRecorder
     from .ema import PowerFunctionEMA as PowerFunctionEMA
     from .layers import MPEmbedding as MPEmbedding
     from .layers import MPLeakyReLU as MPLeakyReLU

@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 from training_arguments import OBJECTIVE_FLAGS, latents_folder, model_config, parse_args
 
 from diffusers_mp import (
+    MagnitudeRecorder,
     MPDiTPipeline,
     MPDiTTransformer2DModel,
     PowerFunctionEMA,
@@ -281,6 +282,11 @@ def train(args, run):
         save_weights=True,
         scaler=accelerator.scaler,
     )
+    recorder, magnitudes_file = None, args.output_dir / args.logging_dir / "magnitudes.json"
+    if args.record_magnitudes_steps:
+        recorder = MagnitudeRecorder(model, optimizer, stride=args.record_magnitudes_steps, num_updates=run.step)
+        if run.step and magnitudes_file.is_file():
+            recorder.load(magnitudes_file)
     # An update that was skipped is one by zero: the schedule goes on, also where it is the first.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
     progress_bar = tqdm(
@@ -313,6 +319,10 @@ def train(args, run):
         run.lr_scheduler.step()
         normalize_weights_(run.transformer)
         run.step += 1
+        if recorder is not None and recorder.step():
+            accelerator.log(recorder.values(), step=run.step)
+            if accelerator.is_main_process:
+                recorder.save(magnitudes_file)
         if run.step % args.ema_update_steps == 0:
             run.ema.update(run.step)
         progress_bar.update()
@@ -342,6 +352,8 @@ def train(args, run):
         if stopping and not last:
             break
     progress_bar.close()
+    if recorder is not None:
+        recorder.close()
     stop.close()
     return stop.received
 

@@ -149,6 +149,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--validation_guidance_scale", type=float, help="guidance of the samples [pipeline's default]")
     group.add_argument("--logging_steps", type=int, default=10, help="updates between log entries")
     group.add_argument(
+        "--record_magnitudes_steps",
+        type=int,
+        default=0,
+        help="updates between records of magnitudes, also kept in LOGGING_DIR/magnitudes.json; 0 for none",
+    )
+    group.add_argument(
         "--report_to", default="none", help="tensorboard, wandb, … or none; metrics.jsonl is always kept"
     )
     group.add_argument("--logging_dir", default="logs", help="folder for logs in output_dir")
@@ -214,6 +220,8 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             f"--ema_snapshot_steps must be a multiple of --ema_update_steps ({args.ema_update_steps}) or 0, got "
             f"{args.ema_snapshot_steps}"
         )
+    if args.record_magnitudes_steps < 0:
+        parser.error(f"--record_magnitudes_steps must not be negative, got {args.record_magnitudes_steps}")
     # Encoded images alone are what a run leaves that stopped before its first update: nothing to lose, much to keep.
     found = [path.name for path in args.output_dir.iterdir()] if args.output_dir.is_dir() else []
     if args.resume_from_checkpoint is None and set(found) - {"latents"}:

@@ -1,0 +1,87 @@
+"""Cost of a MagnitudeRecorder: training updates with and without one, taking turns in one process.
+
+    python benchmarks/recorder_cost.py --size S/2 --batch_size 16
+
+One model, one optimiser. A round times an update without a recorder, one that is recorded, and one with a recorder
+that rests, as between two records. What a record costs more than a plain update, divided by the stride, is the cost of
+training with it. Prints Markdown; asserts nothing.
+"""
+
+import argparse
+import datetime
+import os
+import platform
+import shlex
+import statistics
+import sys
+
+import torch
+from timing import spread, take_turns
+
+from diffusers_mp import MagnitudeRecorder, MPDiTTransformer2DModel, get_preset, normalize_weights_, parameter_groups
+
+
+DEFAULT_STRIDE = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="S/2", help="preset, such as S/2")
+    parser.add_argument("--configuration", default="E")
+    parser.add_argument("--batch_size", type=int, default=16, help="latents of 4x16x16 per update")
+    parser.add_argument("--rounds", type=int, default=20)
+    arguments = parser.parse_args()
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model = MPDiTTransformer2DModel(**get_preset(arguments.size, arguments.configuration)).to(device).train()
+    optimizer = torch.optim.Adam(parameter_groups(model, lr=1e-2))
+    latents = torch.randn(arguments.batch_size, 4, 16, 16, device=device)
+    timestep = torch.randint(0, 1000, (arguments.batch_size,), device=device)
+    class_labels = torch.randint(0, 1000, (arguments.batch_size,), device=device)
+
+    def update():
+        prediction = model(latents, timestep=timestep, class_labels=class_labels).sample
+        (prediction - latents).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        normalize_weights_(model)
+
+    # Rests: its next record is out of reach.
+    resting = MagnitudeRecorder(model, optimizer, stride=10**9, num_updates=1)
+
+    def update_with_resting_recorder():
+        update()
+        resting.step()
+
+    def recorded_update():
+        recorder = MagnitudeRecorder(model, optimizer)
+        update()
+        recorder.step()
+
+    times = take_turns(
+        {"without": update, "resting": update_with_resting_recorder, "recorded": recorded_update}, arguments.rounds
+    )
+    without = statistics.median(times["without"])
+    print("# Cost of recording magnitudes\n")
+    print(f"- command: `{shlex.join(['python', *sys.argv])}`")
+    print(f"- machine: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {device.type}")
+    print(f"- versions: Python {platform.python_version()}, torch {torch.__version__}")
+    print(f"- date: {datetime.date.today().isoformat()}")
+    print(
+        f"- {arguments.size} in {arguments.configuration}, batches of {arguments.batch_size} latents of 4x16x16, "
+        f"{arguments.rounds} rounds; an update without takes {without * 1000:.1f} ms (median)\n"
+    )
+    print("| more than the update without, of the same round | quartile | median | quartile |")
+    print("|---|---|---|---|")
+    for name, label, stride in (
+        ("resting", "with a recorder that rests", 1),
+        ("recorded", "that is recorded, everything by default", 1),
+        ("recorded", f"the same divided by the default stride {DEFAULT_STRIDE}", DEFAULT_STRIDE),
+    ):
+        extra = spread([(a / b - 1) / stride for a, b in zip(times[name], times["without"], strict=True)])
+        print(f"| {label} | {extra['low']:.2%} | {extra['median']:.2%} | {extra['high']:.2%} |")
+
+
+if __name__ == "__main__":
+    main()

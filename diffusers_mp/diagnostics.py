@@ -1,0 +1,474 @@
+"""Magnitudes of a model in training, per block: activations, weights, gradients, updates, modulations.
+
+A recorder looks at one update in so many. Only then are there hooks, they leave their sums on the device, and all of
+them are read at once. `plots` draws what it has recorded.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
+
+from .functional import compute_dtype
+from .layers import return_to_shards
+from .modulation import Modulation
+
+
+# Equal bins of angles over (-pi, pi].
+NUM_ANGLE_BINS = 256
+_HISTOGRAM = "rotate/histogram/"
+
+
+class MagnitudeRecorder:
+    """Records magnitudes of a model's blocks and modulations: in training at a stride, elsewhere inside of a `with`.
+
+        recorder = MagnitudeRecorder(model, optimizer)      # after all wrapping
+        ...
+            optimizer.step()
+            optimizer.zero_grad()
+            if recorder.step():                             # once for each update, after it
+                accelerator.log(recorder.values(), step=step)
+
+        with MagnitudeRecorder(model) as recorder:          # without training
+            model(...)
+        recorder.values()
+
+    What an update means is what lies between two calls of `step`, with all its micro batches. The names of the values,
+    with M the root mean square (section 3 of arXiv 2505.19122):
+
+    - `magnitude/activations/<module>`: M of what the module returns, over all entries of all calls. Several tensors
+      are numbered: `<module>/0`. Of a modulation it is the tokens.
+    - `magnitude/weights/<module>`, `magnitude/gradients/<module>`: M over all parameters below the module; gradients
+      as the optimiser receives them, that is, accumulated, averaged over processes, unscaled and clipped.
+    - `relative_update/<module>`: `M[new - old] / M[old]` of the parameters that have a gradient, from before the
+      optimiser's step until `step` is called: after `normalize_weights_`, if that comes first. Absent where they are
+      all zero, and like the gradients for an update that was skipped.
+    - `<kind>/<mean, rms or max>/<site>` of each modulation: its angles in radians (`rotate`), `scale` and `shift` as
+      they are added, and `gate` as the factor in effect. `max` is that of absolute values. A map that a swapped
+      linear layer (`swap_adaln_for_rotation`) has more than once is numbered: `<site>/0`.
+
+    `history` has besides, in its last entry only, `rotate/histogram/<site>`: counts of the angles, modulo a turn, in
+    256 equal bins from -pi to pi.
+
+    Norms are taken in float32 at least. Training is the same to the bit with a recorder and without. Only forward
+    passes of `model` itself count, in training those with gradients: neither a validation in between nor what
+    checkpointing computes again. Each process measures its own part of a batch; weights and gradients that
+    `fully_shard` divides are measured whole, which takes one reduction on all processes. `torch.compile` does not see
+    hooks: a recorded update runs uncompiled, as slowly and with as much memory as that takes, and may differ from the
+    compiled one by rounding. It also needs a copy of the recorded parameters.
+
+    Args:
+        model (nn.Module): any model, wrapped (DistributedDataParallel, compiled, sharded) or not. It is the module, or
+            in the wrapper of the module, that the training loop calls.
+        optimizer (torch.optim.Optimizer or sequence of them, optional): for training: what updates the model, as it is
+            or as `accelerator.prepare` returns it.
+        stride (int): updates from one record to the next. The first update is recorded as well: its activations are
+            those of the start.
+        modules (str or callable, optional): which modules, by a regular expression that matches the whole name, or by
+            a function of name and module. The model's blocks (diffusers' `_repeated_blocks`; else the members of the
+            outermost `ModuleList`s) and modulations if None.
+        num_updates (int): updates that were made already, for a run that is resumed.
+    Attributes:
+        history (list of dict): for each record its `step` (the number of the update) and its values.
+        num_updates (int): calls of `step`, and the updates before them.
+    Raises:
+        ValueError: if an argument is outside of these rules, or no module is chosen.
+    """
+
+    __module__ = "diffusers_mp"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+        stride: int = 100,
+        modules: str | Callable[[str, nn.Module], bool] | None = None,
+        num_updates: int = 0,
+    ):
+        if stride < 1:
+            raise ValueError(f"`stride` must be at least 1, got {stride}.")
+        self.stride = stride
+        self.num_updates = num_updates
+        self.history: list[dict] = []
+        self._model = _unwrapped(model)
+        self._modules = _chosen(self._model, modules)
+        optimizers = optimizer if isinstance(optimizer, Sequence) else [] if optimizer is None else [optimizer]
+        # Hooks of Accelerate's wrapper would never run.
+        self._optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+        self._hooks = contextlib.ExitStack()
+        self._is_recording = False
+        if self._optimizers:
+            self._start_if_due()
+
+    def step(self) -> bool:
+        """End an update, and begin the next one. On every process.
+
+        Returns:
+            bool: whether that update was recorded; its values are `values()` then.
+        Raises:
+            ValueError: for a recorder without an optimiser.
+            RuntimeError: if an update to be recorded went past the model.
+        """
+        if not self._optimizers:
+            raise ValueError("`optimizer` must be given to record training by `step`, got None.")
+        self.num_updates += 1
+        was_recording = self._is_recording
+        if was_recording:
+            self._finish()
+        self._start_if_due()
+        return was_recording
+
+    def values(self) -> dict[str, float]:
+        """Values of the last record, for `accelerator.log`.
+
+        Returns:
+            dict: names to floats.
+        Raises:
+            RuntimeError: if there is no record yet.
+        """
+        if not self.history:
+            raise RuntimeError(
+                "nothing has been recorded yet: ask when `step()` has returned True, or after a `with` block."
+            )
+        return {name: value for name, value in _without_histograms(self.history[-1]).items() if name != "step"}
+
+    def save(self, path: str | Path) -> None:
+        """Write the history to a JSON file, numbers to six digits, which the functions of `plots` read.
+
+        Args:
+            path (str or Path): the file; replaced as a whole if it is there.
+        """
+        entries = [_without_histograms(entry) for entry in self.history]
+        names = dict.fromkeys(name for entry in entries for name in entry)
+        columns = {name: [_rounded(entry.get(name)) for entry in entries] for name in names}
+        last = self.history[-1] if self.history else {}
+        histograms = {name: last[name] for name in last if name.startswith(_HISTOGRAM)}
+        unfinished = Path(path).with_suffix(".tmp")
+        unfinished.write_text(json.dumps({"columns": columns, "histograms": histograms}) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+
+    def load(self, path: str | Path) -> None:
+        """Take over what a run that is resumed here has recorded, up to the updates that it has made.
+
+        Args:
+            path (str or Path): a file that `save` has written.
+        """
+        self.history = [entry for entry in load_history(path) if entry["step"] <= self.num_updates]
+
+    def close(self) -> None:
+        """Let go of a record that has begun, and of its hooks; the history stays."""
+        self._is_recording = False
+        self._hooks.close()
+
+    def __enter__(self) -> "MagnitudeRecorder":
+        if self._is_recording:
+            raise RuntimeError("this recorder is recording an update: for a `with` block make another one.")
+        self._start(only_with_gradients=False)
+        return self
+
+    def __exit__(self, error_class, *error) -> None:
+        if error_class is None:
+            self._finish()
+        self.close()
+
+    def _start_if_due(self) -> None:
+        update = self.num_updates + 1
+        if update == 1 or update % self.stride == 0:
+            self._start(only_with_gradients=True)
+
+    def _start(self, only_with_gradients: bool) -> None:
+        return_to_shards(self._model)
+        self._is_recording = True
+        self._only_with_gradients = only_with_gradients
+        self._is_inside = False
+        # What each call of a module had: kind and name, numbers on the device, of how many entries.
+        self._calls: list[tuple[tuple[str, str], torch.Tensor, int]] = []
+        self._parameters = {
+            name: [parameter for parameter in module.parameters() if parameter.is_floating_point()]
+            for name, module in self._modules.items()
+        }
+        self._gradients: dict[int, torch.Tensor] = {}
+        self._old: dict[int, torch.Tensor] = {}
+
+        self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
+        handles = [
+            self._model.register_forward_pre_hook(self._before_model()),
+            self._model.register_forward_hook(self._after_model(), always_call=True),
+            *(optimizer.register_step_pre_hook(self._before_update) for optimizer in self._optimizers),
+        ]
+        for name, module in self._modules.items():
+            handles.append(module.register_forward_hook(self._after_module(name)))
+            if isinstance(module, Modulation):
+                handles.append(module.proj.register_forward_hook(self._after_projection(name, module)))
+        for handle in handles:
+            self._hooks.callback(handle.remove)
+
+    # Hooks are closures rather than methods, so that a deep copy of the model, for an average of its weights, does not
+    # bring a copy of the recorder along. The copy's hooks do nothing, as only this very model opens the gate.
+
+    def _before_model(self):
+        def hook(module, args):
+            self._is_inside = module is self._model and (torch.is_grad_enabled() or not self._only_with_gradients)
+
+        return hook
+
+    def _after_model(self):
+        def hook(module, args, output):
+            self._is_inside = False
+
+        return hook
+
+    def _after_module(self, name: str):
+        def hook(module, args, output):
+            if not self._is_inside:
+                return
+            if _is_swapped_linear(module):
+                maps = getattr(output, "maps", [output])
+                maps = [rows if isinstance(rows, torch.Tensor) else rows.angle for rows in maps]
+                self._add_maps(name, module.kinds, maps)
+                return
+            tensors = [leaf for leaf in tree_leaves(output) if _is_measurable(leaf)]
+            if isinstance(module, Modulation):
+                tensors = tensors[:1]
+            for index, tensor in enumerate(tensors):
+                key = name if len(tensors) == 1 else f"{name}/{index}"
+                self._calls.append((("activations", key), _norm(tensor), tensor.numel()))
+
+        return hook
+
+    def _after_projection(self, name: str, site: Modulation):
+        @torch.no_grad()
+        def hook(module, args, output):
+            if not self._is_inside:
+                return
+            maps = output.to(compute_dtype(output.dtype)).split(site.sizes, dim=-1)
+            if site.gain is not None:
+                maps = [rows * gain for rows, gain in zip(maps, site.gain.unbind(), strict=True)]
+                maps = [rows + 1 if kind == "gate" else rows for kind, rows in zip(site.kinds, maps, strict=True)]
+            self._add_maps(name, site.kinds, maps)
+
+        return hook
+
+    @torch.no_grad()
+    def _add_maps(self, site: str, kinds: Sequence[str], maps: Sequence[torch.Tensor]) -> None:
+        for index, (kind, rows) in enumerate(zip(kinds, maps, strict=True)):
+            name = site if kinds.count(kind) == 1 else f"{site}/{kinds[:index].count(kind)}"
+            rows = _local(rows).to(compute_dtype(rows.dtype)).flatten()
+            numbers = torch.stack([rows.sum(), torch.linalg.vector_norm(rows), rows.abs().max()])
+            if kind == "rotate":
+                numbers = torch.cat([numbers, _angle_counts(rows)])
+            self._calls.append(((kind, name), numbers, rows.numel()))
+
+    @torch.no_grad()
+    def _before_update(self, optimizer, args, kwargs) -> None:
+        watched = {id(parameter) for parameters in self._parameters.values() for parameter in parameters}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in watched and parameter.grad is not None:
+                    self._gradients[id(parameter)] = _norm(parameter.grad)
+                    self._old[id(parameter)] = parameter.detach().clone()
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        self.close()
+        if not self._calls:
+            raise RuntimeError(
+                "no forward pass of `model` was seen in an update to be recorded: `model` must be the module that the "
+                f"training loop calls, got a {type(self._model).__name__}."
+            )
+        return_to_shards(self._model)
+        parameters = {id(p): p for of_module in self._parameters.values() for p in of_module}
+        norms = {
+            **{("weights", key): _norm(parameter) for key, parameter in parameters.items()},
+            **{("gradients", key): norm for key, norm in self._gradients.items()},
+            **{("old", key): _norm(old) for key, old in self._old.items()},
+            **{("changes", key): _norm_of_difference(parameters[key], old) for key, old in self._old.items()},
+        }
+        whole = _sum_over_shards(list(norms.values()), [parameters[key] for _, key in norms])
+        numbers = _fetch([*whole, *(numbers for _, numbers, _ in self._calls)])
+        norms = {key: norm for key, (norm,) in zip(norms, numbers, strict=False)}
+        calls: dict[tuple[str, str], list[tuple[list[float], int]]] = {}
+        for (key, _, count), of_call in zip(self._calls, numbers[len(norms) :], strict=True):
+            calls.setdefault(key, []).append((of_call, count))
+        for name, module in self._modules.items():
+            if (
+                isinstance(module, Modulation)
+                and ("activations", name) in calls
+                and (module.kinds[0], name) not in calls
+            ):
+                raise RuntimeError(
+                    f"the modulation {name} has run without a call of its `proj`, whose maps it applies."
+                )
+        self._calls, self._gradients, self._old = [], {}, {}
+
+        entry: dict = {"step": self.num_updates}
+        for name, of_module in self._parameters.items():
+            entry |= _of_parameters(name, of_module, norms)
+        for (kind, name), of_name in calls.items():
+            entry |= _of_calls(kind, name, of_name)
+        if self.history:
+            self.history[-1] = _without_histograms(self.history[-1])
+        self.history.append(dict(sorted(entry.items(), key=lambda item: item[0] != "step")))
+
+
+def load_history(path: str | Path) -> list[dict]:
+    """Read what `MagnitudeRecorder.save` has written.
+
+    Args:
+        path (str or Path): the file.
+    Returns:
+        list of dict: as `MagnitudeRecorder.history`.
+    """
+    file = json.loads(Path(path).read_text(encoding="utf-8"))
+    columns = file["columns"]
+    history = [
+        {name: column[row] for name, column in columns.items() if column[row] is not None}
+        for row in range(len(columns.get("step", [])))
+    ]
+    if history:
+        history[-1] |= file["histograms"]
+    return history
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(model, (DistributedDataParallel, OptimizedModule)):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
+
+
+def _chosen(model: nn.Module, modules: str | Callable[[str, nn.Module], bool] | None) -> dict[str, nn.Module]:
+    """The modules to be recorded by their names, in which compilation leaves no trace."""
+    named = {
+        name.replace("._orig_mod", ""): module
+        for name, module in model.named_modules()
+        if name and not isinstance(module, OptimizedModule)
+    }
+    if modules is None:
+        blocks = getattr(model, "_repeated_blocks", None) or []
+        is_block = {name for name, module in named.items() if type(module).__name__ in blocks}
+        if not is_block:
+            lists = [name for name, module in named.items() if isinstance(module, nn.ModuleList)]
+            outermost = [name for name in lists if not name.startswith(tuple(f"{other}." for other in lists))]
+            is_block = {name for name in named if name.rpartition(".")[0] in outermost}
+        chosen = {
+            name: module
+            for name, module in named.items()
+            if name in is_block or isinstance(module, Modulation) or _is_swapped_linear(module)
+        }
+    elif isinstance(modules, str):
+        chosen = {name: module for name, module in named.items() if re.fullmatch(modules, name)}
+    else:
+        chosen = {name: module for name, module in named.items() if modules(name, module)}
+    if not chosen:
+        raise ValueError(
+            f"`modules` must choose some of the modules of `model`, got {modules!r}, which chooses none of a "
+            f"{type(model).__name__}; its children are {[name for name, _ in model.named_children()]}."
+        )
+    return chosen
+
+
+def _is_swapped_linear(module: nn.Module) -> bool:
+    # By its name: `rotation_swap` and this file do not import each other.
+    return type(module).__name__ == "RotationLinear"
+
+
+def _is_measurable(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() > 0
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: all of it unless it is a DTensor."""
+    return tensor.to_local() if hasattr(tensor, "placements") else tensor
+
+
+@torch.no_grad()
+def _norm(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(_local(tensor), dtype=compute_dtype(tensor.dtype))
+
+
+def _norm_of_difference(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    dtype = compute_dtype(new.dtype)
+    return torch.linalg.vector_norm(_local(new).to(dtype) - _local(old).to(dtype))
+
+
+def _angle_counts(angles: torch.Tensor) -> torch.Tensor:
+    # Sorted, because no histogram of CUDA is deterministic.
+    turns = angles / (2 * math.pi)
+    turns = (turns - turns.round()).sort().values
+    edges = torch.linspace(-0.5, 0.5, NUM_ANGLE_BINS + 1, device=angles.device, dtype=angles.dtype)[1:]
+    up_to = torch.searchsorted(turns, edges, right=True)
+    return torch.diff(up_to, prepend=torch.zeros_like(up_to[:1])).to(angles.dtype)
+
+
+def _sum_over_shards(norms: list[torch.Tensor], parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    """Norms of whole parameters from those of their shards, by one reduction for each mesh of processes."""
+    norms, shards = list(norms), {}
+    for index, parameter in enumerate(parameters):
+        for dim, placement in enumerate(getattr(parameter, "placements", ())):
+            if placement.is_shard():
+                shards.setdefault((parameter.device_mesh, dim), []).append(index)
+    for (mesh, dim), indices in shards.items():
+        squares = torch.stack([norms[index] for index in indices]).square()
+        dist.all_reduce(squares, group=mesh.get_group(dim))
+        for index, norm in zip(indices, squares.sqrt(), strict=True):
+            norms[index] = norm
+    return norms
+
+
+def _fetch(tensors: list[torch.Tensor]) -> list[list[float]]:
+    """All numbers of all tensors, which are on one device or on several, in one read of the host."""
+    device = tensors[0].device
+    numbers = iter(torch.cat([tensor.reshape(-1).to(device) for tensor in tensors]).tolist())
+    return [[next(numbers) for _ in range(tensor.numel())] for tensor in tensors]
+
+
+def _of_parameters(name: str, parameters: list[nn.Parameter], norms: dict[tuple[str, int], float]) -> dict[str, float]:
+    values = {}
+    for quantity in ("weights", "gradients"):
+        measured = [(norms[quantity, id(p)], p.numel()) for p in parameters if (quantity, id(p)) in norms]
+        if measured:
+            values[f"magnitude/{quantity}/{name}"] = _root_mean_square(measured)
+    old, change = (
+        math.hypot(*(norms.get((quantity, id(p)), 0.0) for p in parameters)) for quantity in ("old", "changes")
+    )
+    if old != 0:
+        values[f"relative_update/{name}"] = change / old
+    return values
+
+
+def _of_calls(kind: str, name: str, calls: list[tuple[list[float], int]]) -> dict:
+    numbers, counts = zip(*calls, strict=True)
+    if kind == "activations":
+        return {f"magnitude/activations/{name}": _root_mean_square([(norm, n) for (norm,), n in calls])}
+    sums, norms, maxima, *bins = zip(*numbers, strict=True)
+    values = {
+        f"{kind}/mean/{name}": sum(sums) / sum(counts),
+        f"{kind}/rms/{name}": _root_mean_square(zip(norms, counts, strict=True)),
+        f"{kind}/max/{name}": max(maxima),
+    }
+    if kind == "rotate":
+        values[f"{_HISTOGRAM}{name}"] = [round(sum(counts_of_bin)) for counts_of_bin in bins]
+    return values
+
+
+def _root_mean_square(norms_and_counts: Iterable[tuple[float, int]]) -> float:
+    norms, counts = zip(*norms_and_counts, strict=True)
+    return math.hypot(*norms) / math.sqrt(sum(counts))
+
+
+def _without_histograms(entry: dict) -> dict:
+    return {name: value for name, value in entry.items() if not name.startswith(_HISTOGRAM)}
+
+
+def _rounded(value: float | None) -> float | None:
+    return value if value is None or isinstance(value, int) else float(f"{value:.6g}")
