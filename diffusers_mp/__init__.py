@@ -23,6 +23,7 @@ _EXPORTS = {
     "presets": ["get_preset"],
     "ema": ["PowerFunctionEMA"],
     "reconstruction": ["reconstruct_ema"],
+    "evaluation": ["frechet_distance"],
     "rotation_swap": [
         "drop_shift_",
         "load_rotation_adapter",
@@ -41,6 +42,7 @@ __all__ = ["__version__", *sorted(_MODULE_OF)]
 if TYPE_CHECKING:
     from .diagnostics import MagnitudeRecorder as MagnitudeRecorder
     from .ema import PowerFunctionEMA as PowerFunctionEMA
+    from .evaluation import frechet_distance as frechet_distance
     from .layers import MPEmbedding as MPEmbedding
     from .layers import MPLeakyReLU as MPLeakyReLU
     from .layers import MPLinear as MPLinear

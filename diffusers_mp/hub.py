@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NoReturn
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
 
@@ -22,6 +22,7 @@ from . import __version__
 
 
 CARD_NAME, GRID_NAME, CURVE_NAME = "README.md", "sample_grid.png", "training_curve.png"
+HEAT_MAP_NAME = "evaluation.png"
 _WEIGHTS = "diffusion_pytorch_model*.safetensors"
 _WEIGHTS_INDEX = f"{_WEIGHTS}.index.json"
 _MODEL_FILES = ("config.json", _WEIGHTS, _WEIGHTS_INDEX)
@@ -29,7 +30,7 @@ _PUBLISHED = (
     "model_index.json",
     "scheduler/scheduler_config.json",
     *(f"{folder}/{name}" for folder in ("transformer", "transformer_ema_*", "vae") for name in _MODEL_FILES),
-    *(CARD_NAME, GRID_NAME, CURVE_NAME),
+    *(CARD_NAME, GRID_NAME, CURVE_NAME, HEAT_MAP_NAME),
 )
 # Of `save_rotation_adapter`.
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -273,6 +274,29 @@ def publish(
                     token,
                 )
         time.sleep(seconds)
+
+
+def download_pipeline(
+    repo_id: str, *, token: str | None = None, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """Fetch a published pipeline with all that was published beside it: averages, card and pictures.
+
+    Args:
+        repo_id (str): "user/name".
+        token (str, optional): for a private repository. By default that of HF_TOKEN or `hf auth login`.
+        revision (str, optional): branch or commit.
+        cache_dir (str or Path, optional): where files of the Hub are kept.
+    Returns:
+        Path: a folder in the cache, not to be written to.
+    Raises:
+        ValueError: if the repository holds no complete pipeline.
+    """
+    patterns = list(_PUBLISHED)
+    folder = Path(
+        snapshot_download(repo_id, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=patterns)
+    )
+    files_to_publish(folder)
+    return folder
 
 
 def _api(token: str) -> HfApi:

@@ -16,6 +16,7 @@ from .hub import (
     CARD_NAME,
     CURVE_NAME,
     GRID_NAME,
+    HEAT_MAP_NAME,
     _has_component,
     _is_repo_id,
     _mask,
@@ -220,6 +221,85 @@ load_rotation_adapter(pipe.transformer, {source})"""
     card = ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{_mask(text)}\n")
     card.save(folder / CARD_NAME)
     return card
+
+
+_EVALUATION_HEADING = "## Evaluation of samples"
+
+
+def write_evaluation(folder: str | Path, results: Mapping) -> ModelCard:
+    """Put the results of `examples/evaluate.py` into the card of a pipeline's folder, in place of earlier ones.
+
+    The rest of the card stays as it is. Of models and data no local path is told. The heat map is shown if it lies in
+    the folder.
+
+    Args:
+        folder (str or Path): the pipeline's folder, with a card.
+        results (mapping): content of `results.json`.
+    Returns:
+        ModelCard: the card as written.
+    Raises:
+        ValueError: if the folder holds no complete pipeline, or no card.
+    """
+    folder = Path(folder)
+    if CARD_NAME not in files_to_publish(folder):
+        raise ValueError(f"`folder` must hold a {CARD_NAME}, {folder} does not; `write_model_card` makes one.")
+    card = (folder / CARD_NAME).read_text(encoding="utf-8")
+    parts = re.split(r"^(?=## )", card, flags=re.MULTILINE)
+    parts = [part for part in parts if not part.startswith(f"{_EVALUATION_HEADING}\n")]
+    # Before the licence, with which the formal end of our own cards begins; else at the end.
+    place = next((i for i, part in enumerate(parts) if part.startswith("## Licence")), len(parts))
+    parts[place - 1] = parts[place - 1].rstrip("\n") + "\n\n"
+    parts.insert(place, _mask(f"{_EVALUATION_HEADING}\n\n{_evaluation(folder, results)}\n\n"))
+    card = ModelCard("".join(parts).rstrip("\n") + "\n")
+    card.save(folder / CARD_NAME)
+    return card
+
+
+def _evaluation(folder: Path, results: Mapping) -> str:
+    settings, best = results["settings"], results["best"]
+    classes = "unconditional"
+    if settings["class_labels"] is not None:
+        classes = f"{len(settings['class_labels'])} classes in turn"
+    text = (
+        f"{settings['num_samples']:,} images for each row, {classes}, seed {settings['seed']}, "
+        f"`{_text(settings['scheduler'])}`, {settings['dtype']}. By `examples/evaluate.py` of diffusers-mp "
+        f"{results['versions']['diffusers_mp']} (torch {results['versions']['torch']}, diffusers "
+        f"{results['versions']['diffusers']}). The first row is the best."
+    )
+    if (folder / HEAT_MAP_NAME).is_file():
+        text += f"\n\n![Fréchet distances]({HEAT_MAP_NAME})"
+    has_widths = best["ema_std"] is not None
+    names = [_extractor_name(extractor) for extractor in settings["extractors"]]
+    measures = ("frechet_distance", "precision", "recall", "inception_score")
+    columns = [(i, key) for i, metrics in enumerate(best["metrics"]) for key in measures if key in metrics]
+    header = [f"{key.replace('_', ' ').replace('frechet', 'Fréchet')}, {_text(names[i])}" for i, key in columns]
+    rows = []
+    for cell in sorted(results["cells"], key=lambda cell: cell["metrics"][0]["frechet_distance"]):
+        varied = ([cell["ema_std"]] if has_widths else []) + [cell["guidance_scale"], cell["num_inference_steps"]]
+        rows.append((*varied, *(cell["metrics"][i][key] for i, key in columns)))
+    varied = [*(["width of the average"] if has_widths else []), "guidance scale", "steps"]
+    text += "\n\n" + _table((*varied, *header), rows) + "\n"
+    for name, extractor, reference in zip(names, settings["extractors"], settings["references"], strict=True):
+        facts = {key: value for key, value in extractor.items() if key != "id" and value is not None}
+        told = "; ".join(f"{key} {_text(value)}" for key, value in facts.items())
+        text += (
+            f"\n- Features of {_text(name)}: {told}. Reference: {reference['num_images']:,} images of "
+            f"{reference['resolution']}x{reference['resolution']} pixels ({_text(reference['preparation'])}), content "
+            f"hash {reference['content_hash'][:16]}."
+        )
+    if "precision" in best["metrics"][0]:
+        num_compared = f"{best['metrics'][0]['num_images_compared']:,}"
+        text += (
+            f"\n- Precision and recall (arXiv 1904.06991): k = {settings['nearest_k']}, {num_compared} images each."
+        )
+    text += "".join(f"\n- Warning: {_text(warning)}" for warning in results["warnings"])
+    return text
+
+
+def _extractor_name(extractor: Mapping) -> str:
+    # An id of the Hub, or a function; of a folder its last part.
+    name = extractor["id"]
+    return name if _is_repo_id(name) or "/" not in name else name.rstrip("/").split("/")[-1]
 
 
 def _grid_section(folder: Path, sample_grid: str | Path | None, arguments: dict) -> str | None:
