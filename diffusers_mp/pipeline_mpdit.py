@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,8 +13,10 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     ImagePipelineOutput,
 )
+from diffusers.guiders import BaseGuidance, MagnitudeAwareGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
@@ -22,6 +25,8 @@ from .transformer_mpdit import MPDiTTransformer2DModel
 
 
 DEFAULT_GUIDANCE_SCALE = 4.0
+# The best FID of arXiv 2406.02507 on ImageNet-512 is at 2.1 for its small model, 2.05 for its largest.
+DEFAULT_AUTOGUIDANCE_SCALE = 2.0
 _LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
 
 
@@ -40,15 +45,21 @@ class MPDiTPipeline(DiffusionPipeline):
         latents_mean (list of float, optional): mean of the training data's latents, one for each channel.
         latents_std (list of float, optional): standard deviation, one for each channel. Without both, a VAE's own
             `scaling_factor` and `shift_factor` are used.
+        guidance_transformer (MPDiTTransformer2DModel, optional): a weaker model of the same task to guide away from,
+            in place of the null condition: smaller, or an earlier snapshot (autoguidance, arXiv 2406.02507).
+        guider (BaseGuidance, optional): a guider of `diffusers.guiders` that makes one prediction of two, in place of
+            `guidance_scale`: it brings its own scale, start and stop.
     Raises:
-        TypeError: if the transformer is not of this package.
-        ValueError: if the components do not fit each other.
+        TypeError: if a transformer is not of this package, or the guider not of diffusers.
+        ValueError: if the components do not fit each other, or the guider needs more than two predictions.
     """
 
     __module__ = "diffusers_mp"
 
+    # Without the guidance transformer, which then has a hook of its own and stays beside the transformer for a whole
+    # call: a place in this chain would send one of the two away and back at every step.
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]
+    _optional_components = ["vae", "guidance_transformer", "guider"]
     _callback_tensor_inputs = ["latents", "noise_pred"]
 
     def __init__(
@@ -59,9 +70,13 @@ class MPDiTPipeline(DiffusionPipeline):
         id2label: dict[int, str] | dict[str, str] | None = None,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
+        guidance_transformer: MPDiTTransformer2DModel | None = None,
+        guider: BaseGuidance | None = None,
     ):
         super().__init__()
         _check_transformer(transformer)
+        _check_guidance_transformer(guidance_transformer, transformer)
+        _check_guider(guider)
         in_channels, num_classes = transformer.config.in_channels, transformer.config.num_classes
         if vae is not None and vae.config.latent_channels != in_channels:
             raise ValueError(
@@ -87,7 +102,13 @@ class MPDiTPipeline(DiffusionPipeline):
                 f"({num_classes}), got {len(id2label)} ids."
             )
 
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_modules(
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=vae,
+            guidance_transformer=guidance_transformer,
+            guider=guider,
+        )
         self.register_to_config(
             id2label=None if id2label is None else {str(id): label for id, label in id2label.items()},
             latents_mean=None if latents_mean is None else [float(value) for value in latents_mean],
@@ -98,14 +119,14 @@ class MPDiTPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @property
-    def guidance_scale(self) -> float:
-        """Guidance scale of the call in progress."""
+    def guidance_scale(self) -> float | None:
+        """Guidance scale of the call in progress; None with a guider, which has its own."""
         return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the call in progress needs an unconditional prediction."""
-        return self._guidance_scale != 1
+        """Whether the call in progress needs unconditional predictions, at some steps at least."""
+        return self.guidance_transformer is None and (self.guider is not None or self._guidance_scale != 1)
 
     @property
     def _is_conditional(self) -> bool:
@@ -174,24 +195,53 @@ class MPDiTPipeline(DiffusionPipeline):
                 raise ValueError(f"`class_labels` must be ids (int) or names (str), got {label!r}.")
         return ids
 
-    def check_guidance(self, guidance_scale: float) -> None:
-        """Check that the transformer can be guided.
+    @property
+    def _can_guide(self) -> bool:
+        if self.guidance_transformer is not None:
+            return True
+        return self._is_conditional and self.transformer.config.class_dropout_prob > 0
+
+    def check_guidance(
+        self, guidance_scale: float | None, guidance_interval: tuple[float, float] | None = None
+    ) -> None:
+        """Check that the components can guide as asked.
 
         Args:
-            guidance_scale (float): as in `__call__`.
+            guidance_scale (float, optional): as in `__call__`, default filled in; None with a guider.
+            guidance_interval (tuple of float, optional): as in `__call__`.
         Raises:
-            ValueError: if it is not 1 for a transformer that has no null condition, or never saw it in training.
+            TypeError: if the guider is not of diffusers.
+            ValueError: if the guider needs more than two predictions, or has a scale or interval given beside its own;
+                if the interval is not in order; if there is nothing to guide away from, neither a null condition that
+                the transformer saw in training nor a guidance transformer; if that one is of another task.
         """
-        if guidance_scale != 1 and not self._is_conditional:
+        _check_guidance_transformer(self.guidance_transformer, self.transformer)
+        _check_guider(self.guider)
+        if self.guider is not None and (guidance_scale is not None or guidance_interval is not None):
             raise ValueError(
-                "`guidance_scale` must be 1 for an unconditional transformer, which has no condition to be guided to; "
-                f"got {guidance_scale}."
+                "`guidance_scale` and `guidance_interval` must be None in a pipeline with a `guider`, which has its "
+                f"own (`pipe.guider.new(guidance_scale=..., start=..., stop=...)`), got {guidance_scale} and "
+                f"{guidance_interval}."
             )
-        if guidance_scale != 1 and self.transformer.config.class_dropout_prob == 0:
+        if guidance_interval is not None and not _is_interval(guidance_interval):
             raise ValueError(
-                "`guidance_scale` must be 1 for a transformer trained without dropping conditions "
-                f"(`class_dropout_prob=0`), which has never seen the null condition; got {guidance_scale}."
+                "`guidance_interval` must be two noise levels (low, high) with 0 <= low < high, got "
+                f"{guidance_interval!r}."
             )
+        if self._can_guide or guidance_scale == 1:
+            return
+        rule, received = "`guidance_scale` must be 1", guidance_scale
+        if self.guider is not None:
+            rule, received = "`guider` must be None", type(self.guider).__name__
+        if not self._is_conditional:
+            raise ValueError(
+                f"{rule} for an unconditional transformer without a `guidance_transformer`: it has no condition to be "
+                f"guided to; got {received}."
+            )
+        raise ValueError(
+            f"{rule} for a transformer trained without dropping conditions (`class_dropout_prob=0`) and without a "
+            f"`guidance_transformer`: it has never seen the null condition; got {received}."
+        )
 
     def check_inputs(
         self,
@@ -202,7 +252,8 @@ class MPDiTPipeline(DiffusionPipeline):
         num_inference_steps: int,
         height: int,
         width: int,
-        guidance_scale: float,
+        guidance_scale: float | None,
+        guidance_interval: tuple[float, float] | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
@@ -210,17 +261,21 @@ class MPDiTPipeline(DiffusionPipeline):
 
         Args:
             class_labels, pooled_projections, negative_pooled_projections, num_images_per_class, num_inference_steps,
-            height, width, guidance_scale, output_type, callback_on_step_end_tensor_inputs: as in `__call__`, defaults
-            filled in.
+            height, width, guidance_scale, guidance_interval, output_type, callback_on_step_end_tensor_inputs: as in
+            `__call__`, defaults filled in.
         Raises:
+            TypeError: if the guider is not of diffusers.
             ValueError: naming the argument, the rule and what was received.
         """
         config = self.transformer.config
-        multiple = self.vae_scale_factor * config.patch_size
+        patch_size = config.patch_size
+        if self.guidance_transformer is not None:
+            patch_size = math.lcm(patch_size, self.guidance_transformer.config.patch_size)
+        multiple = self.vae_scale_factor * patch_size
         if any(not isinstance(side, int) or side < 1 or side % multiple for side in (height, width)):
             raise ValueError(
                 f"`height` and `width` must be positive multiples of {multiple} (VAE factor {self.vae_scale_factor} x "
-                f"patch size {config.patch_size}), got {height}x{width}."
+                f"patch size {patch_size}), got {height}x{width}."
             )
         for name, value in (
             ("num_images_per_class", num_images_per_class),
@@ -238,7 +293,7 @@ class MPDiTPipeline(DiffusionPipeline):
                 f"`class_labels` must be given: ids in [0, {config.num_classes - 1}] or names from `pipe.id2label`."
             )
         self._check_pooled_projections(class_labels, pooled_projections, negative_pooled_projections, guidance_scale)
-        self.check_guidance(guidance_scale)
+        self.check_guidance(guidance_scale, guidance_interval)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
@@ -248,7 +303,7 @@ class MPDiTPipeline(DiffusionPipeline):
             )
 
     def _check_pooled_projections(
-        self, class_labels, pooled_projections, negative_pooled_projections, guidance_scale: float
+        self, class_labels, pooled_projections, negative_pooled_projections, guidance_scale: float | None
     ) -> None:
         dim = self.transformer.config.pooled_projection_dim
         given = {
@@ -281,6 +336,11 @@ class MPDiTPipeline(DiffusionPipeline):
                 f"{len(self.get_label_ids(class_labels))} and {num_conditions}."
             )
         if negative_pooled_projections is not None:
+            if self.guidance_transformer is not None:
+                raise ValueError(
+                    "`negative_pooled_projections` must be None in a pipeline with a `guidance_transformer`, which "
+                    "gets the `pooled_projections` themselves."
+                )
             if guidance_scale == 1:
                 raise ValueError(
                     "`negative_pooled_projections` must be None with `guidance_scale=1`, which ignores it."
@@ -375,6 +435,17 @@ class MPDiTPipeline(DiffusionPipeline):
             return type(scheduler).from_config(scheduler.config, variance_type=None)
         return scheduler
 
+    def _predict(
+        self, transformer: torch.nn.Module, model_input: torch.Tensor, timestep: torch.Tensor, conditions: dict
+    ) -> torch.Tensor:
+        prediction = transformer(
+            model_input.to(transformer.dtype),
+            timestep=timestep.to(model_input.device).expand(len(model_input)),
+            **conditions,
+            return_dict=False,
+        )[0]
+        return prediction.to(model_input.dtype)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -386,6 +457,7 @@ class MPDiTPipeline(DiffusionPipeline):
         width: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -406,9 +478,14 @@ class MPDiTPipeline(DiffusionPipeline):
             height (int, optional): height of the images in pixels; that of training by default.
             width (int, optional): width of the images in pixels; that of training by default.
             num_inference_steps (int): number of sampling steps.
-            guidance_scale (float, optional): weight of the conditional prediction over the unconditional one, for all
-                channels (arXiv 2207.12598 with w = guidance_scale - 1); 1 switches guidance off. By default 4 for a
-                transformer trained with dropped conditions, else 1.
+            guidance_scale (float, optional): w in `u + w (c - u)`, for all channels, c being the prediction and u that
+                of the null condition (arXiv 2207.12598 with its weight w - 1) or of the guidance transformer (arXiv
+                2406.02507); 1 switches guidance off. By default 2 with a guidance transformer, 4 for a
+                transformer trained with dropped conditions, else 1. None with a guider, which has its own.
+            guidance_interval (tuple of float, optional): noise levels (low, high) between which to guide, at
+                low < sigma <= high (arXiv 2404.07724); elsewhere u is not computed and the prediction is c.
+                Sigma is the share of the noise over that of the signal: sqrt(1 / alpha_bar - 1), for a flow
+                t / (1 - t). All noise levels by default.
             generator (torch.Generator or list of them, optional): one for all or one for each image.
             latents (torch.Tensor, optional): initial noise of RMS 1, shape (B, C, height / vae_scale_factor,
                 width / vae_scale_factor).
@@ -422,6 +499,7 @@ class MPDiTPipeline(DiffusionPipeline):
         Returns:
             ImagePipelineOutput or tuple: `images`.
         Raises:
+            TypeError: if a transformer is not of this package, or the guider not of diffusers.
             ValueError: naming the argument, the rule and what was received.
         """
         _check_transformer(self.transformer)
@@ -429,9 +507,10 @@ class MPDiTPipeline(DiffusionPipeline):
         default_size = config.sample_size * self.vae_scale_factor
         height = default_size if height is None else height
         width = default_size if width is None else width
-        if guidance_scale is None:
-            can_guide = self._is_conditional and config.class_dropout_prob > 0
-            guidance_scale = DEFAULT_GUIDANCE_SCALE if can_guide else 1.0
+        if guidance_scale is None and self.guider is None:
+            guidance_scale = DEFAULT_GUIDANCE_SCALE if self._can_guide else 1.0
+            if self.guidance_transformer is not None:
+                guidance_scale = DEFAULT_AUTOGUIDANCE_SCALE
         callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         if isinstance(generator, tuple):
             generator = list(generator)  # diffusers' randn_tensor knows lists only
@@ -446,6 +525,7 @@ class MPDiTPipeline(DiffusionPipeline):
             height,
             width,
             guidance_scale,
+            guidance_interval,
             output_type,
             callback_on_step_end_tensor_inputs,
         )
@@ -454,30 +534,33 @@ class MPDiTPipeline(DiffusionPipeline):
         self._interrupt = False
         device = self._execution_device
 
-        # 2. Conditions, with the null condition for the second half of a guided batch
-        batch_size, conditions = num_images_per_class, {}
+        # 2. Conditions, and the null condition that guidance leads away from
+        batch_size, conditions, null_conditions = num_images_per_class, {}, {}
         if config.num_classes is not None:
             label_ids = torch.tensor(self.get_label_ids(class_labels), device=device)
             label_ids = label_ids.repeat_interleave(num_images_per_class)
             batch_size = len(label_ids)
-            if self.do_classifier_free_guidance:
-                label_ids = torch.cat([label_ids, torch.full_like(label_ids, config.num_classes)])
             conditions["class_labels"] = label_ids
+            null_conditions["class_labels"] = torch.full_like(label_ids, config.num_classes)
         if pooled_projections is not None:
             num_conditions = len(pooled_projections)
             pooled_projections = pooled_projections.to(device).repeat_interleave(num_images_per_class, dim=0)
             batch_size = len(pooled_projections)
-            if self.do_classifier_free_guidance:
-                negative = torch.zeros_like(pooled_projections)
-                if negative_pooled_projections is not None:
-                    negative = negative_pooled_projections.to(negative).expand(num_conditions, -1)
-                    negative = negative.repeat_interleave(num_images_per_class, dim=0)
-                pooled_projections = torch.cat([pooled_projections, negative])
+            negative = torch.zeros_like(pooled_projections)
+            if negative_pooled_projections is not None:
+                negative = negative_pooled_projections.to(negative).expand(num_conditions, -1)
+                negative = negative.repeat_interleave(num_images_per_class, dim=0)
             conditions["pooled_projections"] = pooled_projections
+            null_conditions["pooled_projections"] = negative
+        both_conditions = {name: torch.cat([value, null_conditions[name]]) for name, value in conditions.items()}
 
         # 3. Timesteps, then initial noise: some schedulers know its magnitude only after that
         scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(scheduler.timesteps)
+        guided_steps = [guidance_scale != 1] * self._num_timesteps
+        if guidance_interval is not None:
+            low, high = guidance_interval
+            guided_steps = [guidance_scale != 1 and low < sigma <= high for sigma in _noise_levels(scheduler)]
         # Flow matching starts from noise of RMS 1 and leaves the model's input as it is: its schedulers know neither.
         init_noise_sigma = getattr(scheduler, "init_noise_sigma", 1.0)
         scales_input = hasattr(scheduler, "scale_model_input")
@@ -495,23 +578,35 @@ class MPDiTPipeline(DiffusionPipeline):
                 if self.interrupt:
                     break
                 model_input = scheduler.scale_model_input(latents, timestep) if scales_input else latents
-                model_input = model_input.to(self.transformer.dtype)
-                if self.do_classifier_free_guidance:
-                    model_input = torch.cat([model_input, model_input])
-                prediction = self.transformer(
-                    model_input,
-                    timestep=timestep.to(device).expand(len(model_input)),
-                    **conditions,
-                    return_dict=False,
-                )[0].to(latents.dtype)
+                is_guided = guided_steps[step]
+                if self.guider is not None:
+                    self.guider.set_state(step=step, num_inference_steps=self._num_timesteps, timestep=timestep)
+                    # No inputs to sort, but guiders with a momentum start it anew here.
+                    guider_states = self.guider.prepare_inputs({})
+                    is_guided = len(guider_states) == 2
 
-                noise_pred, variance = prediction.split(
-                    [config.in_channels, prediction.shape[1] - config.in_channels], dim=1
-                )
-                if self.do_classifier_free_guidance:
-                    conditional, unconditional = noise_pred.chunk(2)
-                    noise_pred = torch.lerp(unconditional, conditional, self.guidance_scale)
-                    variance = variance.chunk(2)[0]
+                # Where guided, a second prediction: of the null condition in one batch, or of a weaker transformer.
+                if not is_guided:
+                    predictions = [self._predict(self.transformer, model_input, timestep, conditions)]
+                elif self.guidance_transformer is None:
+                    model_inputs = torch.cat([model_input, model_input])
+                    predictions = self._predict(self.transformer, model_inputs, timestep, both_conditions).chunk(2)
+                else:
+                    predictions = [
+                        self._predict(transformer, model_input, timestep, conditions)
+                        for transformer in (self.transformer, self.guidance_transformer)
+                    ]
+                # The variance is never guided.
+                variance = predictions[0][:, config.in_channels :]
+                noise_pred, *weak_pred = [prediction[:, : config.in_channels] for prediction in predictions]
+                if self.guider is not None:
+                    for state, prediction in zip(guider_states, [noise_pred, *weak_pred], strict=True):
+                        # Its norm takes two dimensions at most, and is the same whatever their shape.
+                        is_flat = isinstance(self.guider, MagnitudeAwareGuidance)
+                        state.noise_pred = prediction.flatten(2) if is_flat else prediction
+                    noise_pred = self.guider(guider_states).pred.reshape(noise_pred.shape)
+                elif is_guided:
+                    noise_pred = torch.lerp(*weak_pred, noise_pred, self.guidance_scale)
                 if passes_variance:
                     noise_pred = torch.cat([noise_pred, variance], dim=1)
                 latents = scheduler.step(noise_pred, timestep, latents, **step_kwargs, return_dict=False)[0]
@@ -532,10 +627,67 @@ class MPDiTPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=image) if return_dict else (image,)
 
 
-def _check_transformer(transformer: torch.nn.Module) -> None:
+def _check_transformer(transformer: torch.nn.Module, name: str = "transformer") -> None:
     # By its config: compiled and wrapped ones have another class.
     if "class_dropout_prob" not in getattr(transformer, "config", {}):
         raise TypeError(
-            "`transformer` must be an MPDiTTransformer2DModel, possibly compiled, got a "
+            f"`{name}` must be an MPDiTTransformer2DModel, possibly compiled, got a "
             f"{type(transformer).__name__}; diffusers' own DiT runs in its DiTPipeline."
         )
+
+
+def _check_guidance_transformer(guidance_transformer: torch.nn.Module | None, transformer: torch.nn.Module) -> None:
+    if guidance_transformer is None:
+        return
+    _check_transformer(guidance_transformer, "guidance_transformer")
+    for key in ("in_channels", "num_classes", "pooled_projection_dim", "sample_size"):
+        expected, received = transformer.config[key], guidance_transformer.config[key]
+        if received != expected:
+            raise ValueError(
+                f"`guidance_transformer` must be of the task of the transformer, whose `{key}` is {expected}; got "
+                f"{received}."
+            )
+
+
+def _check_guider(guider: BaseGuidance | None) -> None:
+    if guider is None:
+        return
+    name = type(guider).__name__
+    if not isinstance(guider, BaseGuidance):
+        raise TypeError(f"`guider` must be a guider of `diffusers.guiders`, got a {name}.")
+    if guider._input_predictions != ["pred_cond", "pred_uncond"]:
+        raise ValueError(
+            "`guider` must make one prediction of two, a conditional and an unconditional one, as "
+            f"ClassifierFreeGuidance does; {name} needs {', '.join(guider._input_predictions)}."
+        )
+    if type(guider).prepare_models is not BaseGuidance.prepare_models:
+        raise ValueError(
+            f"`guider` must leave the transformer as it is, which {name} does not: it disturbs chosen layers. For "
+            "guidance by a weaker model give this pipeline a `guidance_transformer`."
+        )
+
+
+def _is_interval(interval: tuple[float, float]) -> bool:
+    return (
+        isinstance(interval, (tuple, list))
+        and len(interval) == 2
+        and all(isinstance(level, (int, float)) for level in interval)
+        and 0 <= interval[0] < interval[1]
+    )
+
+
+def _noise_levels(scheduler) -> list[float]:
+    """Standard deviation of the noise over the share of the signal, at each of a scheduler's timesteps."""
+    timesteps = scheduler.timesteps.double().cpu()
+    is_flow = isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler))
+    if is_flow or scheduler.config.get("use_flow_sigmas"):
+        noise_share = timesteps / scheduler.config.num_train_timesteps
+        return (noise_share / (1 - noise_share)).tolist()
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            "`guidance_interval` must be None with a scheduler that has neither `alphas_cumprod` nor the timesteps of "
+            f"a flow, got a {type(scheduler).__name__}."
+        )
+    alphas_cumprod = scheduler.alphas_cumprod.double().cpu().numpy()
+    alphas_cumprod = torch.from_numpy(np.interp(timesteps.numpy(), np.arange(len(alphas_cumprod)), alphas_cumprod))
+    return (1 / alphas_cumprod - 1).sqrt().tolist()
