@@ -21,6 +21,8 @@ _EXPORTS = {
     "transformer_mpdit": ["MPDiTTransformer2DModel"],
     "pipeline_mpdit": ["MPDiTPipeline"],
     "presets": ["get_preset"],
+    "original_dit": ["OriginalDiTTransformer2DModel"],
+    "class_embeddings": ["resize_class_embeddings_"],
     "ema": ["PowerFunctionEMA"],
     "reconstruction": ["reconstruct_ema"],
     "evaluation": ["frechet_distance"],
@@ -40,6 +42,7 @@ _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in nam
 __all__ = ["__version__", *sorted(_MODULE_OF)]
 
 if TYPE_CHECKING:
+    from .class_embeddings import resize_class_embeddings_ as resize_class_embeddings_
     from .diagnostics import MagnitudeRecorder as MagnitudeRecorder
     from .ema import PowerFunctionEMA as PowerFunctionEMA
     from .evaluation import frechet_distance as frechet_distance
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from .modulation import RotationModulation as RotationModulation
     from .modulation import ScaleModulation as ScaleModulation
     from .modulation import ShiftModulation as ShiftModulation
+    from .original_dit import OriginalDiTTransformer2DModel as OriginalDiTTransformer2DModel
     from .pipeline_mpdit import MPDiTPipeline as MPDiTPipeline
     from .presets import get_preset as get_preset
     from .reconstruction import reconstruct_ema as reconstruct_ema
