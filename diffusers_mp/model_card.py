@@ -165,7 +165,7 @@ def write_rotation_card(
         what = "whose AdaLN shifts were swapped for rotations by `diffusers-mp`, then fine-tuned"
     if arguments.get("max_train_steps") == 0:
         what = what.replace(", then fine-tuned", " and not fine-tuned")
-    source = repr(repo_id or "folder")
+    source = _quoted(repo_id or "folder")
     # Importing the package alone is enough for a folder, but not for a repository.
     class_import = ""
     if swap is not None and not is_adapter:
@@ -177,7 +177,7 @@ pipe = DiTPipeline.from_pretrained({source})"""
         usage = f"""from diffusers import DiTPipeline
 from diffusers_mp import load_rotation_adapter
 
-pipe = DiTPipeline.from_pretrained({(base or "base model")!r})
+pipe = DiTPipeline.from_pretrained({_quoted(base or "base model")})
 load_rotation_adapter(pipe.transformer, {source})"""
     sections = [
         f"# {_text(repo_id.split('/')[-1]) if repo_id else 'DiT with rotation modulation'}",
@@ -320,14 +320,19 @@ def _grid_section(folder: Path, sample_grid: str | Path | None, arguments: dict)
     return f"![samples]({GRID_NAME})\n\n{caption}"
 
 
+def _quoted(value: str | list) -> str:
+    """Python source of names or ids, with the quotes that formatters ask for."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _usage(folder: Path, index: dict, config: dict, repo_id: str | None, revision: str | None) -> str:
-    source = repr(repo_id or "folder") + (f", revision={revision!r}" if revision else "")
+    source = _quoted(repo_id or "folder") + (f", revision={_quoted(revision)}" if revision else "")
     names = [name for _, name in sorted((index.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
     num_classes = config.get("num_classes")
     call = "num_images_per_class=2"
     if num_classes is not None:
         plain = len(set(names)) == len(names) and not any("," in name for name in names)
-        call = f"class_labels={names[:2] if names and plain else list(range(min(2, num_classes)))!r}"
+        call = f"class_labels={_quoted(names[:2] if names and plain else list(range(min(2, num_classes))))}"
     text = f"""```python
 from diffusers_mp import MPDiTPipeline
 
@@ -345,7 +350,7 @@ Averages of the weights of other widths are beside it: {", ".join(f"`{name}`" fo
 ```python
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel
 
-transformer = MPDiTTransformer2DModel.from_pretrained({source}, subfolder={others[0]!r})
+transformer = MPDiTTransformer2DModel.from_pretrained({source}, subfolder={_quoted(others[0])})
 pipe = MPDiTPipeline.from_pretrained({source}, transformer=transformer)
 ```"""
     return text

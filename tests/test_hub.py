@@ -608,7 +608,7 @@ def test_a_swapped_pipeline_and_an_adapter_are_published_and_loaded(swapped, ser
     assert "None was given" in adapters_card
     (block,) = re.findall(r"```python\n(.*?)```", adapters_card, re.DOTALL)
     ast.parse(block)
-    assert "load_rotation_adapter(pipe.transformer, 'user/adapter')" in block
+    assert 'load_rotation_adapter(pipe.transformer, "user/adapter")' in block
 
     task = {"card": card, "stock": str(swapped.base / "stock")}
     (whole, adapted), _ = client(server, tmp_path / "reader", LOAD_SWAPPED, task)

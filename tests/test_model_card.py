@@ -36,7 +36,7 @@ def test_card_tells_the_facts_of_the_run(made):  # noqa: F811
         "Bill, Eric Tillman and Perez Jensen, Cristian and Anagnostidis, Sotiris",
         "![samples](sample_grid.png)",
         "![training curve](training_curve.png)",
-        "MPDiTPipeline.from_pretrained('user/name')",
+        'MPDiTPipeline.from_pretrained("user/name")',
         "50 steps, guidance scale as the pipeline has it, not selected",
     ):
         assert fact in text, fact
@@ -70,7 +70,7 @@ def test_card_without_matplotlib_has_the_table_alone(run, monkeypatch):  # noqa:
     assert "training_curve" not in text
     assert not (run / "training_curve.png").exists()
     assert "| update | training loss since the row above | validation loss |" in text
-    assert "MPDiTPipeline.from_pretrained('folder')" in text
+    assert 'MPDiTPipeline.from_pretrained("folder")' in text
     assert "None was given: ask the author" in text
     assert "| images seen | not recorded |" in text
 
@@ -91,7 +91,7 @@ def test_card_of_a_bare_unconditional_pipeline_of_pixels(tmp_path):
     assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "own", "LICENSE.md")
     text = str(card)
     for fact in (
-        "from_pretrained('user/name', revision='draft')",
+        'from_pretrained("user/name", revision="draft")',
         "pipe(num_images_per_class=2",
         "None: the transformer works on pixels",
         "- source: drawings \\| mine",
