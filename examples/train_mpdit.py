@@ -11,6 +11,7 @@ the number of processes, workers and micro batches does not change the run.
 """
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -41,12 +42,13 @@ from diffusers_mp import (
     PowerFunctionEMA,
     normalize_weights_,
     parameter_groups,
+    resize_class_embeddings_,
     trust_rows_,
 )
 from diffusers_mp.encoding import encode_dataset
 from diffusers_mp.hub import check_hub_access, public_arguments, publish
 from diffusers_mp.images import load_image_dataset
-from diffusers_mp.latents import LatentDataset
+from diffusers_mp.latents import LatentDataset, vae_fingerprint
 from diffusers_mp.model_card import write_model_card
 from diffusers_mp.snapshots import discard_snapshots_after, save_snapshots
 from diffusers_mp.training import (
@@ -108,9 +110,10 @@ def main(args):
         if checkpoint is None:
             logger.info("No checkpoint in %s yet, starting from the beginning", args.output_dir)
     vae = None if args.vae == "none" else AutoencoderKL.from_pretrained(args.vae, cache_dir=args.cache_dir)
+    pretrained = None if args.pretrained_model_name_or_path is None else load_pretrained(args, vae)
     latents = load_latents(args, vae, accelerator)
 
-    run = set_up(args, accelerator, curve, vae, latents, checkpoint)
+    run = set_up(args, accelerator, curve, vae, latents, pretrained, checkpoint)
     if checkpoint is not None:
         resume(args, run, checkpoint)
     clear_what_comes_again(args, run)
@@ -149,7 +152,61 @@ def start(args):
     return accelerator, curve
 
 
-def set_up(args, accelerator, curve, vae, latents, checkpoint):
+@dataclass
+class Pretrained:
+    """What a run starts from that does not start from random weights; of a transformer alone the first only."""
+
+    transformer: MPDiTTransformer2DModel
+    id2label: dict[int, str] | None = None
+    latents_mean: list[float] | None = None
+    latents_std: list[float] | None = None
+
+
+def load_pretrained(args, vae) -> Pretrained:
+    """A pipeline or a transformer, refused where the VAE or the objective is another, before images are encoded."""
+    source = args.pretrained_model_name_or_path
+    try:
+        MPDiTPipeline.load_config(source, cache_dir=args.cache_dir)
+    except OSError:  # no model_index.json
+        return Pretrained(MPDiTTransformer2DModel.from_pretrained(source, cache_dir=args.cache_dir))
+    pipeline = MPDiTPipeline.from_pretrained(source, cache_dir=args.cache_dir)
+    if (pipeline.vae is None) != (vae is None) or (
+        vae is not None and vae_fingerprint(pipeline.vae) != vae_fingerprint(vae)
+    ):
+        raise ValueError(
+            f"`--vae` must be the VAE of {source}, whose latents the transformer knows "
+            f"({'none: it works on pixels' if pipeline.vae is None else 'its folder is vae/'}), got {args.vae}."
+        )
+    wanted, stored = training_objective(args).scheduler.config, pipeline.scheduler.config
+    for name in ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "shift"):
+        if stored.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{source} must have been trained as `--prediction_type {args.prediction_type}` trains here, with "
+                f"{name} {wanted.get(name)} of the scheduler, got {stored.get(name)}."
+            )
+    config = pipeline.config
+    return Pretrained(pipeline.transformer, pipeline.id2label, config.latents_mean, config.latents_std)
+
+
+def make_model(args, accelerator, latents, num_classes, pretrained):
+    """The model of the run, with random weights or those it is to start from."""
+    pretrained_config = None if pretrained is None else pretrained.transformer.config
+    config = model_config(args, latents.latent_shape, num_classes, latents.pooled_projection_dim, pretrained_config)
+    if pretrained is None:
+        return MPDiTTransformer2DModel(**config)
+    model, known = pretrained.transformer, set((pretrained.id2label or {}).values())
+    if num_classes is not None:
+        generator = torch.Generator().manual_seed(args.seed)
+        resize_class_embeddings_(model, pretrained.id2label, latents.id2label, generator)
+        num_known = sum(name in known for name in latents.id2label.values())
+        source = args.pretrained_model_name_or_path
+        accelerator.print(f"{source} knows {num_known:,} of {num_classes:,} classes by name")
+    model.register_to_config(class_dropout_prob=config["class_dropout_prob"])
+    # Of a snapshot of averages, and of weights that were saved in half precision, rows are shorter than 1.
+    return normalize_weights_(model)
+
+
+def set_up(args, accelerator, curve, vae, latents, pretrained, checkpoint):
     """Everything that a run consists of, before its first update."""
     num_classes = None if latents.id2label is None else len(latents.id2label)
     num_held_out = args.num_validation_images
@@ -157,9 +214,10 @@ def set_up(args, accelerator, curve, vae, latents, checkpoint):
         num_held_out = min(256, len(latents) // 20)
     train_indices, validation_indices = split_validation(len(latents), num_held_out, args.seed)
 
-    model = MPDiTTransformer2DModel(
-        **model_config(args, latents.latent_shape, num_classes, latents.pooled_projection_dim)
-    )
+    model = make_model(args, accelerator, latents, num_classes, pretrained)
+    if pretrained is not None and pretrained.latents_mean is not None:
+        # The transformer knows latents in these units; those of the classes kept are what they were.
+        latents.latents_mean, latents.latents_std = pretrained.latents_mean, pretrained.latents_std
     model.train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -185,6 +243,7 @@ def set_up(args, accelerator, curve, vae, latents, checkpoint):
     if args.num_train_epochs is not None:
         max_train_steps = math.ceil(args.num_train_epochs * len(samples) / total_batch_size)
     facts = run_facts(args, model, learning_rate, len(samples), total_batch_size, max_train_steps)
+    facts["pretrained_weights_sha256"] = None if pretrained is None else sha256_of(model)
     if checkpoint is not None:
         facts = resumed_facts(checkpoint, facts, args)
     lr_scheduler = learning_rate_schedule(args, optimizer, facts, max_train_steps)
@@ -583,6 +642,14 @@ def load_latents(args, vae, accelerator) -> LatentDataset:
         )
     latents.verify(**processes)
     return latents
+
+
+def sha256_of(model) -> str:
+    """Identity of weights, wherever they lie."""
+    content = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        content.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+    return content.hexdigest()
 
 
 def resumed_facts(checkpoint: Path, facts: dict, args) -> dict:

@@ -79,6 +79,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         group.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help="overrides the configuration")
     group.add_argument("--model_config_name_or_path", help="config of a model, instead of the preset and its flags")
     group.add_argument(
+        "--pretrained_model_name_or_path",
+        help="start from the weights of this pipeline or transformer; classes of the same names keep their rows",
+    )
+    group.add_argument(
         "--variance_type",
         choices=("learned_range", "fixed_small", "fixed_large"),
         help="learned_range doubles the output channels and adds the variational bound to the loss "
@@ -238,12 +242,11 @@ def latents_folder(args: argparse.Namespace) -> Path:
 
 def _check_model_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse what a config would silently replace; build the model on no device, before images are encoded."""
-    given = [name for name in (*PRESET_DEFAULTS, *MODEL_FLAGS) if getattr(args, name) is not None]
-    if args.model_config_name_or_path is not None:
-        if given:
-            parser.error(
-                f"--model_config_name_or_path stands instead of --{', --'.join(given)}: give one or the other"
-            )
+    sources = ("pretrained_model_name_or_path", "model_config_name_or_path")
+    given = [name for name in (*sources, *PRESET_DEFAULTS, *MODEL_FLAGS) if getattr(args, name) is not None]
+    if given and given[0] in sources:
+        if given[1:]:
+            parser.error(f"--{given[0]} stands instead of --{', --'.join(given[1:])}: give one or the other")
         return
     for name, default in PRESET_DEFAULTS.items():
         if getattr(args, name) is None:
@@ -260,8 +263,9 @@ def model_config(
     latent_shape: tuple[int, int, int],
     num_classes: int | None,
     pooled_projection_dim: int | None = None,
+    pretrained_config: dict | None = None,
 ) -> dict:
-    """Keyword arguments of the model: preset, flags, and what follows from the data."""
+    """Keyword arguments of the model: preset and flags, or another model's config, and what follows from the data."""
     channels, sample_size, _ = latent_shape
     of_data = {
         "in_channels": channels,
@@ -274,7 +278,7 @@ def model_config(
     is_conditional = num_classes is not None or pooled_projection_dim is not None
     if not is_conditional:
         class_dropout_prob = 0.0
-    if args.model_config_name_or_path is None:
+    if pretrained_config is None and args.model_config_name_or_path is None:
         flags = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
         return get_preset(
             args.preset,
@@ -285,12 +289,17 @@ def model_config(
             **of_data,
             **flags,
         )
-    config = MPDiTTransformer2DModel.load_config(args.model_config_name_or_path)
+    source = args.pretrained_model_name_or_path or args.model_config_name_or_path
+    config = pretrained_config
+    if config is None:
+        config = MPDiTTransformer2DModel.load_config(source)
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     for name, value in of_data.items():
-        if config.get(name, value) != value:
+        # A table of classes that there is takes the place of one of another size.
+        is_resized = name == "num_classes" and pretrained_config is not None and None not in (config[name], value)
+        if config.get(name, value) != value and not is_resized:
             raise ValueError(
-                f"`{name}` of {args.model_config_name_or_path} must be {value} for these data and "
+                f"`{name}` of {source} must be {value} for these data and "
                 f"--prediction_type {args.prediction_type} with --variance_type {args.variance_type}, got "
                 f"{config[name]}."
             )
