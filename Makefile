@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Two workers with a thread each beat one with two threads on these many small tests.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: install demo test test-all test-lowest test-wheel style quality clean
+.PHONY: install demo test test-all test-lowest test-wheel bench docs tiny style quality clean
 
 install: $(INSTALLED)
 
@@ -37,6 +37,17 @@ test-wheel: $(INSTALLED)  ## build, install in an empty environment, import, typ
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt dist/*.whl mypy
 	.venv-wheel/bin/python -P .ci/check_wheel.py
+
+bench: $(INSTALLED)  ## E beside A and diffusers' DiT, about 15 minutes on 2 cores; leave the machine to it
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py --output docs/results/speed
+
+tiny: $(INSTALLED)  ## the checkpoint in docs/tiny, its curves and its evaluation: about 15 minutes on one core
+	rm -rf build/tiny
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python examples/make_tiny_checkpoint.py
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python examples/evaluate.py --pretrained_model_name_or_path docs/tiny --reference_dir build/tiny/digits/held_out --extractors digits_features:hidden_units --num_samples 1000 --batch_size 100 --guidance_scales 1 1.5 2 3 4 --num_inference_steps 5 10 25 50 --scheduler DPMSolverMultistepScheduler --heat_map --output_dir build/tiny/evaluation
+
+docs: $(INSTALLED)  ## the pages of docs/ as build/docs/index.html; every warning is an error
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs build/docs
 
 style: $(INSTALLED)  ## reformat
 	$(BIN)/ruff check --fix .

@@ -601,7 +601,10 @@ def draw_heat_map(path: Path, results: dict) -> None:
         axes.set(xlabel="guidance scale", title=None if steps is None else f"{steps} steps")
     figure.axes[0].set_ylabel(row_label)
     name = results["settings"]["extractors"][0]["id"].rstrip("/").split("/")[-1]
-    figure.colorbar(image, ax=figure.axes, label=f"Fréchet distance\n({name})")
+    # Of its own choice matplotlib writes 6 x 10^-1.
+    ticks = np.unique((np.geomspace if isinstance(norm, LogNorm) else np.linspace)(low, high, 5))
+    bar = figure.colorbar(image, ax=figure.axes, ticks=ticks, format="%.3g", label=f"Fréchet distance\n({name})")
+    bar.minorticks_off()
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
