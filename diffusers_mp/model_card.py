@@ -86,12 +86,15 @@ def write_model_card(
     num_updates = max((entry["step"] for entry in log), default=None)
     num_classes = config.get("num_classes")
     kind = "Unconditional" if num_classes is None else "Class-conditional"
-    dataset = arguments.get("dataset_name")
+    dataset, base = arguments.get("dataset_name"), arguments.get("pretrained_model_name_or_path")
+    started = ""
+    if base is not None:
+        started = f", starting from {f'[{base}](../../{base})' if _is_repo_id(base) else 'weights of the author'}"
 
     sections = [
         f"# {_text(repo_id.split('/')[-1]) if repo_id else 'Magnitude-preserving diffusion transformer'}",
         f"{kind} image generation with a magnitude-preserving diffusion transformer (MPDiT), after "
-        "[arXiv 2505.19122](https://arxiv.org/abs/2505.19122), trained with `diffusers-mp`.",
+        f"[arXiv 2505.19122](https://arxiv.org/abs/2505.19122), trained with `diffusers-mp`{started}.",
         _grid_section(folder, sample_grid, arguments),
         "## How to use\n\n" + _usage(folder, index, config, repo_id, revision),
         "## Data\n\n" + _data(folder, index, config, arguments, data),
@@ -104,6 +107,7 @@ def write_model_card(
     ]
     card_data = ModelCardData(
         library_name="diffusers",
+        base_model=base if _is_repo_id(base) else None,
         license=license,
         license_name=license_name,
         license_link=license_link,

@@ -121,6 +121,16 @@ def test_card_names_data_and_vae_of_the_hub(run):  # noqa: F811
     assert TOKEN not in (run / "README.md").read_text()
 
 
+@pytest.mark.parametrize("base, told", [("someone/mpdit", "[someone/mpdit](../../someone/mpdit)"), ("/home/me/a", "")])
+def test_card_names_the_checkpoint_that_training_started_from(run, base, told):  # noqa: F811
+    rewrite(run / "training_arguments.json", json.dumps({"pretrained_model_name_or_path": base}))
+    (run / "README.md").unlink()
+    card = write_model_card(run, "user/name")
+    assert card.data.base_model == (base if told else None)
+    assert f"starting from {told or 'weights of the author'}." in str(card)
+    assert "home/me" not in str(card)
+
+
 def results(home, distance):
     extractor = {"id": f"{home}/dinov2", "revision": None, "weights_sha256": "abc", "output": "pooler_output"}
     reference = {"num_images": 5000, "resolution": 32, "preparation": "centre crop", "content_hash": "f" * 64}
