@@ -1,0 +1,501 @@
+"""What does each part of the magnitude-preserving transformer do? Real digits, and for every arm a rate of its own.
+
+    python examples/ablate.py --output_dir ablation --report docs/results/ablation.md
+
+Arms are configurations A to D with DiT's own modulation, and E with ten modulations. All have equal data, updates and
+batches, and runs of one seed the same order and noise. Every arm first tries its rates on the first seed; the one of
+the lowest validation loss is that of the other seeds. All training is done by `train_mpdit.py`, on pixels.
+
+Every run leaves `records/<run>.json`; what has one is not done again, and a run that was broken off goes on at its
+last checkpoint. Several processes may share a folder, each at a run of its own: on models this small a thread each
+(`OMP_NUM_THREADS=1`) is the best use of cores. Reports are made of records alone; `--max_hours 0` trains nothing.
+"""
+
+import argparse
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import ablation_report
+import digits
+import numpy as np
+import torch
+import train_mpdit
+import training_arguments
+from diffusers import DPMSolverMultistepScheduler
+from diffusers.utils.logging import disable_progress_bar
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
+from torch import nn
+
+from diffusers_mp import MPDiTPipeline, frechet_distance, get_preset
+from diffusers_mp.diagnostics import load_history
+from diffusers_mp.encoding import encode_dataset
+from diffusers_mp.evaluation import NonFiniteImageError, RunningStatistics, generate_images
+from diffusers_mp.images import load_image_dataset
+from diffusers_mp.latents import LatentDataset
+from diffusers_mp.training import (
+    NonFiniteError,
+    find_checkpoints,
+    read_state,
+    resolve_checkpoint,
+    split_validation,
+)
+
+
+class Arm(NamedTuple):
+    """A configuration of the paper and its modulations."""
+
+    configuration: str
+    modulation: str
+
+    @property
+    def name(self):
+        return f"{self.configuration}_{self.modulation}"
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    arm: Arm
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self):
+        return f"{self.arm.name}_lr{self.learning_rate:g}_seed{self.seed}"
+
+
+# In the order in which they are run: what the main claims of the paper are about comes first.
+BASELINE = Arm("A", "scale+shift+gate")
+ADALN, ROTATION = Arm("E", "scale+shift+gate"), Arm("E", "scale+rotate+gate")
+ARMS = (
+    *(BASELINE, ROTATION, ADALN),
+    *(Arm(configuration, "scale+shift+gate") for configuration in "BCD"),
+    *(Arm("E", f"{kinds}+gate") for kinds in ("scale", "shift", "rotate")),
+    *(Arm("E", kinds) for kinds in ("scale+rotate", "scale+shift", "scale", "shift", "rotate")),
+)
+# What numbers depend on: records with other settings are refused.
+SETTINGS = (
+    *("max_train_steps", "train_batch_size", "num_layers", "num_attention_heads", "attention_head_dim"),
+    *("num_validation_images", "num_samples", "num_inference_steps"),
+)
+FAILURES = (NonFiniteError, NonFiniteImageError)
+EMA_STD = 0.05
+# Guidance hides what a model has not learnt: what is reported first is without.
+GUIDANCE_SCALES = (1.0, 2.0)
+JUDGE_STEPS = 1500
+MAGNITUDES = r"magnitude/(activations|weights)/transformer_blocks\.\d+"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--output_dir", type=Path, default=Path("ablation"), help="folder for everything but the report")
+    add("--report", type=Path, help="write the tables of all records here, and the figures beside them")
+    add("--only", default="", help="regular expression: arms to run, by a part of their names, as in E_scale")
+    add("--max_hours", type=float, default=math.inf, help="begin no run after these; 0 trains nothing")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights, data and noise; the first one for rates")
+    add("--learning_rates", type=float, nargs="+", default=[1e-3, 5e-3, 2e-2, 1e-1], help="tried by C, D and E")
+    add("--plain_learning_rates", type=float, nargs="+", default=[1e-4, 5e-4, 2e-3, 1e-2], help="tried by A and B")
+    add("--max_train_steps", type=int, default=3000, help="updates of each run")
+    add("--train_batch_size", type=int, default=64, help="samples of an update")
+    add("--num_layers", type=int, default=6, help="blocks of the model")
+    add("--num_attention_heads", type=int, default=3, help="attention heads")
+    add("--attention_head_dim", type=int, default=32, help="channels of a head; width is their product")
+    add("--num_validation_images", type=int, default=256, help="held out of training, others for each seed")
+    add("--num_samples", type=int, default=2000, help="samples of each run, of each guidance scale")
+    add("--num_inference_steps", type=int, default=25, help="sampling steps, of DPM-Solver")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    disable_progress_bar()
+    facts = prepare(args)
+    deadline = time.monotonic() + 3600 * args.max_hours
+    while runs := [run for run in plan(args, facts) if not record_file(args, run).is_file()]:
+        if time.monotonic() >= deadline:
+            print(f"--max_hours {args.max_hours:g}: stopped, {len(runs)} runs can be done now, more may follow")
+            break
+        for run in runs:
+            with lock(args, run.name, blocking=False) as is_mine:
+                # Another process may have finished it between the look at its record and the lock.
+                if is_mine and not record_file(args, run).is_file():
+                    do(args, run, facts)
+                    break
+        else:
+            # Others are at work on all of them, and what follows depends on the results.
+            time.sleep(5)
+    if args.report is not None:
+        report(args, facts)
+
+
+# The plan
+
+
+def plan(args, facts):
+    """Runs that can be done now, finished ones too: an arm's other seeds need its sweep."""
+    for arm in ARMS:
+        if re.search(args.only, arm.name):
+            yield from (Run(arm, rate, args.seeds[0]) for rate in rates_of(args, arm))
+            rate = best_rate(args, arm, facts)
+            if rate is not None:
+                yield from (Run(arm, rate, seed) for seed in args.seeds[1:])
+
+
+def rates_of(args, arm):
+    if arm.configuration in "AB":
+        return args.plain_learning_rates
+    # The paper's rate of A and B, which is said to fail for E.
+    return [*args.learning_rates, ablation_report.PROBE_RATE] if arm == ROTATION else args.learning_rates
+
+
+def best_rate(args, arm, facts):
+    """The rate of the lowest validation loss on the first seed; None before all were tried, or if all have failed."""
+    sweep = {rate: read(args, Run(arm, rate, args.seeds[0]), facts) for rate in rates_of(args, arm)}
+    if None in sweep.values():
+        return None
+    best = min(sweep, key=lambda rate: loss_of(sweep[rate]))
+    return best if loss_of(sweep[best]) < math.inf else None
+
+
+def loss_of(record):
+    return math.inf if "failure" in record else record["validation"]["loss"]
+
+
+def settings_of(args, arm, facts):
+    return {
+        **{name: getattr(args, name) for name in SETTINGS},
+        "guidance_scales": list(GUIDANCE_SCALES),
+        "judge": facts["sha256"],
+        "model": model_config(args, arm),
+    }
+
+
+def model_config(args, arm):
+    return get_preset(
+        "XS/2",
+        arm.configuration,
+        arm.modulation.split("+"),
+        num_layers=args.num_layers,
+        num_attention_heads=args.num_attention_heads,
+        attention_head_dim=args.attention_head_dim,
+    )
+
+
+def record_file(args, run):
+    return args.output_dir / "records" / f"{run.name}.json"
+
+
+def read(args, run, facts):
+    """The record of a run, None if there is none yet; refuses that of another experiment."""
+    file = record_file(args, run)
+    if not file.is_file():
+        return None
+    record, wanted = json.loads(file.read_text()), settings_of(args, run.arm, facts)
+    found = record["settings"]
+    differences = [f"{key} {found.get(key)} (now {value})" for key, value in wanted.items() if found.get(key) != value]
+    if differences:
+        raise ValueError(
+            f"`--output_dir` must hold runs with the settings of this command, {file} has {', '.join(differences)}: "
+            "choose another folder for other settings."
+        )
+    return record
+
+
+@contextlib.contextmanager
+def lock(args, name, blocking=True):
+    """Whether this process has the name to itself, until the block ends or the process does, however it does."""
+    folder = args.output_dir / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def write_json(file, content):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # By process: arms at work in two of them have one file of their model.
+    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(file)
+
+
+# Data and judge
+
+
+def prepare(args):
+    """Digits as the trainer reads them, and the judge with what is known of it; made once, by one process."""
+    file = args.output_dir / "judge.json"
+    with lock(args, "prepare"):
+        if not file.is_file():
+            scans, judged = load_digits(), digits.split_digits()["judge"].numbers
+            pictures = [Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8)) for scan in scans.images]
+            others = np.setdiff1d(np.arange(len(pictures)), judged)
+            digits.write_image_folder(
+                args.output_dir / "digits",
+                digits.LabelledImages([pictures[number] for number in others], scans.target[others], others),
+            )
+            dataset, id2label = load_image_dataset(
+                args.output_dir / "digits", cache_dir=str(args.output_dir / "cache")
+            )
+            encode_dataset(
+                dataset,
+                args.output_dir / "latents",
+                vae=None,
+                resolution=digits.SCAN_SIZE,
+                id2label=id2label,
+                num_channels=1,
+            )
+            images = np.stack([np.asarray(pictures[number]) for number in judged])
+            judge = fit_judge(torch.tensor(images)[:, None], torch.tensor(scans.target[judged]), JUDGE_STEPS)
+            save_file(judge.state_dict(), args.output_dir / "judge.safetensors")
+            write_json(file, facts_of(args, judge))
+    return json.loads(file.read_text())
+
+
+class Judge(nn.Module):
+    """A small convolutional network: uint8 digits, (B, 1, 8, 8), to 32 features and the logits of ten classes."""
+
+    NUM_FEATURES = 32
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(1, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.SiLU()),
+            *(nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 4 * 4, self.NUM_FEATURES), nn.SiLU()),
+        )
+        self.head = nn.Linear(self.NUM_FEATURES, len(digits.CLASS_NAMES))
+
+    def forward(self, images):
+        features = self.body(images.float() / 127.5 - 1)
+        return features, self.head(features)
+
+
+def fit_judge(images, labels, num_steps):
+    """The judge of the digits that no generative model sees, each moved by up to a pixel."""
+    torch.manual_seed(0)
+    judge = Judge().train()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    for _ in range(num_steps):
+        chosen = torch.randint(len(images), (64,))
+        down, across = torch.randint(-1, 2, (2,)).tolist()
+        moved = torch.roll(nn.functional.pad(images[chosen], (1, 1, 1, 1)), (down, across), (2, 3))[..., 1:-1, 1:-1]
+        loss = nn.functional.cross_entropy(judge(moved)[1], labels[chosen])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return judge.eval()
+
+
+def read_digits(args):
+    """All digits that the judge has not seen: uint8, (N, 1, 8, 8), and their labels, in the order of training data."""
+    latents = LatentDataset(args.output_dir / "latents")
+    samples = [latents.read(index) for index in range(len(latents))]
+    images = torch.stack([sample["mean"] for sample in samples])
+    return ((images + 1) * 127.5).round().byte(), torch.tensor([sample["label"] for sample in samples])
+
+
+@torch.no_grad()
+def facts_of(args, judge, num_splits=20):
+    """What the judge reads in real digits, and the distance between halves of them."""
+    images, labels = read_digits(args)
+    features, logits = judge(images)
+    generator = torch.Generator().manual_seed(0)
+    halves = [torch.randperm(len(images), generator=generator).chunk(2) for _ in range(num_splits)]
+    file = args.output_dir / "judge.safetensors"
+    return {
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "accuracy": (logits.argmax(1) == labels).double().mean().item(),
+        "num_real": len(images),
+        "floor": float(np.mean([distance(features[one], features[other]) for one, other in halves])),
+    }
+
+
+def distance(features, others):
+    """Fréchet distance between two sets of features."""
+    one, other = RunningStatistics().update(features), RunningStatistics().update(others)
+    return frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
+
+
+# One run
+
+
+def do(args, run, facts):
+    """Train and measure one run, from its last checkpoint if it was broken off, and leave its record."""
+    print(f"--- {datetime.datetime.now():%m-%d %H:%M} {run.name}", flush=True)
+    folder = args.output_dir / "runs" / run.name
+    record = {
+        "settings": settings_of(args, run.arm, facts),
+        "arm": run.arm.name,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate")},
+    }
+    start, handler = time.process_time(), signal.getsignal(signal.SIGTERM)
+    try:
+        record |= train(args, run, folder)
+        record |= measure(args, run, folder, load_judge(args))
+    except FAILURES as error:
+        record["failure"] = str(error)
+        # The trainer listens for signals until its end, which it has not reached.
+        signal.signal(signal.SIGTERM, handler)
+    record["cpu_seconds"] = time.process_time() - start
+    write_json(record_file(args, run), record)
+    # Weights and averages stay, for other measures; what training would need to go on does not.
+    for checkpoint in find_checkpoints(folder):
+        shutil.rmtree(checkpoint)
+
+
+def load_judge(args):
+    judge = Judge()
+    judge.load_state_dict(load_file(args.output_dir / "judge.safetensors"))
+    return judge.eval()
+
+
+def train(args, run, folder):
+    """The trainer's run, and what it has recorded."""
+    model_file = args.output_dir / "models" / f"{run.arm.name}.json"
+    write_json(model_file, model_config(args, run.arm))
+    options = {
+        "--latents_dir": args.output_dir / "latents",
+        "--model_config_name_or_path": model_file,
+        "--output_dir": folder,
+        "--resume_from_checkpoint": "latest",
+        "--seed": run.seed,
+        "--learning_rate": run.learning_rate,
+        "--max_train_steps": args.max_train_steps,
+        "--train_batch_size": args.train_batch_size,
+        "--ema_stds": EMA_STD,
+        "--num_validation_images": args.num_validation_images,
+        "--validation_steps": math.ceil(args.max_train_steps / 4),
+        "--validation_inference_steps": 10,
+        "--record_magnitudes_steps": args.max_train_steps,
+        "--checkpointing_steps": math.ceil(args.max_train_steps / 4),
+        "--checkpoints_total_limit": 1,
+        "--mixed_precision": "no",
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint = resolve_checkpoint("latest", folder)
+    num_done = 0 if checkpoint is None else read_state(checkpoint)["step"]
+    start = time.process_time()
+    with (args.output_dir / "runs" / f"{run.name}.log").open("a") as log, contextlib.redirect_stderr(log):
+        train_mpdit.main(training_arguments.parse_args([*map(str, sum(options.items(), ()))]))
+    seconds = time.process_time() - start
+    if not (folder / "model_index.json").is_file():
+        raise SystemExit(f"stopped by a signal in {run.name}; the same command goes on")
+    log = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    validations = [entry for entry in log if "validation/loss" in entry]
+    speeds = [entry["train/images_per_second"] for entry in log if "train/images_per_second" in entry]
+    magnitudes = load_history(folder / "logs" / "magnitudes.json")
+    return {
+        "validation": {
+            name.removeprefix("validation/"): value
+            for name, value in validations[-1].items()
+            if name.startswith("validation/")
+        },
+        "curve": {entry["step"]: entry["validation/loss"] for entry in validations},
+        "update_ms": 1000 * args.train_batch_size / float(np.median(speeds)),
+        # Of this process alone, in which other work on the machine does not count; logging and validation do.
+        "update_cpu_ms": 1000 * seconds / (args.max_train_steps - num_done)
+        if num_done < args.max_train_steps
+        else None,
+        "magnitudes": [
+            {name: value for name, value in entry.items() if name == "step" or re.fullmatch(MAGNITUDES, name)}
+            for entry in (magnitudes[0], magnitudes[-1])
+        ],
+    }
+
+
+@torch.no_grad()
+def measure(args, run, folder, judge):
+    """What the judge says of samples, how near they are to training images, and a sample of each digit."""
+    images, labels = read_digits(args)
+    pipeline = MPDiTPipeline.from_pretrained(folder)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    # As many of each digit as there are in the data.
+    places = (torch.arange(args.num_samples) + 0.5) * (len(labels) / args.num_samples)
+    wanted = labels.sort().values[places.long()]
+    real = judge(images)[0]
+    held_in, held_out = split_validation(len(images), args.num_validation_images, run.seed)
+    pixels = images.flatten(1).float()
+    usual = torch.cdist(pixels[held_out], pixels[held_in]).amin(1).mean()
+    result = {"num_parameters": pipeline.transformer.num_parameters(), "samples": {}}
+    for scale in GUIDANCE_SCALES:
+        samples = torch.cat(
+            [
+                generate_images(
+                    pipeline,
+                    indices,
+                    seed=run.seed,
+                    class_ids=wanted.tolist(),
+                    num_inference_steps=args.num_inference_steps,
+                    guidance_scale=scale,
+                )
+                for indices in map(torch.Tensor.tolist, torch.arange(args.num_samples).split(500))
+            ]
+        )
+        features, logits = judge(samples)
+        nearest = torch.cdist(samples.flatten(1).float(), pixels[held_in]).amin(1).mean()
+        result["samples"][f"{scale:g}"] = {
+            "frechet": distance(features, real),
+            "recognised": (logits.argmax(1) == wanted).double().mean().item(),
+            "nearest_training_ratio": (nearest / usual).item(),
+        }
+        if scale == GUIDANCE_SCALES[0]:
+            first = [int((wanted == digit).nonzero()[0]) for digit in range(len(digits.CLASS_NAMES))]
+            result["pictures"] = samples[first, 0].tolist()
+    return result
+
+
+# The report
+
+
+def report(args, facts):
+    """What the records say, of all arms."""
+    sweeps, results = {}, {}
+    for arm in ARMS:
+        sweeps[arm.name] = {rate: read(args, Run(arm, rate, args.seeds[0]), facts) for rate in rates_of(args, arm)}
+        rate = best_rate(args, arm, facts)
+        if rate is not None:
+            records = [read(args, Run(arm, rate, seed), facts) for seed in args.seeds]
+            results[arm.name] = [record for record in records if record is not None and "failure" not in record]
+    ablation_report.write_report(
+        args.report,
+        command=shlex.join(["python", "examples/ablate.py", *sys.argv[1:]]),
+        sweeps=sweeps,
+        results=results,
+        facts=facts,
+        settings={name: getattr(args, name) for name in SETTINGS},
+        num_planned=sum(len(sweep) + len(args.seeds) - 1 for sweep in sweeps.values()),
+    )
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,310 @@
+"""The ablation: its statistics against closed forms, and a miniature of it with real trainings from end to end."""
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import ablate  # noqa: E402
+import ablation_report  # noqa: E402
+
+
+MINIATURE = [
+    *("--seeds", "0", "1"),
+    *("--max_train_steps", "4"),
+    *("--train_batch_size", "4"),
+    *("--num_layers", "1"),
+    *("--num_attention_heads", "1"),
+    *("--attention_head_dim", "8"),
+    *("--num_validation_images", "8"),
+    *("--num_samples", "40"),
+    *("--num_inference_steps", "2"),
+    *("--plain_learning_rates", "1e-4", "1e-3"),
+    *("--learning_rates", "1e-3", "1e-2"),
+]
+# In the process that is killed, which makes the judge.
+JUDGE_STEPS = 60
+ARMS = "^A_|^E_scale.shift.gate"
+RUNS = [
+    f"{arm}_lr{rate}_seed0"
+    for arm, rates in {"A_scale+shift+gate": ("0.0001", "0.001"), "E_scale+shift+gate": ("0.001", "0.01")}.items()
+    for rate in rates
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run(folder, *more):
+    args = ablate.parse_args(["--output_dir", str(folder), "--only", ARMS, *MINIATURE, *more])
+    ablate.main(args)
+    return args
+
+
+# Statistics
+
+
+def test_interval_is_that_of_student():
+    mean, half = ablation_report.interval([1.0, 2.0, 3.0])
+    # t of 2 degrees of freedom in closed form: t = (2p - 1) sqrt(2 / (4 p (1 - p))), p = 0.975.
+    t = 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025))
+    assert mean == 2
+    assert half == pytest.approx(t / math.sqrt(3))
+    assert math.isnan(ablation_report.interval([5.0])[1])
+
+
+def record_of(seed, frechet, cpu=10.0):
+    return {"seed": seed, "samples": {"1": {"frechet": frechet}}, "update_cpu_ms": cpu}
+
+
+def test_changes_are_paired_by_seed():
+    # What a seed does to all arms alike leaves no trace.
+    references = [record_of(seed, 100.0 * 10**seed) for seed in range(3)]
+    records = [record_of(seed, 87.2 * 10**seed, cpu) for seed, cpu in ((2, None), (0, 12.0), (7, 12.0))]
+    assert ablation_report.changes(records, references, "frechet") == pytest.approx([-12.8, -12.8])
+    # A run that was taken up after its last update has no time of one.
+    assert ablation_report.changes(records, references, "update_cpu_ms") == pytest.approx([20.0])
+
+
+@pytest.mark.parametrize(
+    "values, claimed, expected",
+    [
+        ([-12.0, -13.0, -14.0], -12.8, "**agrees**"),
+        ([-32.0, -33.0, -34.0], -12.8, "**agrees** in direction, not in size"),
+        ([12.0, 13.0, 14.0], -12.8, "**disagrees**"),
+        ([-30.0, 0.0, 15.0], -12.8, "not resolved"),
+        ([-0.1, 0.0, 0.1], -12.8, "not resolved, and less than claimed"),
+        ([-50.0], -12.8, "not resolved"),
+    ],
+)
+def test_verdict(values, claimed, expected):
+    assert ablation_report.verdict(values, claimed) == expected
+
+
+def test_growth_is_of_the_last_block_and_of_mean_weights():
+    first, last = (
+        {
+            f"magnitude/{kind}/transformer_blocks.{index}": value
+            for kind, of_kind in entry.items()
+            for index, value in of_kind
+        }
+        for entry in (
+            {"activations": ((2, 1.0), (10, 2.0)), "weights": ((2, 1.0), (10, 1.0))},
+            {"activations": ((2, 9.0), (10, 3.0)), "weights": ((2, 2.0), (10, 4.0))},
+        )
+    )
+    record = {"magnitudes": [first, last]}
+    assert ablation_report.magnitudes(last, "activations") == [9.0, 3.0]
+    assert ablation_report.growth(record, "activations") == 1.5
+    assert ablation_report.growth(record, "weights") == 3.0
+
+
+# The plan
+
+
+def test_plan_has_every_arm_once_and_the_claims_first():
+    names = [arm.name for arm in ablate.ARMS]
+    assert len(set(names)) == len(names) == 14
+    modulations = {arm.modulation for arm in ablate.ARMS if arm.configuration == "E"}
+    kinds = {"scale", "shift", "rotate", "scale+shift", "scale+rotate"}
+    assert modulations == kinds | {f"{kind}+gate" for kind in kinds}
+    assert set(names[:3]) == {"A_scale+shift+gate", ablation_report.ADALN, ablation_report.ROTATION}
+    args = ablate.parse_args([])
+    for arm in ablate.ARMS:
+        rates = ablate.rates_of(args, arm)[:4]
+        assert rates[-1] / rates[0] == pytest.approx(100)
+    assert ablation_report.PROBE_RATE in ablate.rates_of(args, ablate.ROTATION)
+
+
+def test_seeds_take_the_best_rate_and_leave_failed_ones(tmp_path):
+    args, facts = ablate.parse_args(["--output_dir", str(tmp_path), "--only", "^A_"]), {"sha256": "judge"}
+    arm = ablate.BASELINE
+    sweep = list(ablate.plan(args, facts))
+    assert [(run.learning_rate, run.seed) for run in sweep] == [(rate, 0) for rate in args.plain_learning_rates]
+    results = [{"validation": {"loss": 0.3}}, {"validation": {"loss": 0.2}}, {"validation": {"loss": 0.4}}]
+    for run_of_sweep, result in zip(sweep, [*results, {"failure": "not finite"}], strict=True):
+        assert ablate.best_rate(args, arm, facts) is None
+        settings = ablate.settings_of(args, arm, facts)
+        ablate.write_json(ablate.record_file(args, run_of_sweep), {"settings": settings, **result})
+    assert [(run.learning_rate, run.seed) for run in ablate.plan(args, facts)][4:] == [(5e-4, 1), (5e-4, 2)]
+
+
+def _hold(args, started, release):
+    with ablate.lock(args, "run") as is_mine:
+        started.put(is_mine)
+        release.wait()
+
+
+def test_a_lock_is_held_by_one_process_and_goes_with_it(tmp_path):
+    args = ablate.parse_args(["--output_dir", str(tmp_path)])
+    context = multiprocessing.get_context("fork")
+    started, release = context.SimpleQueue(), context.Event()
+    holder = context.Process(target=_hold, args=(args, started, release))
+    holder.start()
+    assert started.get()
+    with ablate.lock(args, "run", blocking=False) as is_mine:
+        assert not is_mine
+    holder.kill()  # as the machine does when memory is short
+    holder.join()
+    with ablate.lock(args, "run", blocking=False) as is_mine:
+        assert is_mine
+
+
+# A miniature from end to end
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The miniature with its report; its first run was killed while it trained, and taken up by a second process."""
+    folder = tmp_path_factory.mktemp("ablation")
+    arguments = ["--output_dir", str(folder), "--only", ARMS, *MINIATURE]
+    # Dies as from `kill -9` right after the first checkpoint: only the first update has been made.
+    killed = f"""
+import os, signal, sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+import ablate, train_mpdit
+ablate.JUDGE_STEPS = {JUDGE_STEPS}
+save = train_mpdit.save_checkpoint
+def save_and_die(*args):
+    save(*args)
+    os.kill(os.getpid(), signal.SIGKILL)
+train_mpdit.save_checkpoint = save_and_die
+ablate.main(ablate.parse_args({arguments!r}))
+"""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    died = subprocess.run([sys.executable, "-c", killed], env=env, capture_output=True, text=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
+    assert not list((folder / "records").glob("*.json"))
+    assert (folder / "runs" / RUNS[0] / "checkpoint-1").is_dir()
+    with (folder / "out.txt").open("w") as out, contextlib.redirect_stdout(out):
+        run(folder, "--report", str(folder / "docs" / "ablation.md"))
+    return folder
+
+
+def records(folder):
+    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "records").glob("*.json"))}
+
+
+def test_killed_run_went_on_at_its_checkpoint(finished):
+    assert "from update 1" in (finished / "out.txt").read_text()
+    assert not list((finished / "runs").glob("*/checkpoint-*"))  # nothing to go on with once there is a record
+
+
+def test_every_run_has_a_record_with_all_measures(finished):
+    found = records(finished)
+    assert len(found) == 6  # two arms at two rates, then each at its best with the other seed
+    assert set(RUNS) < set(found)
+    for name, record in found.items():
+        assert record["settings"]["model"]["num_layers"] == 1
+        assert set(record["samples"]) == {"1", "2"}
+        for measures in record["samples"].values():
+            assert measures["frechet"] > 0
+            assert 0 <= measures["recognised"] <= 1
+            assert measures["nearest_training_ratio"] > 0
+        assert sum(level.startswith("mse_t") for level in record["validation"]) == 8
+        assert record["validation"]["loss"] == record["curve"]["4"]
+        assert [entry["step"] for entry in record["magnitudes"]] == [1, 4]
+        assert np.shape(record["pictures"]) == (10, 8, 8)
+        assert record["update_ms"] > 0
+        assert record["update_cpu_ms"] > 0
+        weights = [ablation_report.magnitudes(entry, "weights") for entry in record["magnitudes"]]
+        if name.startswith("E"):
+            # Unit rows, and gains that leave 0 by a few updates.
+            assert weights[0] == pytest.approx(weights[1], rel=1e-2)
+
+
+def test_runs_of_a_seed_see_the_same_data_and_seeds_others(finished):
+    # After one update models still predict next to nothing, so that the loss is that of the noise and digits held out.
+    losses = {0: [], 1: []}
+    for record in records(finished).values():
+        losses[record["seed"]].append(record["curve"]["1"])
+    assert losses[0] == pytest.approx([losses[0][0]] * 4, rel=0.01)
+    assert losses[1] == pytest.approx([losses[1][0]] * 2, rel=0.01)
+    assert losses[0][0] != pytest.approx(losses[1][0], rel=0.03)
+
+
+def test_finished_runs_are_not_run_again(finished, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()}
+    monkeypatch.setattr(ablate, "do", lambda *args: pytest.fail("nothing was left to do"))
+    run(finished)
+    assert {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()} == before
+
+
+def test_no_run_begins_after_max_hours(tmp_path, finished, monkeypatch, capsys):
+    for name in ("judge.json", "judge.safetensors"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    monkeypatch.setattr(ablate, "do", lambda *args: pytest.fail("no time was left"))
+    run(tmp_path, "--max_hours", "0")
+    assert "stopped, 4 runs can be done now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["max_train_steps", "num_samples", "attention_head_dim"])
+def test_records_of_other_settings_are_refused(finished, option):
+    with pytest.raises(ValueError, match=option if option != "attention_head_dim" else "attention_head_dim 8 .now 16"):
+        run(finished, f"--{option}", "16")
+
+
+def test_report_has_every_arm_and_keeps_conclusions(finished, capsys):
+    file = finished / "docs" / "ablation.md"
+    text = file.read_text()
+    assert "6 of " in text
+    for heading in (
+        "What the paper says",
+        "All arms",
+        "Rates",
+        "Magnitudes",
+        "Noise levels",
+        "Samples",
+        "Conclusions",
+    ):
+        assert f"\n## {heading}\n" in text
+    found = records(finished)
+    for arm in ("A, scale + shift + gate", "E, scale + shift + gate"):
+        assert text.count(f"| {arm} |") >= 4
+    best = min((found[name] for name in RUNS[:2]), key=lambda record: record["validation"]["loss"])
+    assert f"**{best['validation']['loss']:.4f}, {best['samples']['1']['frechet']:.0f}**" in text
+    both = [record for record in found.values() if record["arm"] == best["arm"]]
+    both = [record for record in both if record["learning_rate"] == best["learning_rate"]]
+    assert ablation_report.text([record["samples"]["1"]["frechet"] for record in both], 1) in text
+    assert "magnitude preservation lowers the distance" in text
+    assert "rotation needs fewer" not in text  # that arm has no record
+    for name in ("rates", "frechet", "magnitudes", "samples"):
+        assert f"(ablation_{name}.png)" in text
+        picture = np.asarray(Image.open(file.with_name(f"ablation_{name}.png")).convert("L"))
+        assert picture.std() > 5  # something is drawn
+    file.write_text(text + "\nWhat it means.\n")
+    run(finished, "--report", str(file), "--max_hours", "0")
+    assert file.read_text().endswith("## Conclusions\n\nWhat it means.\n")
+    capsys.readouterr()
+
+
+def test_a_run_that_becomes_not_finite_is_recorded_as_failed(finished):
+    handler = signal.getsignal(signal.SIGTERM)
+    # The second update, before the first validation, is the one that fails.
+    args = ablate.parse_args(["--output_dir", str(finished), *MINIATURE, "--max_train_steps", "8"])
+    facts = ablate.prepare(args)
+    failing = ablate.Run(ablate.BASELINE, 1e30, 5)
+    ablate.do(args, failing, facts)
+    record = ablate.read(args, failing, facts)
+    assert "not finite" in record["failure"] or "non-finite" in record["failure"]
+    assert ablate.loss_of(record) == math.inf
+    assert signal.getsignal(signal.SIGTERM) == handler
+    ablate.record_file(args, failing).unlink()
