@@ -23,7 +23,6 @@ import platform
 import re
 import shlex
 import shutil
-import signal
 import sys
 import time
 from importlib.metadata import version
@@ -357,14 +356,12 @@ def do(args, run, facts):
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate")},
     }
-    start, handler = time.process_time(), signal.getsignal(signal.SIGTERM)
+    start = time.process_time()
     try:
         record |= train(args, run, folder)
         record |= measure(args, run, folder, load_judge(args))
     except FAILURES as error:
         record["failure"] = str(error)
-        # The trainer listens for signals until its end, which it has not reached.
-        signal.signal(signal.SIGTERM, handler)
     record["cpu_seconds"] = time.process_time() - start
     write_json(record_file(args, run), record)
     # Weights and averages stay, for other measures; what training would need to go on does not.

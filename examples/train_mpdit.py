@@ -122,10 +122,12 @@ def main(args):
         f"{len(run.held_out):,} held out, {run.max_train_steps:,} updates of {run.total_batch_size} from update "
         f"{run.step:,}"
     )
-    stopped_by = train(args, run)
+    with StopRequest() as stop:
+        train(args, run, stop)
     if run.step < run.max_train_steps:
         accelerator.print(
-            f"{stopped_by or 'A signal'}: stopped after update {run.step:,}; --resume_from_checkpoint latest goes on"
+            f"{stop.received or 'A signal'}: stopped after update {run.step:,}; "
+            "--resume_from_checkpoint latest goes on"
         )
     else:
         finish(args, run, repo_id)
@@ -306,8 +308,8 @@ def clear_what_comes_again(args, run):
     run.accelerator.init_trackers("train_mpdit", config={name: str(value) for name, value in arguments.items()})
 
 
-def train(args, run):
-    """Updates until the last one or a signal, whose name it returns."""
+def train(args, run, stop):
+    """Updates until the last one or a signal."""
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     batch_sampler = StreamBatchSampler(
         len(run.samples),
@@ -352,7 +354,6 @@ def train(args, run):
         total=run.max_train_steps, initial=run.step, desc="Training", disable=not accelerator.is_local_main_process
     )
     losses, since_log, log_time = [], [], time.perf_counter()
-    stop = StopRequest()
     for batch in batches:
         with accelerator.accumulate(model):
             batch["timestep"] = run.objective.timesteps(batch.pop("time"))
@@ -413,8 +414,6 @@ def train(args, run):
     progress_bar.close()
     if recorder is not None:
         recorder.close()
-    stop.close()
-    return stop.received
 
 
 def log_training(args, run, progress_bar, losses, seconds):

@@ -6,7 +6,8 @@ import signal
 class StopRequest:
     """Notes SIGTERM and SIGUSR1, which schedulers of clusters send before they kill, for the loop to act on.
 
-    Listens from its making until `close`, which puts the former handlers back. To be made on the main thread.
+    A context manager for the main thread: it listens inside of the `with` block, after which the former handlers are
+    back, whatever ended it.
 
     Attributes:
         received (str or None): name of the first signal that came.
@@ -16,12 +17,14 @@ class StopRequest:
 
     def __init__(self):
         self.received: str | None = None
+
+    def __enter__(self) -> "StopRequest":
         self._former = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
 
     def _note(self, number, frame):
         self.received = self.received or signal.Signals(number).name
 
-    def close(self) -> None:
-        """Put the former handlers back."""
+    def __exit__(self, *error) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
