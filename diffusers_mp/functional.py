@@ -30,9 +30,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     Args:
         dtype (torch.dtype): dtype of the tensor or model.
     Returns:
-        torch.dtype: `torch.promote_types(dtype, torch.float32)`.
+        torch.dtype: float32 or float64.
     """
-    return torch.promote_types(dtype, torch.float32)
+    # `torch.promote_types` knows no float8, in which layerwise casting stores weights.
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def magnitude(x: torch.Tensor) -> torch.Tensor:

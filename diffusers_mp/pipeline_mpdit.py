@@ -409,7 +409,7 @@ class MPDiTPipeline(DiffusionPipeline):
             std = torch.tensor(self.config.latents_std, device=latents.device, dtype=latents.dtype).reshape(shape)
             latents = latents * std + mean
         elif self.vae is not None:
-            latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+            latents = latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0)
         if self.vae is None:
             return latents
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]

@@ -29,6 +29,7 @@ def _rotated(x, angle):
 @pytest.mark.parametrize(
     "dtype, expected",
     [
+        (torch.float8_e4m3fn, torch.float32),
         (torch.bfloat16, torch.float32),
         (torch.float16, torch.float32),
         (torch.float32, torch.float32),
