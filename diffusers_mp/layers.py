@@ -16,6 +16,7 @@ mode; `from_pretrained` leaves rows as they are stored, and so does `load_state_
 """
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ def rows_as_loaded() -> Iterator[None]:
         _loading.reset(token)
 
 
+@functools.cache
 def _row_tolerance(dtype: torch.dtype) -> float:
     # Rounding a normalised row to `dtype` moves its norm by eps / 2 at most; the rest is room for the norm's own sum.
     return torch.finfo(dtype).eps + 32 * torch.finfo(functional.compute_dtype(dtype)).eps
@@ -75,6 +77,13 @@ class _NormalizedRows(nn.Module):
         weight = weight.to(functional.compute_dtype(weight.dtype))
         return torch.linalg.vector_norm(weight, dim=-1, keepdim=True) / self.row_norm
 
+    @torch.no_grad()
+    def _normalize_rows_(self) -> None:
+        norm = self._relative_row_norms()
+        # Rows that are there already are left alone to the bit, without asking the device how many that are.
+        settled = ((norm - 1).abs() <= _row_tolerance(self.weight.dtype)) | (norm == 0)
+        _rows_here(self.weight).div_(norm.masked_fill_(settled, 1))
+
     def _settle_rows(self) -> None:
         """Normalise rows of a training module that is about to be read as it is stored."""
         if not (self.training and self.forced_weight_normalization) or self.weight.is_meta or _loading.get():
@@ -93,7 +102,7 @@ class _NormalizedRows(nn.Module):
                 "lowers the effective learning rate; add `normalize_weights_(model)` after `optimizer.step()`",
                 stacklevel=3,
             )
-        _normalize_rows_([self])
+        self._normalize_rows_()
 
     def train(self, mode: bool = True):
         if not mode:
@@ -154,7 +163,7 @@ class MPLinear(_NormalizedRows, nn.Linear):
     def reset_parameters(self) -> None:
         """Draw rows from N(0, 1) and scale them to norm 1."""
         nn.init.normal_(self.weight)
-        _normalize_rows_([self])
+        self._normalize_rows_()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Apply the map.
@@ -209,7 +218,7 @@ class MPEmbedding(_NormalizedRows, nn.Embedding):
     def reset_parameters(self) -> None:
         """Draw rows from N(0, 1) and scale them to RMS 1."""
         nn.init.normal_(self.weight)
-        _normalize_rows_([self])
+        self._normalize_rows_()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Look rows up.
@@ -334,7 +343,8 @@ def return_to_shards(module: nn.Module) -> None:
         module (nn.Module): any module.
     """
     for submodule in module.modules():
-        if hasattr(submodule, "reshard"):
+        # Of the class, because a module looks long for what it has not.
+        if hasattr(type(submodule), "reshard"):
             submodule.reshard()
 
 
@@ -372,26 +382,7 @@ def normalize_weights_(module: nn.Module) -> nn.Module:
         ValueError: if a weight is sharded through its rows.
     """
     return_to_shards(module)
-    _normalize_rows_(
-        [
-            submodule
-            for submodule in module.modules()
-            if isinstance(submodule, _NormalizedRows) and submodule.forced_weight_normalization
-        ]
-    )
+    for submodule in module.modules():
+        if isinstance(submodule, _NormalizedRows) and submodule.forced_weight_normalization:
+            submodule._normalize_rows_()
     return module
-
-
-@torch.no_grad()
-def _normalize_rows_(layers: list[_NormalizedRows]) -> None:
-    # All norms of a kind in one tensor: what is done to them costs less than starting it once for every layer.
-    kinds: dict[tuple[torch.dtype, torch.device], list[_NormalizedRows]] = {}
-    for layer in layers:
-        kinds.setdefault((layer.weight.dtype, layer.weight.device), []).append(layer)
-    for (dtype, _), layers_of_kind in kinds.items():
-        norms = [layer._relative_row_norms() for layer in layers_of_kind]
-        norm = torch.cat(norms)
-        # Rows that are there already are left alone to the bit, without asking the device how many that are.
-        settled = ((norm - 1).abs() <= _row_tolerance(dtype)) | (norm == 0)
-        divisors = norm.masked_fill_(settled, 1).split([len(norms_of_layer) for norms_of_layer in norms])
-        torch._foreach_div_([_rows_here(layer.weight) for layer in layers_of_kind], divisors)
