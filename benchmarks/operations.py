@@ -1,0 +1,136 @@
+"""What each trick of docs/design/performance.md is worth: the plain formula and what stands in its place.
+
+    python benchmarks/operations.py
+
+Tensors of S/2 with 16 latents of 4x16x16: 1024 tokens of 384 channels, 6 heads. "inference" is a forward without
+gradient, "training" a forward and a backward with all gradients. Both take turns; times are medians in microseconds,
+the ratio is the median of the ratios within a round. Prints Markdown; asserts nothing.
+"""
+
+import argparse
+import datetime
+import math
+import os
+import platform
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timing import ratio, spread, take_turns
+
+from diffusers_mp import MPDiTTransformer2DModel, PowerFunctionEMA, functional, fused, get_preset, normalize_weights_
+from diffusers_mp.ema import power_function_decay
+from diffusers_mp.layers import _NormalizedRows
+
+
+B, N, D, H = 16, 64, 384, 6
+
+
+def plain_rows(x):
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * (math.sqrt(x.shape[-1]) / norm.masked_fill(norm == 0, 1))
+
+
+def plain_weight(weight):
+    norm = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
+    return weight / norm.masked_fill(norm == 0, 1)
+
+
+def plain_modulation(x, scale, angle):
+    first, second = (x * (1 + scale)).chunk(2, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def plain_gated_sum(x, branch, gate):
+    return functional.mp_sum(x, branch * gate, 0.3)
+
+
+OPERATIONS = {
+    # name: (plain, in its place, shapes of the inputs)
+    "queries to RMS 1": (plain_rows, functional.unit_magnitude, [(B, N, H, D // H)]),
+    "scale and rotation": (
+        plain_modulation,
+        lambda x, scale, angle: functional.modulate(x, scale=scale, angle=angle),
+        [(B, N, D), (B, 1, D), (B, 1, D // 2)],
+    ),
+    "gate and MP sum": (
+        plain_gated_sum,
+        lambda x, branch, gate: functional.gated_sum(x, branch, gate, 0.3),
+        [(B, N, D), (B, N, D), (B, 1, D)],
+    ),
+    "MP SiLU of 4 D": (lambda x: F.silu(x) / 0.596, functional.mp_silu, [(B, N, 4 * D)]),
+    "unit rows of D x 4 D: normalised": (plain_weight, functional.unit_norm, [(4 * D, D)]),
+    "unit rows of D x 4 D: trusted": (plain_weight, fused.unit_rows, [(4 * D, D)]),
+}
+
+
+def compare(before: Callable[[], object], after: Callable[[], object], rounds: int) -> tuple[float, float, float]:
+    times = take_turns({"before": before, "after": after}, rounds)
+    return (
+        *(spread(times[name])["median"] * 1e6 for name in ("before", "after")),
+        ratio(times, "after", "before")["median"],
+    )
+
+
+def rows_of_operations(rounds: int):
+    for name, (plain, ours, shapes) in OPERATIONS.items():
+        inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        grad = torch.randn_like(plain(*inputs))
+
+        def infer(function, inputs=inputs):
+            with torch.no_grad():
+                return function(*inputs)
+
+        def train(function, inputs=inputs, grad=grad):
+            return torch.autograd.grad(function(*inputs), inputs, grad)
+
+        for mode, run in (("inference", infer), ("training", train)):
+            numbers = compare(lambda: run(plain), lambda: run(ours), rounds)  # noqa: B023
+            yield f"{name}, {mode}", *numbers
+    wide = torch.randn(B * N, 4 * D)
+    with torch.no_grad():
+        yield (
+            "MP SiLU of 4 D, inference, in place",
+            *compare(lambda: functional.mp_silu(wide), lambda: functional.mp_silu(wide, inplace=True), rounds),
+        )
+
+
+def rows_of_upkeep(rounds: int):
+    model = MPDiTTransformer2DModel(**get_preset("S/2", num_classes=1000, out_channels=8)).train()
+    layers = [module for module in model.modules() if isinstance(module, _NormalizedRows)]
+
+    @torch.no_grad()
+    def normalise_one_by_one():
+        for layer in layers:
+            norm = torch.linalg.vector_norm(layer.weight, dim=-1, keepdim=True) / layer.row_norm
+            settled = ((norm - 1).abs() <= 4e-6) | (norm == 0)
+            layer.weight.copy_(layer.weight / norm.masked_fill(settled, 1))
+
+    yield "forced normalisation", *compare(normalise_one_by_one, lambda: normalize_weights_(model), rounds)
+
+    ema = PowerFunctionEMA(model, (0.05, 0.10))
+    averages = [[parameter.detach().clone() for parameter in model.parameters()] for _ in ema.stds]
+    current = [parameter.detach() for parameter in model.parameters()]
+
+    def width_by_width():
+        for std, of_std in zip(ema.stds, averages, strict=True):
+            torch._foreach_lerp_(of_std, current, 1 - power_function_decay(max(ema.step, 1), std))
+
+    yield "averages of two widths", *compare(width_by_width, lambda: ema.update(ema.step + 1), rounds)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=101)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    print(f"{platform.machine()}, {cores} cores, torch {torch.__version__}, {datetime.date.today()}\n")
+    print("| what | plain, µs | now, µs | ratio |\n|---|---|---|---|")
+    for name, before, after, of_both in (*rows_of_operations(args.rounds), *rows_of_upkeep(max(args.rounds // 5, 3))):
+        print(f"| {name} | {before:.0f} | {after:.0f} | {of_both:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,409 @@
+"""Speed and memory of configuration E beside A and diffusers' DiT: the same size, the same data, turn by turn.
+
+    make bench
+    python benchmarks/speed.py --size S/2 --sample_size 16 --batch_size 16 --output docs/results/speed
+
+Models: E with scale, rotation and gate, and with scale, shift and gate; A with scale, shift and gate, through the same
+operations; diffusers' `DiTTransformer2DModel`. Gains and modulations are drawn: nothing is zero. A training step is
+forward, backward, fused Adam, forced normalisation and averages of two widths. In a round every model runs once; a
+ratio is the median of the ratios within a round, with its quartiles. float32 on the CPU, bfloat16 on a CUDA device
+(training: autocast over float32 weights). Writes a table to OUTPUT.md and everything to OUTPUT.json; asserts nothing.
+"""
+
+import argparse
+import contextlib
+import copy
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
+from PIL import Image
+from timing import ratio, spread, take_turns
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers_mp import (
+    MPDiTPipeline,
+    MPDiTTransformer2DModel,
+    PowerFunctionEMA,
+    get_preset,
+    normalize_weights_,
+    parameter_groups,
+    trust_rows_,
+)
+from diffusers_mp.encoding import encode_dataset
+from diffusers_mp.training import StreamBatchSampler, TrainingSamples
+
+
+NUM_CLASSES = 1000
+E, E_SHIFT, A, STOCK = "E rotate", "E shift", "A", "diffusers"
+E_FUSED = "E rotate, fused q/k/v"
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="S/2", help="as in `get_preset`")
+    parser.add_argument("--sample_size", type=int, default=16, help="side of a latent of 4 channels")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--num_inference_steps", type=int, default=4, help="of the pipeline, in each round")
+    parser.add_argument("--num_images", type=int, default=512, help="encoded to measure the loading of latents")
+    parser.add_argument("--no_compile", action="store_true", help="eager mode only")
+    parser.add_argument("--output", type=Path, help="where to write, without a suffix; standard output by default")
+    return parser.parse_args()
+
+
+def build_models(size: str, sample_size: int, device: torch.device) -> dict[str, torch.nn.Module]:
+    torch.manual_seed(0)
+    models = {}
+    for name, configuration, kinds in (
+        (E, "E", ("scale", "rotate", "gate")),
+        (E_SHIFT, "E", ("scale", "shift", "gate")),
+        (A, "A", ("scale", "shift", "gate")),
+    ):
+        config = get_preset(
+            size, configuration, kinds, sample_size=sample_size, num_classes=NUM_CLASSES, out_channels=8
+        )
+        models[name] = MPDiTTransformer2DModel(**config)
+    models[STOCK] = DiTTransformer2DModel(
+        num_attention_heads=config["num_attention_heads"],
+        attention_head_dim=config["attention_head_dim"],
+        num_layers=config["num_layers"],
+        in_channels=4,
+        out_channels=8,
+        sample_size=sample_size,
+        patch_size=config["patch_size"],
+        num_embeds_ada_norm=NUM_CLASSES,
+    )
+    for model in models.values():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gain") or not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1 if name.endswith("gain") else 0.02)
+    return {name: model.to(device) for name, model in models.items()}
+
+
+def build_inputs(sample_size: int, batch_size: int, device: torch.device, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(batch_size, 4, sample_size, sample_size, generator=generator).to(device, dtype),
+        "timestep": torch.randint(0, 1000, (batch_size,), generator=generator).to(device),
+        "class_labels": torch.randint(0, NUM_CLASSES, (batch_size,), generator=generator).to(device),
+    }
+
+
+def in_dtype_of(inputs, model):
+    model, dtype = copy.deepcopy(model).eval(), inputs["hidden_states"].dtype
+    return model if model.dtype == dtype else model.to(dtype)
+
+
+def forward_of(model, inputs, compiled: bool) -> Callable[[], torch.Tensor]:
+    function = torch.compile(model, fullgraph=True) if compiled else model
+    return lambda: function(**inputs, return_dict=False)[0]
+
+
+def without_gradient(function: Callable[[], object]) -> Callable[[], object]:
+    def call():
+        with torch.no_grad():
+            return function()
+
+    return call
+
+
+def matrix_products(models, inputs) -> dict[str, tuple[Callable[[], torch.Tensor], int]]:
+    """The products that E makes of all its tokens, and 2048 cubed: function and FLOPs by name."""
+    model, hidden_states = models[E], inputs["hidden_states"]
+    num_tokens = hidden_states.shape[0] * (hidden_states.shape[-1] // model.config.patch_size) ** 2
+    block = model.transformer_blocks[0]
+    maps = {layer.weight.shape for layer in block.modules() if isinstance(layer, torch.nn.Linear)}
+    maps -= {site.proj.weight.shape for site in (block.attn_modulation, block.ff_modulation)}
+    products = {}
+    for rows, inner, columns in [(num_tokens, *reversed(shape)) for shape in maps] + [(2048, 2048, 2048)]:
+        x, weight = (torch.randn(n, inner).to(hidden_states) for n in (rows, columns))
+        products[f"product {rows} x {inner} x {columns}"] = (
+            lambda x=x, weight=weight: F.linear(x, weight),
+            2 * rows * inner * columns,
+        )
+    return products
+
+
+def measure_inference(models, inputs, compiled: bool, rounds: int) -> dict:
+    models = {name: in_dtype_of(inputs, model) for name, model in models.items()}
+    models[E_FUSED] = copy.deepcopy(models[E])
+    models[E_FUSED].fuse_qkv_projections()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        models[E](**inputs)
+    products = matrix_products(models, inputs)
+    functions = {name: without_gradient(forward_of(model, inputs, compiled)) for name, model in models.items()}
+    functions |= {name: without_gradient(function) for name, (function, _) in products.items()}
+    times = take_turns(functions, rounds)
+    best_rates = [max(flops / times[name][turn] for name, (_, flops) in products.items()) for turn in range(rounds)]
+    flops = counter.get_total_flops()
+    return {
+        "flops_of_E": flops,
+        "seconds": {name: spread(times[name]) for name in times},
+        "ratios": {f"{name} / {over}": ratio(times, name, over) for name, over in RATIOS if name in times},
+        "matrix_rate_gflops": spread([rate / 1e9 for rate in best_rates]),
+        "share_of_matrix_rate": {
+            name: spread([flops / time / rate for time, rate in zip(times[name], best_rates, strict=True)])
+            for name in (E, E_FUSED)
+        },
+    }
+
+
+RATIOS = (
+    *((E, A), (E_SHIFT, A), (A, STOCK), (E, STOCK), (E_SHIFT, STOCK)),
+    *((E_FUSED, A), (E_FUSED, STOCK)),
+)
+
+
+def measure_training(models, inputs, compiled: bool, rounds: int) -> dict:
+    device = inputs["hidden_states"].device
+    autocast = contextlib.nullcontext()
+    if device.type == "cuda":
+        autocast = torch.autocast("cuda", dtype=torch.bfloat16)
+    inputs = {**inputs, "hidden_states": inputs["hidden_states"].float()}
+    target = torch.randn_like(inputs["hidden_states"]).repeat(1, 2, 1, 1)
+    functions, upkeep, peaks = {}, {}, {}
+    for name, model in models.items():
+        model = trust_rows_(copy.deepcopy(model).train())
+        forward = forward_of(model, inputs, compiled)
+        optimizer = torch.optim.Adam(parameter_groups(model, lr=1e-4), betas=(0.9, 0.99), fused=True)
+        ema = PowerFunctionEMA(model, (0.05, 0.10))
+
+        def maintain(model=model, ema=ema):
+            normalize_weights_(model)
+            ema.update(ema.step + 1)
+
+        def step(forward=forward, optimizer=optimizer, maintain=maintain):
+            with autocast:
+                prediction = forward()
+            F.mse_loss(prediction.float(), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            maintain()
+
+        functions[name] = step
+        if name == E:
+            upkeep["upkeep"] = maintain
+    if device.type == "cuda":
+        for name, step in functions.items():
+            step()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step()
+            peaks[name] = torch.cuda.max_memory_allocated() - before
+    times = take_turns(functions | upkeep, rounds)
+    return {
+        "seconds": {name: spread(times[name]) for name in times},
+        "ratios": {f"{name} / {over}": ratio(times, name, over) for name, over in RATIOS if name in times},
+        "upkeep_share_of_step": ratio(times, "upkeep", E),
+        "peak_bytes_beyond_state": peaks,
+    }
+
+
+def bytes_saved(models, inputs) -> dict[str, int]:
+    """Bytes that eager autograd keeps for the backward pass, weights left out."""
+    saved = {}
+    for name, model in models.items():
+        model = trust_rows_(copy.deepcopy(model).train())
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        storages, alive = {}, []
+
+        def pack(tensor, weights=weights, storages=storages, alive=alive):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage.nbytes()
+                alive.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(**{**inputs, "hidden_states": inputs["hidden_states"].float()})
+        saved[name] = sum(storages.values())
+    return saved
+
+
+def measure_pipeline(models, inputs, num_inference_steps: int, rounds: int) -> dict:
+    """A step of guided sampling against the transformer alone on the same batch."""
+    model = in_dtype_of(inputs, models[E])
+    pipe = MPDiTPipeline(model, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    labels = inputs["class_labels"][: len(inputs["class_labels"]) // 2].tolist()
+    bare = without_gradient(forward_of(model, inputs, compiled=False))
+
+    def bare_steps():
+        for _ in range(num_inference_steps):
+            bare()
+
+    def sample():
+        pipe(labels, num_inference_steps=num_inference_steps, guidance_scale=2.0, output_type="latent")
+
+    times = take_turns({"pipeline": sample, "transformer": bare_steps}, rounds)
+    overhead = [a / b - 1 for a, b in zip(times["pipeline"], times["transformer"], strict=True)]
+    return {"num_inference_steps": num_inference_steps, "overhead_per_step": spread(overhead)}
+
+
+def measure_loading(num_images: int, sample_size: int, batch_size: int) -> dict:
+    """Encoded posteriors to batches, as in the trainer, without workers; one epoch of it, three times."""
+    generator = np.random.default_rng(0)
+    resolution = 8 * sample_size
+    pictures = [Image.fromarray(generator.integers(0, 256, (resolution, resolution, 3), np.uint8)) for _ in range(64)]
+    table = datasets.Dataset.from_dict({"image": pictures, "label": list(range(64))}).cast_column(
+        "image", datasets.Image(decode=False)
+    )
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+    ).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        table = datasets.concatenate_datasets([table] * (num_images // 64))
+        names = dict(enumerate(map(str, range(64))))
+        latents = encode_dataset(table, folder, vae=vae, resolution=resolution, id2label=names)
+        samples = TrainingSamples(latents, seed=0, num_classes=NUM_CLASSES, class_dropout_prob=0.1)
+
+        def epoch():
+            sampler = StreamBatchSampler(
+                len(samples), seed=0, train_batch_size=batch_size, max_train_steps=len(samples) // batch_size
+            )
+            for _ in DataLoader(samples, batch_sampler=sampler):
+                pass
+
+        times = take_turns({"epoch": epoch}, 3, warmup=1)["epoch"]
+    return {"images_per_second": spread([len(samples) // batch_size * batch_size / time for time in times])}
+
+
+def measure_import(rounds: int) -> dict[str, float]:
+    program = (
+        "import time, torch; start = time.perf_counter(); from diffusers_mp import MPLinear; "
+        "print(time.perf_counter() - start)"
+    )
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+        for _ in range(rounds + 1)
+    ]
+    return spread(seconds[1:])
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "machine": f"{platform.machine()}, {cores} cores",
+        "threads": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}",
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
+    }
+
+
+# What a row of the table says, the target of this package's own for it (S/2, CPU), and where it lies in the results.
+ROWS = [
+    ("inference, E / A", 1.03, ("inference", "eager", "ratios", f"{E} / {A}")),
+    ("inference, E with shift / A", None, ("inference", "eager", "ratios", f"{E_SHIFT} / {A}")),
+    ("inference, A / diffusers' DiT", None, ("inference", "eager", "ratios", f"{A} / {STOCK}")),
+    ("inference, E / diffusers' DiT", 0.85, ("inference", "eager", "ratios", f"{E} / {STOCK}")),
+    ("inference, E with fused q/k/v / diffusers' DiT", 0.85, ("inference", "eager", "ratios", f"{E_FUSED} / {STOCK}")),
+    ("inference, E / A, compiled", 0.97, ("inference", "compiled", "ratios", f"{E} / {A}")),
+    ("inference, E with shift / A, compiled", None, ("inference", "compiled", "ratios", f"{E_SHIFT} / {A}")),
+    ("inference, A / diffusers' DiT, compiled", 0.95, ("inference", "compiled", "ratios", f"{A} / {STOCK}")),
+    ("inference, E / diffusers' DiT, compiled", 0.85, ("inference", "compiled", "ratios", f"{E} / {STOCK}")),
+    (
+        "inference, E with fused q/k/v / diffusers' DiT, compiled",
+        0.85,
+        ("inference", "compiled", "ratios", f"{E_FUSED} / {STOCK}"),
+    ),
+    ("training step, E / A", 1.03, ("training", "eager", "ratios", f"{E} / {A}")),
+    ("training step, E with shift / A", None, ("training", "eager", "ratios", f"{E_SHIFT} / {A}")),
+    ("training step, E / diffusers' DiT", None, ("training", "eager", "ratios", f"{E} / {STOCK}")),
+    ("training step, E / A, compiled", 1.00, ("training", "compiled", "ratios", f"{E} / {A}")),
+    ("training step, E with shift / A, compiled", None, ("training", "compiled", "ratios", f"{E_SHIFT} / {A}")),
+    ("training step, E / diffusers' DiT, compiled", None, ("training", "compiled", "ratios", f"{E} / {STOCK}")),
+    ("forced normalisation and two averages, share of a step", 0.04, ("training", "eager", "upkeep_share_of_step")),
+    ("pipeline's overhead on a step of the bare transformer", 0.03, ("pipeline", "overhead_per_step")),
+    ("seconds of `from diffusers_mp import MPLinear` after `import torch`", 0.1, ("import_seconds",)),
+]
+
+
+def table(results: dict) -> str:
+    lines = ["| what | median | quartiles | target |", "|---|---|---|---|"]
+
+    def add(what, value, target="", digits=3):
+        numbers = [f"{value[key]:.{digits}f}" for key in ("median", "low", "high")]
+        lines.append(f"| {what} | {numbers[0]} | {numbers[1]} – {numbers[2]} | {target} |")
+
+    for what, target, path in ROWS:
+        value = results
+        for key in path:
+            value = value.get(key, {})
+        if value:
+            add(what, value, "" if target is None else f"≤ {target:.2f}")
+    for mode, of_mode in results["inference"].items():
+        add(f"matrix rate in the rounds of {mode} inference, GFLOP/s", of_mode["matrix_rate_gflops"], digits=0)
+        for name, share in of_mode["share_of_matrix_rate"].items():
+            add(f"{name}, {mode} inference, share of it", share, "≥ 0.90" if (name, mode) == (E, "compiled") else "")
+    saved = results["bytes_saved_for_backward"]
+    for name in (E, E_SHIFT):
+        lines.append(f"| bytes kept for backward, {name} / A | {saved[name] / saved[A]:.3f} | exact | ≤ 1.00 |")
+    add("latents loaded, images/s, one process", results["loading"]["images_per_second"], digits=0)
+    consumed = results["batch_size"] / results["training"]["eager"]["seconds"][E]["median"]
+    lines.append(f"| latents that training of E consumes, images/s, eager | {consumed:.0f} | | |")
+    return "\n".join(lines)
+
+
+def main():
+    args = parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    models = build_models(args.size, args.sample_size, device)
+    inputs = build_inputs(args.sample_size, args.batch_size, device, dtype)
+    results = {
+        **machine(device),
+        "size": args.size,
+        "batch_size": args.batch_size,
+        "latent": [4, args.sample_size, args.sample_size],
+        "rounds": args.rounds,
+        "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
+        "import_seconds": measure_import(min(args.rounds, 5)),
+        "bytes_saved_for_backward": bytes_saved(models, inputs),
+        "pipeline": measure_pipeline(models, inputs, args.num_inference_steps, args.rounds),
+        "loading": measure_loading(args.num_images, args.sample_size, args.batch_size),
+        "inference": {},
+        "training": {},
+    }
+    for mode in ("eager",) if args.no_compile else ("eager", "compiled"):
+        for kind, measure in (("inference", measure_inference), ("training", measure_training)):
+            print(f"{kind}, {mode}", file=sys.stderr, flush=True)
+            results[kind][mode] = measure(models, inputs, mode == "compiled", args.rounds)
+    facts = "\n".join(f"- {name}: {results[name]}" for name in ("machine", "device", "versions", "date"))
+    facts = f"- command: `{results['command']}`\n{facts}"
+    text = (
+        f"# Speed of {args.size}, {args.batch_size} latents of 4x{args.sample_size}x{args.sample_size}\n\n"
+        f"{facts}\n- {args.rounds} rounds, {results['threads']} threads; medians of the ratios within a round\n\n"
+        f"{table(results)}\n"
+    )
+    if args.output is None:
+        print(text)
+        return
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    args.output.with_suffix(".md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
