@@ -1,13 +1,22 @@
-"""Every page of the documentation: its Python blocks run as they stand, its links lead somewhere."""
+"""Every page of the documentation: its Python blocks run, its commands are understood, its links lead somewhere."""
 
+import argparse
+import importlib.util
 import re
+import runpy
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import diffusers_mp
+
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")])
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 # Run by a test of their own, which knows what they need.
@@ -25,7 +34,48 @@ def name_of(page):
 )
 def test_blocks_run_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")  # for the model in docs/tiny
     exec("\n".join(PYTHON.findall(page.read_text())), {})
+
+
+def commands():
+    """Script and arguments of each command line with an example in it, by its page."""
+    for page in PAGES:
+        for language, block in FENCED.findall(page.read_text()):
+            for line in block.splitlines() if language in ("", "bash") else ():
+                if script := re.search(r"examples/(\w+)\.py", line):
+                    words = shlex.split(line, comments=True)
+                    yield name_of(page), script[1], words[words.index(script[0]) + 1 :]
+
+
+class _ParserIsMade(Exception):
+    pass
+
+
+@pytest.mark.parametrize("script", sorted({script for _, script, _ in commands()}))
+def test_commands_are_understood(script, monkeypatch):
+    file, parse_args = ROOT / "examples" / f"{script}.py", argparse.ArgumentParser.parse_args
+
+    def stop(parser, *args, **kwargs):
+        raise _ParserIsMade(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.syspath_prepend(file.parent)
+    with pytest.raises(_ParserIsMade) as caught:
+        runpy.run_path(str(file), run_name="__main__")
+    for page, name, arguments in commands():
+        if name == script:
+            try:
+                parse_args(caught.value.args[0], arguments)
+            except SystemExit:
+                pytest.fail(f"{page}: {arguments}")
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    build = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", ROOT / "docs", tmp_path]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "index.html").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -33,3 +83,42 @@ def test_links_lead_somewhere(page):
     for target in LINK.findall(page.read_text()):
         if not target.startswith(("http://", "https://")):
             assert (page.parent / target).exists(), target
+
+
+@pytest.fixture(scope="module")
+def write_api():
+    spec = importlib.util.spec_from_file_location("write_api", ROOT / "docs" / "write_api.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_api_page_is_what_its_generator_writes(write_api):
+    assert write_api.FILE.read_text() == write_api.page(), "run `python docs/write_api.py`"
+
+
+def test_api_page_has_the_public_names_and_links_that_lead_somewhere(write_api):
+    text = (ROOT / "docs" / "api.md").read_text()
+    headings = [heading.strip("`") for heading in re.findall(r"^##+ (.*)$", text, re.MULTILINE)]
+    # Names of the package are those called without a module.
+    called = set(re.findall(r"^diffusers_mp\.(\w+)\(", text, re.MULTILINE))
+    assert called == {*diffusers_mp.__all__} - {"__version__"}
+    assert called <= {*headings}
+    anchors = [write_api.anchor(heading) for heading in headings]
+    assert len(anchors) == len({*anchors})
+    assert {*re.findall(r"\]\(#([^)]*)\)", text)} <= {*anchors}
+
+
+def test_api_page_has_what_the_documentation_and_the_examples_use(write_api):
+    called = set(re.findall(r"^diffusers_mp\.([\w.]+)\(", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
+    # Constants have no docstring.
+    shown = {f"{module}.{name}" for module, name in write_api.shown_names() if module and not name.isupper()}
+    assert len(shown) > 40
+    assert {path for path in shown if path.rpartition(".")[2] not in diffusers_mp.__all__} <= called
+
+
+def test_tests_that_pages_name_exist():
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)::(test_\w+)`", page.read_text())}
+    assert len(named) > 40
+    for module, name in named:
+        assert re.search(rf"^ *def {name}\(", (ROOT / "tests" / f"{module}.py").read_text(), re.MULTILINE), name

@@ -1,0 +1,282 @@
+"""Write docs/api.md, the API page, from the docstrings.
+
+python docs/write_api.py
+"""
+
+import abc
+import ast
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import diffusers_mp
+
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = Path(__file__).with_name("api.md")
+
+# Titles of the page in their order, and the modules that are under each.
+SECTIONS = {
+    "Transformer": ["transformer_mpdit"],
+    "Pipeline": ["pipeline_mpdit"],
+    "Published sizes and configurations": ["presets"],
+    "Layers": ["layers"],
+    "Modulations": ["modulation"],
+    "Equations as functions": ["functional"],
+    "Rotation swap": ["rotation_swap", "rotation_swap.swap", "rotation_swap.sites"],
+    "Another set of classes": ["class_embeddings"],
+    "DiT as published": ["original_dit"],
+    "Training": ["training"],
+    "Averages of weights": ["ema"],
+    "Snapshots of averages": ["snapshots"],
+    "Averages of other widths": ["reconstruction"],
+    "Magnitudes in training": ["diagnostics"],
+    "Pictures of magnitudes": ["plots"],
+    "Evaluation": ["evaluation"],
+    "Feature extractors": ["feature_extractors"],
+    "Images": ["images"],
+    "Images to latents": ["encoding"],
+    "Latents on disk": ["latents"],
+    "Hub and trackers": ["hub"],
+    "Model cards": ["model_card"],
+}
+# Modules that are meant to be used as a whole.
+WHOLE = ("functional", "plots", "training")
+# What the functions of the page return, take or raise.
+ALSO = {
+    ("rotation_swap.swap", "SwapReport"),
+    ("rotation_swap.sites", "Site"),
+    ("diagnostics", "load_history"),
+    ("hub", "HubError"),
+    ("reconstruction", "Reconstruction"),
+    ("snapshots", "Snapshot"),
+}
+HEAD = """# API
+
+All names of `diffusers_mp`, and those of its modules that the README, these pages and the examples use. Written by
+`python docs/write_api.py` from the docstrings.
+
+"""
+QUOTES = str.maketrans("'", '"')
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Warns|Shapes):$")
+ENTRY = re.compile(r"^(\*{0,2}\w[\w*, ]*?)(?: \((.+?)\))?: (.+)$", re.DOTALL)
+CODE = re.compile(r"(?<![\[`])`([\w.]+)`(?![\]`])")
+
+
+def shown_names() -> Iterator[tuple[str, str]]:
+    """Module and name of each import from the package in the README, the documentation and the examples."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    sources = [block for page in pages for block in PYTHON.findall(page.read_text())]
+    sources += [script.read_text() for script in sorted((ROOT / "examples").glob("*.py"))]
+    for source in sources:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "diffusers_mp":
+                for alias in node.names:
+                    yield node.module.removeprefix("diffusers_mp").removeprefix("."), alias.name
+
+
+def documented_names() -> dict[str, list[str]]:
+    """Module → names of the page, in their order; names of the package are with the module that it takes them from."""
+    names = {module: set() for modules in SECTIONS.values() for module in modules}
+    for name in diffusers_mp.__all__:
+        if name != "__version__":
+            names[diffusers_mp._MODULE_OF[name]].add(name)
+    for module in WHOLE:
+        names[module] |= public_names(module)
+    for module, name in (*shown_names(), *ALSO):
+        if not module and name in names:  # a module itself
+            names[name] |= public_names(name)
+        elif module and is_documented(getattr(module_of(module), name)):
+            names[module].add(name)
+    return {module: sorted(found, key=list(vars(module_of(module))).index) for module, found in names.items()}
+
+
+def module_of(name: str):
+    return importlib.import_module(f"diffusers_mp.{name}")
+
+
+def is_documented(value) -> bool:
+    """Classes and functions are; constants say what they are in a comment."""
+    return inspect.isclass(value) or inspect.isfunction(value)
+
+
+def public_names(module: str) -> set[str]:
+    """Classes and functions of a module of ours, or of its parts if it is a package."""
+    found = module_of(module)
+    return {
+        name
+        for name, value in vars(found).items()
+        if name[0] != "_" and is_documented(value) and value.__module__.startswith(found.__name__)
+    }
+
+
+def signature(value) -> str:
+    """Parameters with their defaults; types are in the list of arguments."""
+    if inspect.isclass(value) and issubclass(value, Exception) and "__init__" not in vars(value):
+        return "message"
+    parts, before = [], None
+    for name, parameter in inspect.signature(value).parameters.items():
+        if name == "self":
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and before not in (
+            parameter.KEYWORD_ONLY,
+            parameter.VAR_POSITIONAL,
+        ):
+            parts.append("*")
+        before = parameter.kind
+        text = str(parameter.replace(annotation=parameter.empty, default=parameter.empty))
+        if parameter.default is not parameter.empty:
+            default = parameter.default
+            if inspect.isclass(default) or inspect.isfunction(default):
+                text += f"={default.__name__.replace('<lambda>', '...')}"
+            else:
+                text += f"={repr(default).translate(QUOTES)}"
+        parts.append(text)
+    return ", ".join(parts)
+
+
+def call(path: str, parameters: str) -> str:
+    """A signature as a block of code, one parameter per line if it is long."""
+    line = f"{path}({parameters})"
+    if len(line) > 110:
+        line = f"{path}(\n" + "".join(f"    {part},\n" for part in re.split(r", (?![^(\[]*[)\]])", parameters)) + ")"
+    return f"```py\n{line}\n```\n"
+
+
+def to_markdown(docstring: str) -> str:
+    """Docstring to Markdown: indented lines as code, sections as lists."""
+    text, sections, current = [], [], None
+    for line in docstring.splitlines():
+        if match := SECTION.match(line):
+            current = []
+            sections.append((match[1], current))
+        elif current is not None and (line.startswith("    ") or not line):
+            current.append(line.removeprefix("    "))
+        else:
+            current = None
+            text.append(line)
+    parts = [fence_code(text)]
+    for title, lines in sections:
+        items = list(entries(title, lines))
+        is_list = title in ("Args", "Attributes") or len(items) > 1
+        parts.append(
+            f"{title}:\n\n" + "".join(f"- {item}\n" for item in items) if is_list else f"{title}: {items[0]}\n"
+        )
+    return "\n".join(parts)
+
+
+def fence_code(lines: list[str]) -> str:
+    """Indented lines between fences, and the other lines as they are."""
+    done, is_code = [], False
+    for index, line in enumerate(lines):
+        if not line and is_code and index + 1 < len(lines) and lines[index + 1].startswith("    "):
+            done.append(line)
+            continue
+        if line.startswith("    ") != is_code:
+            if not is_code and done and done[-1]:
+                done.append("")
+            done.append("```" if is_code else "```text")
+            if is_code and line:
+                done.append("")
+            is_code = not is_code
+        done.append(line.removeprefix("    ") if is_code else line)
+    if is_code:
+        done.append("```")
+    return "\n".join(done).strip() + "\n"
+
+
+def entries(title: str, lines: list[str]) -> Iterable[str]:
+    """Entries of a section: name, type and text."""
+    joined = []
+    for line in filter(None, lines):
+        is_new = title in ("Args", "Attributes", "Raises", "Warns") and not line.startswith(" ")
+        if joined and not (is_new and ENTRY.match(joined[-1]) and ENTRY.match(f"{line} ")):
+            joined[-1] += f" {line.strip()}"
+        else:
+            joined.append(line.strip())
+    for entry in joined:
+        match = ENTRY.match(entry)
+        if title in ("Args", "Attributes") and match:
+            name, kind, text = match.groups()
+            yield f"`{name}`" + (f" (*{kind}*)" if kind else "") + f": {text}"
+        elif title in ("Returns", "Yields") and ": " in entry:
+            kind, text = entry.split(": ", 1)
+            yield f"*{kind}*: {text}"
+        elif title in ("Raises", "Warns") and match:
+            yield f"`{match[1]}`: {match[3]}"
+        else:
+            yield entry
+
+
+def describe(module: str, name: str) -> str:
+    """Heading, signature and docstring of a name, and of its methods."""
+    value = getattr(module_of(module), name)
+    path = f"diffusers_mp.{name}" if name in diffusers_mp.__all__ else f"diffusers_mp.{module}.{name}"
+    parts = [f"### `{name}`\n", call(path, signature(value)), to_markdown(inspect.getdoc(value))]
+    if inspect.isclass(value):
+        if bases := [f"`{path}`" for path in map(public_path, value.__bases__) if path]:
+            parts.insert(2, f"Bases: {', '.join(bases)}\n")
+        members = {key: member for key, member in vars(value).items() if key == "__call__" or key[0] != "_"}
+        properties = {
+            key: member for key, member in members.items() if isinstance(member, property) and member.__doc__
+        }
+        if properties:
+            parts.append(
+                "Properties:\n\n"
+                + "".join(f"- `{key}`: {' '.join(inspect.getdoc(p).split())}\n" for key, p in properties.items())
+            )
+        for key, member in members.items():
+            function = getattr(member, "__func__", member)
+            if inspect.isfunction(function) and function.__doc__:
+                bound = function if function is member else getattr(value, key)
+                owner = name if isinstance(member, (classmethod, staticmethod)) else ""
+                parts.append(f"#### `{name}.{key}`\n")
+                parts.append(call(f"{owner}.{key}", signature(bound)))
+                parts.append(to_markdown(inspect.getdoc(function)))
+    return "\n".join(parts)
+
+
+def public_path(base: type) -> str | None:
+    """Where another package has a base class, `torch.nn.Linear`; None for those that tell a user nothing."""
+    if base in (object, abc.ABC) or base.__name__[0] == "_":
+        return None
+    parts = base.__module__.split(".")
+    paths = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
+    path = next(path for path in paths if getattr(importlib.import_module(path), base.__name__, None) is base)
+    return None if path.startswith("diffusers_mp.") else f"{path}.{base.__name__}".removeprefix("builtins.")
+
+
+def anchor(heading: str) -> str:
+    """What GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def page() -> str:
+    """The whole text."""
+    names = documented_names()
+    index, body = [], []
+    for title, modules in SECTIONS.items():
+        members = [(module, name) for module in modules for name in names[module]]
+        links = ", ".join(f"[`{name}`](#{anchor(name)})" for _, name in members)
+        index.append(f"- [{title}](#{anchor(title)}): {links}\n")
+        body.append(f"## {title}\n\n{to_markdown(inspect.getdoc(module_of(modules[0])))}")
+        body.extend(with_links(describe(module, name), name, names) for module, name in members)
+    return HEAD + "".join(index) + "\n" + "\n".join(body)
+
+
+def with_links(text: str, own_name: str, names: dict[str, list[str]]) -> str:
+    """The text with links at names of the package, and at names of modules that are written with their module."""
+
+    def link(match):
+        module, _, name = match[1].rpartition(".")
+        is_known = name in names.get(module, ()) or match[1] in diffusers_mp.__all__
+        return f"[{match[0]}](#{anchor(name)})" if is_known and name != own_name else match[0]
+
+    return CODE.sub(link, text)
+
+
+if __name__ == "__main__":
+    FILE.write_text(page())
