@@ -107,7 +107,16 @@ def rows_of_upkeep(rounds: int):
             settled = ((norm - 1).abs() <= 4e-6) | (norm == 0)
             layer.weight.copy_(layer.weight / norm.masked_fill(settled, 1))
 
+    @torch.no_grad()
+    def read_and_write():
+        for layer in layers:
+            layer.weight.mul_(1.0)
+
     yield "forced normalisation", *compare(normalise_one_by_one, lambda: normalize_weights_(model), rounds)
+    yield (
+        "forced normalisation beside reading and writing all rows once",
+        *compare(read_and_write, lambda: normalize_weights_(model), rounds),
+    )
 
     ema = PowerFunctionEMA(model, (0.05, 0.10))
     averages = [[parameter.detach().clone() for parameter in model.parameters()] for _ in ema.stds]

@@ -58,5 +58,5 @@ def test_speed_writes_its_table(tmp_path):
 
 def test_operations_prints_a_row_for_each_trick():
     rows = [line for line in run("operations.py", "--rounds", "3").splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + 6 * 2 + 3
+    assert len(rows) == 1 + 6 * 2 + 4
     assert all(line.count("|") == 5 for line in rows)
