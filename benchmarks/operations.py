@@ -18,9 +18,17 @@ import torch
 import torch.nn.functional as F
 from timing import ratio, spread, take_turns
 
-from diffusers_mp import MPDiTTransformer2DModel, PowerFunctionEMA, functional, fused, get_preset, normalize_weights_
+from diffusers_mp import (
+    MPDiTTransformer2DModel,
+    MPEmbedding,
+    MPLinear,
+    PowerFunctionEMA,
+    functional,
+    fused,
+    get_preset,
+    normalize_weights_,
+)
 from diffusers_mp.ema import power_function_decay
-from diffusers_mp.layers import _NormalizedRows
 
 
 B, N, D, H = 16, 64, 384, 6
@@ -98,7 +106,7 @@ def rows_of_operations(rounds: int):
 
 def rows_of_upkeep(rounds: int):
     model = MPDiTTransformer2DModel(**get_preset("S/2", num_classes=1000, out_channels=8)).train()
-    layers = [module for module in model.modules() if isinstance(module, _NormalizedRows)]
+    layers = [module for module in model.modules() if isinstance(module, (MPLinear, MPEmbedding))]
 
     @torch.no_grad()
     def normalise_one_by_one():
