@@ -59,7 +59,7 @@ def resize_class_embeddings_(
     noise = torch.randn(len(new_names), tables[0].embedding_dim, generator=generator)
     for table in tables:
         old = table.weight
-        rms = functional.magnitude(old[:-1].to(functional.compute_dtype(old.dtype)))
+        rms = functional.magnitude(old[:-1])
         rows = (functional.unit_magnitude(noise.to(rms)) * rms).to(old.dtype)
         for new_id, old_id in kept.items():
             rows[new_id] = old[old_id]

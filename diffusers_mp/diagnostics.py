@@ -393,7 +393,9 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _norm(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(_local(tensor), dtype=compute_dtype(tensor.dtype))
+    tensor, dtype = _local(tensor), compute_dtype(tensor.dtype)
+    # PyTorch takes no norms of float8, in which layerwise casting stores weights.
+    return torch.linalg.vector_norm(tensor.to(dtype) if tensor.itemsize == 1 else tensor, dtype=dtype)
 
 
 def _norm_of_difference(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:

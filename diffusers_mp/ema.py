@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .functional import compute_dtype
 from .layers import normalize_weights_, return_to_shards
 
 
@@ -93,9 +94,9 @@ class PowerFunctionEMA:
     Equation 127 of EDM2 (arXiv 2312.02696). Differs from it: rows of weight-normalised layers are re-normalised when
     an average is used (an average of unit rows is shorter than 1), never in the average itself.
 
-    Every floating-point parameter is averaged, trained or frozen, in `promote_types(its dtype, float32)` on its own
-    device: bf16 would round the small steps of a wide average away. Buffers and integer parameters are neither
-    averaged nor stored: a model that an average is copied into keeps its own.
+    Every floating-point parameter is averaged, trained or frozen, in at least float32 on its own device: bf16 would
+    round the small steps of a wide average away. Buffers and integer parameters are neither averaged nor stored: a
+    model that an average is copied into keeps its own.
 
     Pass the plain model, after it was moved to its device: not the wrapper of DistributedDataParallel, and for a
     compiled model its `_orig_mod`: names are those of the model given here. Of an Accelerator,
@@ -125,8 +126,7 @@ class PowerFunctionEMA:
         self.step = 0
         self._averages = {
             std: {
-                name: parameter.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
-                for name, parameter in parameters.items()
+                name: parameter.to(compute_dtype(parameter.dtype), copy=True) for name, parameter in parameters.items()
             }
             for std in self.stds
         }

@@ -63,7 +63,8 @@ class RunningStatistics:
         self.count, self.mean, self.scatter = 0, None, None
 
     def update(self, features: torch.Tensor) -> "RunningStatistics":
-        """
+        """Add rows.
+
         Args:
             features (torch.Tensor): shape (B, D), the same D each time.
         Returns:
@@ -338,7 +339,8 @@ class ReferenceStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> "ReferenceStatistics":
-        """
+        """Read a file of statistics.
+
         Args:
             path (str or Path): what `save` wrote.
         Returns:

@@ -52,7 +52,8 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
+        """Features of pictures, checked.
+
         Args:
             images (torch.Tensor): uint8, shape (B, 1 or 3, H, W); grey ones are given to the function as RGB.
         Returns:
@@ -157,9 +158,7 @@ def transformers_extractor(
             f"{sorted(loading['missing_keys'])[:5]}: features would come from random ones."
         )
     preprocessing = _preprocessing(str(name), processor)
-    weights = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        weights.update(key.encode() + tensor.contiguous().numpy().tobytes())
+    weights_hash = _weights_hash(model)
     model = model.to(device).eval()
 
     def function(images: torch.Tensor) -> torch.Tensor:
@@ -179,12 +178,19 @@ def transformers_extractor(
         "id": str(name),
         "revision": getattr(model.config, "_commit_hash", None) or revision,
         "class": type(model).__name__,
-        "weights_sha256": weights.hexdigest(),
+        "weights_sha256": weights_hash,
         "output": output,
         "preprocessing": preprocessing,
         "transformers": transformers.__version__,
     }
     return FeatureExtractor(function, description)
+
+
+def _weights_hash(model: torch.nn.Module) -> str:
+    weights = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        weights.update(key.encode() + tensor.cpu().numpy().tobytes())
+    return weights.hexdigest()
 
 
 def _preprocessing(name: str, processor: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,17 +244,14 @@ def inception_extractor(device: str | torch.device = "cpu") -> FeatureExtractor:
         from torch_fidelity.version import __version__
     except ImportError as error:
         raise ImportError(
-            "FID and Inception score need torch-fidelity, and with it torchvision: `pip install diffusers-mp[eval]`."
+            "FID and Inception score need torch-fidelity, and with it torchvision: `pip install torch-fidelity torchvision`."
         ) from error
     model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).to(device)
-    weights = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        weights.update(key.encode() + tensor.cpu().numpy().tobytes())
     description = {
         "id": f"{INCEPTION} inception-v3-compat",
         "revision": __version__,
         "class": "FeatureExtractorInceptionV3",
-        "weights_sha256": weights.hexdigest(),
+        "weights_sha256": _weights_hash(model),
         "output": "2048",
         "preprocessing": "torch-fidelity's: bilinear to 299x299 as in TensorFlow 1",
     }

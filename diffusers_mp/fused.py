@@ -1,9 +1,9 @@
 """Equations of `functional` that eager mode would cut into many passes over memory, forward and backward by hand.
 
 Each function here reads and writes its big tensor as few times as PyTorch's operators allow and keeps for backward
-only what is kept anyway. They can be differentiated twice, and by `torch.func`. `torch.compile` fuses the plain
-formulas better than it does these, so `functional` uses them in eager mode only. docs/design/performance.md has the
-numbers.
+only what is kept anyway. All but `unit_rows` can be differentiated twice, and by `torch.func`. `torch.compile` fuses
+the plain formulas better than it does these, so `functional` uses them in eager mode only. docs/design/performance.md
+has the numbers.
 """
 
 import math
@@ -211,6 +211,7 @@ def unit_rows(weight: torch.Tensor) -> torch.Tensor:
     """Rows that are known to have norm 1: the weight as it is, with the gradient of `functional.unit_norm`.
 
         y = w,   gradient g - (g.w) w
+    Can be differentiated once: the second derivative would need the norm that is taken for granted here.
 
     Args:
         weight (torch.Tensor): rows of norm 1, shape (m, n).

@@ -26,10 +26,14 @@ HEAT_MAP_NAME = "evaluation.png"
 _WEIGHTS = "diffusion_pytorch_model*.safetensors"
 _WEIGHTS_INDEX = f"{_WEIGHTS}.index.json"
 _MODEL_FILES = ("config.json", _WEIGHTS, _WEIGHTS_INDEX)
+# Components of a pipeline.
+_MODELS = ("transformer", "vae", "guidance_transformer")
+_GUIDER_CONFIG = "guider/guider_config.json"
 _PUBLISHED = (
     "model_index.json",
     "scheduler/scheduler_config.json",
-    *(f"{folder}/{name}" for folder in ("transformer", "transformer_ema_*", "vae") for name in _MODEL_FILES),
+    _GUIDER_CONFIG,
+    *(f"{folder}/{name}" for folder in (*_MODELS, "transformer_ema_*") for name in _MODEL_FILES),
     *(CARD_NAME, GRID_NAME, CURVE_NAME, HEAT_MAP_NAME),
 )
 # Of `save_rotation_adapter`.
@@ -188,7 +192,9 @@ def files_to_publish(folder: str | Path) -> list[str]:
     found = sorted({path.relative_to(folder).as_posix() for pattern in _PUBLISHED for path in folder.glob(pattern)})
     if "model_index.json" not in found:
         raise ValueError(f"`folder` must hold a saved pipeline, {folder} has no model_index.json.")
-    components = [name for name in ("transformer", "vae") if _has_component(folder, name)]
+    if _has_component(folder, "guider") and _GUIDER_CONFIG not in found:
+        raise ValueError(f"`folder` must hold a complete pipeline, {folder} lacks {_GUIDER_CONFIG}.")
+    components = [name for name in _MODELS if _has_component(folder, name)]
     for component in (*components, *sorted(path.name for path in folder.glob("transformer_ema_*"))):
         indexed = set()
         for index in (folder / component).glob(_WEIGHTS_INDEX):
@@ -261,7 +267,7 @@ def publish(
                     *(CommitOperationAdd(name, content) for name, content in contents.items()),
                     *(CommitOperationDelete(name) for name in stale),
                 ],
-                commit_message=commit_message or "MPDiT pipeline",
+                commit_message=commit_message or "Upload with diffusers-mp",
                 revision=revision,
             )
             return commit.commit_url

@@ -32,6 +32,10 @@ REPAIR = "delete the file and encode again into the same folder, which makes wha
 def vae_fingerprint(vae: "AutoencoderKL") -> dict[str, str]:
     """SHA-256 of a VAE's configuration and of its weights: what decides whether encoded latents are its own.
 
+    Args:
+        vae (AutoencoderKL): in float32.
+    Returns:
+        dict: `config_hash` and `weights_hash`.
     Raises:
         ValueError: if the VAE is not in float32, where the same weights would have another fingerprint.
     """
@@ -46,6 +50,13 @@ def vae_fingerprint(vae: "AutoencoderKL") -> dict[str, str]:
 
 
 def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
+    """Bytes as a VAE takes them.
+
+    Args:
+        pixels (torch.Tensor): uint8, any shape.
+    Returns:
+        torch.Tensor: float32 in [-1, 1], same shape.
+    """
     return pixels.float() / 127.5 - 1
 
 
@@ -110,10 +121,14 @@ class LatentDataset(Dataset):
     def read(self, index: int, flip: bool = False) -> dict[str, Any]:
         """The posterior of one picture, or of its mirror image.
 
+        Args:
+            index (int): in [0, number of samples).
+            flip (bool): of the mirror image.
         Returns:
             dict: `mean` and `std` (torch.Tensor, float32, (C, H, W)), `label` (int) and `pooled_projections`
             (torch.Tensor, float32, (P,)). Pixels have no `std`; labels and vectors only if the data have them.
         Raises:
+            IndexError: if `index` is out of range.
             ValueError: if `flip` is asked of latents encoded without.
         """
         if not 0 <= index < len(self):
@@ -143,6 +158,8 @@ class LatentDataset(Dataset):
 
         Opening compares sizes only. This costs one reading of the data, less than the first epoch does.
 
+        Args:
+            num_processes, process_index (int): how many share the shards, and which one this is.
         Raises:
             ValueError: naming each altered shard.
         """

@@ -4,7 +4,8 @@ The row contract. Rows of a weight-normalised layer are stored at a fixed norm (
 `MPEmbedding`), so that the stored weight is the weight in effect:
 
 - in training mode value and gradient are those of the normalised rows whatever norm is stored, so that a training loop
-  that has never heard of this package is correct;
+  that has never heard of this package is correct; only a loop that promises to keep the norm (`trust_rows_`) has the
+  rows used as they are;
 - `normalize_weights_` puts rows back after an optimiser step (forced weight normalisation, EDM2 section 2.3); leaving
   training mode, and saving in training mode, do it too;
 - under `fully_shard`, which shards rows, each process puts its own rows back: nothing is gathered or sent;
@@ -82,7 +83,11 @@ class _NormalizedRows(nn.Module):
         norm = self._relative_row_norms()
         # Rows that are there already are left alone to the bit, without asking the device how many that are.
         settled = ((norm - 1).abs() <= _row_tolerance(self.weight.dtype)) | (norm == 0)
-        _rows_here(self.weight).div_(norm.masked_fill_(settled, 1))
+        rows, norm = _rows_here(self.weight), norm.masked_fill_(settled, 1)
+        if rows.itemsize == 1:  # float8, in which layerwise casting stores weights, knows no division
+            rows.copy_(rows.to(norm.dtype).div_(norm))
+        else:
+            rows.div_(norm)
 
     def _settle_rows(self) -> None:
         """Normalise rows of a training module that is about to be read as it is stored."""
@@ -203,6 +208,7 @@ class MPEmbedding(_NormalizedRows, nn.Embedding):
         self,
         num_embeddings: int,
         embedding_dim: int,
+        *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         forced_weight_normalization: bool = True,

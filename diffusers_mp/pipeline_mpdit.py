@@ -678,7 +678,7 @@ def _is_interval(interval: tuple[float, float]) -> bool:
 
 def _noise_levels(scheduler) -> list[float]:
     """Standard deviation of the noise over the share of the signal, at each of a scheduler's timesteps."""
-    timesteps = scheduler.timesteps.double().cpu()
+    timesteps = scheduler.timesteps.cpu().double()  # in this order: MPS knows no float64
     is_flow = isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler))
     if is_flow or scheduler.config.get("use_flow_sigmas"):
         noise_share = timesteps / scheduler.config.num_train_timesteps
@@ -688,6 +688,6 @@ def _noise_levels(scheduler) -> list[float]:
             "`guidance_interval` must be None with a scheduler that has neither `alphas_cumprod` nor the timesteps of "
             f"a flow, got a {type(scheduler).__name__}."
         )
-    alphas_cumprod = scheduler.alphas_cumprod.double().cpu().numpy()
+    alphas_cumprod = scheduler.alphas_cumprod.cpu().double().numpy()
     alphas_cumprod = torch.from_numpy(np.interp(timesteps.numpy(), np.arange(len(alphas_cumprod)), alphas_cumprod))
     return (1 / alphas_cumprod - 1).sqrt().tolist()

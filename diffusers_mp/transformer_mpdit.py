@@ -41,6 +41,11 @@ class MPDiTAttnProcessor:
 
     def __call__(self, attn: "MPDiTAttention", hidden_states: torch.Tensor) -> torch.Tensor:
         if attn.fused_projections:
+            if any(type(layer) is not type(attn.to_qkv) for layer in (attn.to_q, attn.to_k, attn.to_v)):
+                raise ValueError(
+                    "`fuse_qkv_projections` must come after a LoRA is merged and unloaded, got one in maps that are "
+                    "fused already: call `unfuse_qkv_projections()` first."
+                )
             # Heads of queries and keys are scaled together, at half the overhead.
             heads = attn.to_qkv(hidden_states).unflatten(-1, (3, -1, attn.head_dim))
             query_key, value = heads[:, :, :2], heads[:, :, 2]
@@ -94,6 +99,12 @@ class MPDiTAttention(nn.Module, AttentionModuleMixin):
                 "`fuse_qkv_projections` needs plain query, key and value maps, without LoRA and not quantised; got "
                 f"{[type(layer).__name__ for layer in maps]}."
             )
+        if any(layer.weight.is_meta or _hooks_of_diffusers(layer) for layer in maps):
+            raise ValueError(
+                "`fuse_qkv_projections` needs maps that are neither offloaded nor cast by layer, got some that are: "
+                "fuse before `enable_layerwise_casting` and `enable_group_offload`; offloading weight by weight, as "
+                "Accelerate does it, goes without fused maps."
+            )
         # A copy of one of them keeps its class, options and device.
         self.to_qkv = copy.deepcopy(self.to_q)
         self.to_qkv.out_features = 3 * self.to_q.out_features
@@ -105,6 +116,10 @@ class MPDiTAttention(nn.Module, AttentionModuleMixin):
         if self.fused_projections:
             del self.to_qkv
             self.fused_projections = False
+
+
+def _hooks_of_diffusers(module: nn.Module) -> dict:
+    return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
 
 
 def _without_fused_map(attn: MPDiTAttention, state_dict: dict, prefix: str, local_metadata: dict) -> None:

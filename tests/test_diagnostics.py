@@ -4,7 +4,6 @@ import builtins
 import copy
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
-from helpers import relative_error, tiny_inputs, tiny_model
+from helpers import relative_error, run_processes, tiny_inputs, tiny_model
 from PIL import Image
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -711,21 +710,7 @@ dist.destroy_process_group()
 def test_two_processes_replicated_and_sharded(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "compared 84" in result.stdout
+    assert "compared 84" in run_processes(script)
 
 
 class TestTrainer:

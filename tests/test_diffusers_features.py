@@ -2,16 +2,13 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
-from helpers import tiny_inputs, tiny_model
+from helpers import run_processes, tiny_inputs, tiny_model
 from peft import LoraConfig
 from torch import nn
 
@@ -19,7 +16,6 @@ from diffusers_mp import MPDiTTransformer2DModel, layers
 from diffusers_mp.transformer_mpdit import MPDiTAttention
 
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 ALL_MAPS = ["to_q", "to_k", "to_v", "to_out.0", "proj", "linear_1", "linear_2"]
 
@@ -69,6 +65,37 @@ def test_fused_attention_maps_are_for_inference():
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(ValueError, match="needs plain query, key and value maps, without LoRA"):
         model.fuse_qkv_projections()
+
+
+def test_a_lora_in_maps_that_are_fused_is_not_passed_over():
+    model = tiny_model().eval()
+    model.fuse_qkv_projections()
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False))
+    with pytest.raises(ValueError, match=r"already: call `unfuse_qkv_projections\(\)` first"):
+        forward(model)
+    model.unfuse_qkv_projections()
+    assert not torch.equal(forward(model), forward(tiny_model().eval()))
+
+
+@pytest.mark.parametrize("kind", ["cast", "offloaded by group", "offloaded in sequence"])
+def test_maps_are_fused_before_they_are_cast_or_offloaded(kind):
+    def attach(model):
+        if kind == "cast":
+            model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+        elif kind == "offloaded by group":
+            model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+        else:
+            cpu_offload(model, torch.device("cpu"))
+
+    model, late = tiny_model().eval(), tiny_model().eval()
+    attach(late)
+    with pytest.raises(ValueError, match="maps that are neither offloaded nor cast by layer, got some that are: fuse"):
+        late.fuse_qkv_projections()
+    if kind == "offloaded in sequence":
+        return  # Accelerate offloads what is in the state dict, where fused maps are not.
+    model.fuse_qkv_projections()
+    attach(model)
+    torch.testing.assert_close(forward(model), forward(late), rtol=1e-5, atol=1e-5)
 
 
 def test_fused_attention_maps_are_not_saved(tmp_path):
@@ -302,14 +329,7 @@ def test_context_parallelism(tmp_path):
     # Ulysses; ring attention needs kernels for GPUs.
     script = tmp_path / "worker.py"
     script.write_text(textwrap.dedent(CONTEXT_PARALLEL))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("done") == 2
+    assert run_processes(script).count("done") == 2
 
 
 # Compilation

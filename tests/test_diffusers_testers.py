@@ -5,24 +5,25 @@ The table is in docs/design/diffusers_conformance.md.
 
 import copy
 import inspect
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderTiny, DDIMScheduler
 from diffusers.training_utils import EMAModel
-from helpers import row_norms, tiny_inputs, tiny_model, tiny_vae
+from helpers import row_norms, run_processes, tiny_inputs, tiny_model, tiny_vae
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, normalize_weights_
+from diffusers_mp import (
+    MagnitudeRecorder,
+    MPDiTPipeline,
+    MPDiTTransformer2DModel,
+    PowerFunctionEMA,
+    normalize_weights_,
+)
 
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
 
@@ -207,6 +208,34 @@ def test_cast_weights_are_saved_in_training(tmp_path):
         assert torch.equal(tensor.float(), expected[name]), name
 
 
+def test_cast_weights_are_normalised_averaged_and_recorded():
+    model = tiny_model().eval()
+    reference = rounded_to_float8(model)
+    model.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=torch.float32)
+    values = []
+    for each in (model, reference):
+        with MagnitudeRecorder(each) as recorder:
+            forward(each)
+        values.append(recorder.values())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+    ema = PowerFunctionEMA(model)
+    expected = {name: parameter.float() for name, parameter in model.named_parameters()}
+    assert all(torch.equal(average, expected[name]) for name, average in ema.state_dict()["averages"][0].items())
+
+    # Settled rows stay as they are, others go back to norm 1 up to the rounding of float8.
+    layer = model.transformer_blocks[0].ff.linear_1
+    with torch.no_grad():
+        layer.weight[0] = (layer.weight[0].float() * 4).to(FP8)
+    normalize_weights_(model)
+    for name, parameter in model.named_parameters():
+        if parameter is layer.weight:
+            assert torch.equal(parameter[1:].float(), expected[name][1:])
+            assert row_norms(parameter[0]).item() == pytest.approx(1, abs=0.125)
+        else:
+            assert torch.equal(parameter.float(), expected[name])
+
+
 def test_a_lora_over_cast_weights():
     model = tiny_model().eval()
     reference = rounded_to_float8(model)
@@ -284,14 +313,7 @@ def test_gradients_of_divided_tokens_add_up(tmp_path):
     # Each process has those of its own tokens.
     script = tmp_path / "worker.py"
     script.write_text(textwrap.dedent(BACKWARD))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("done") == 2
+    assert run_processes(script).count("done") == 2
 
 
 # The pipeline

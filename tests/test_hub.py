@@ -8,6 +8,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.guiders import ClassifierFreeGuidance
 from helpers import random_picture, tiny_model, tiny_vae
 from hub_server import CHUNK_SIZE, Fault, HubServer, sha256
 from PIL import PngImagePlugin
@@ -399,7 +401,7 @@ def test_an_upload_that_breaks_off_is_resumed(made, server, tmp_path):
     (url,) = push(server, tmp_path / "home", publish(made.folder))
     assert [fault.times for fault in server.faults] == [0, 0, 0]
     assert url["value"].endswith(server.repositories["user/name"].branches["main"])
-    assert server.repositories["user/name"].messages == ["initial commit", "MPDiT pipeline"]
+    assert server.repositories["user/name"].messages == ["initial commit", "Upload with diffusers-mp"]
     assert set(server.repositories["user/name"].files()) == PUBLISHED | {".gitattributes"}
 
 
@@ -419,7 +421,7 @@ def test_an_upload_that_fails_for_good_publishes_nothing_and_can_go_on(made, ser
     server.faults, arrived, num_uploads = [], dict(server.large_files), server.count("PUT", "/object/")
     assert len(arrived) > 1
     (url,) = push(server, tmp_path / "home", publish(made.folder))
-    assert repository.messages == ["initial commit", "MPDiT pipeline"]
+    assert repository.messages == ["initial commit", "Upload with diffusers-mp"]
     assert set(repository.files()) == PUBLISHED | {".gitattributes"}
     assert server.count("PUT", "/object/") == num_uploads
     assert url["value"].endswith(repository.branches["main"])
@@ -431,7 +433,7 @@ def test_a_commit_whose_answer_is_lost_is_made_once(made, server, tmp_path, afte
     (url,) = push(server, tmp_path / "home", publish(made.folder))
     repository = server.repositories["user/name"]
     assert server.faults[0].times == 0
-    assert repository.messages == ["initial commit", "MPDiT pipeline"]
+    assert repository.messages == ["initial commit", "Upload with diffusers-mp"]
     assert url["value"].endswith(repository.branches["main"])
     assert set(repository.files()) == PUBLISHED | {".gitattributes"}
 
@@ -527,6 +529,21 @@ def test_incomplete_folders_are_refused(run, server, tmp_path):
     with pytest.raises(ValueError, match="lacks vae/diffusion_pytorch_model-00001-of-00001.safetensors"):
         hub.files_to_publish(run)
     assert issubclass(HubError, RuntimeError)
+
+
+@pytest.mark.parametrize("name", ["guidance_transformer", "guider"])
+def test_parts_that_guide_are_published(name, tmp_path):
+    part = ClassifierFreeGuidance(guidance_scale=2.0) if name == "guider" else tiny_model(num_layers=1).eval()
+    pipe = MPDiTPipeline(tiny_model().eval(), DDIMScheduler(clip_sample=False), tiny_vae(), **{name: part})
+    pipe.save_pretrained(tmp_path / "run")
+    for path in hub.files_to_publish(tmp_path / "run"):
+        (tmp_path / "published" / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "run" / path, tmp_path / "published" / path)
+    loaded = MPDiTPipeline.from_pretrained(tmp_path / "published").components[name]
+    assert type(loaded) is type(part)
+    shutil.rmtree(tmp_path / "run" / name)
+    with pytest.raises(ValueError, match=f"lacks {name}/"):
+        hub.files_to_publish(tmp_path / "run")
 
 
 # Rotation swaps

@@ -529,6 +529,8 @@ def test_device_and_dtype_arguments():
     layer = MPLinear(3, 4, device="meta", dtype=torch.bfloat16)
     assert (layer.weight.device.type, layer.weight.dtype) == ("meta", torch.bfloat16)
     table = MPEmbedding(3, 4, device="meta", dtype=torch.float16)
+    with pytest.raises(TypeError, match="positional"):
+        MPEmbedding(3, 4, 0)  # the padding index of nn.Embedding, not a device
     assert (table.weight.device.type, table.weight.dtype) == ("meta", torch.float16)
 
 

@@ -120,3 +120,9 @@ def test_schedule_refuses_a_decay_from_before_the_start(num_constant_steps):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(ValueError, match=f"`num_constant_steps` must be at least 1, got {num_constant_steps}"):
         inverse_sqrt_schedule(optimizer, 1, num_constant_steps)
+
+
+def test_schedule_refuses_a_warm_up_of_negative_rates():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(ValueError, match="`num_warmup_steps` must be at least 0, got -5"):
+        inverse_sqrt_schedule(optimizer, -5, 10)

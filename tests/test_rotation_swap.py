@@ -462,6 +462,32 @@ def test_quantised_maps_are_used_whole_with_kept_shifts(kind):
     assert torch.equal(run(model, inputs), run(stock, inputs))
 
 
+class IntegerLinear(nn.Linear):
+    """As bitsandbytes does it: integers and a scale, multiplied in the dtype of the bias."""
+
+    @classmethod
+    def of(cls, linear):
+        linear.__class__ = cls
+        linear.scale = linear.weight.detach().abs().max() / 127
+        linear.weight = nn.Parameter((linear.weight / linear.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, input):
+        return nn.functional.linear(input, self.weight.to(input.dtype) * self.scale, self.bias)
+
+
+def test_rotations_beside_quantised_maps_compute_in_the_dtype_of_the_model():
+    stock, model = make("Flux")[0].bfloat16(), make("Flux")[0].bfloat16()
+    for each in (stock, model):
+        for block in each.single_transformer_blocks:
+            IntegerLinear.of(block.norm.linear)
+    inputs = {
+        name: value.bfloat16() if value.dtype == torch.float32 else value for name, value in make("Flux")[1].items()
+    }
+    swap_adaln_for_rotation(model, keep_shift=True)
+    assert model.single_transformer_blocks[0].norm.linear.rotation.weight.dtype == torch.bfloat16
+    assert torch.equal(run(model, inputs), run(stock, inputs))
+
+
 def with_lora(targets):
     peft = pytest.importorskip("peft")
     model, inputs = make("Flux")

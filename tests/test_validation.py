@@ -70,6 +70,11 @@ def test_losses_are_means_over_samples_and_levels(objective, labelled):
         assert class_labels is None if not labelled else torch.equal(class_labels, labels[part])
 
 
+def test_no_samples_are_an_error():
+    with pytest.raises(ValueError, match="`batches` must hold samples, received none"):
+        validation_losses(Model(), flow(), [], torch.tensor([500.0]), torch.device("cpu"))
+
+
 def test_levels_are_told_apart():
     objective, latents = flow(), torch.randn(3, 2, 4, 4)
     levels = torch.tensor([0.0, 500.0, 1000.0])

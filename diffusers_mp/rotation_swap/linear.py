@@ -46,9 +46,10 @@ class RotationLinear(nn.Module):
                 f"`linear` must have maps of even width, rotation turns pairs of channels, got {self.dim}."
             )
         num_rotations = self.kinds.count("rotate")
-        # Of the module's own tensors: a quantised weight has no dtype to compute in.
-        weight = linear.weight if linear.weight.is_floating_point() else None
-        factory = {"device": linear.weight.device, "dtype": None if weight is None else weight.dtype}
+        # A quantised weight has no dtype to compute in, but its bias does.
+        tensors = (linear.weight, *linear.parameters())
+        dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+        factory = {"device": linear.weight.device, "dtype": dtype}
         num_angles = num_rotations * self.dim // 2
         if rank is None:
             self.rotation = nn.Linear(linear.in_features, num_angles, **factory)

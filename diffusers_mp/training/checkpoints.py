@@ -169,7 +169,9 @@ def save_checkpoint(
             shutil.rmtree(final)
         unfinished.rename(final)
         if total_limit is not None:
-            for path in find_checkpoints(output_dir)[:-total_limit]:
+            # This one stays even among later ones, of a run that was sent back to an earlier checkpoint.
+            others = [path for path in find_checkpoints(output_dir) if path != final]
+            for path in others[: max(0, len(others) + 1 - total_limit)]:
                 logger.info("Deleting %s (`--checkpoints_total_limit %d`)", path, total_limit)
                 shutil.rmtree(path)
     accelerator.wait_for_everyone()
@@ -223,7 +225,10 @@ def _state(model: nn.Module, optimizer: AcceleratedOptimizer, ema: PowerFunction
     model_state, optimizer_state = get_state_dict(model, optimizer.optimizer)
     if was_empty:
         for state in optimizer_state["state"].values():
-            state["step"].zero_()
+            # Momentum alone (SGD, Muon) counts nothing; NAdam counts twice.
+            for name, start in (("step", 0), ("mu_product", 1)):
+                if name in state:
+                    state[name].fill_(start)
     return {"model": model_state, "optimizer": optimizer_state, "ema": ema.state_dict()}
 
 

@@ -109,7 +109,8 @@ class TrainingSamples(Dataset):
         return len(self.indices)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """
+        """One sample.
+
         Args:
             key (tuple[int, int]): epoch and position in `indices`, what `StreamBatchSampler` yields.
         Returns:

@@ -145,8 +145,10 @@ def inverse_sqrt_schedule(
     Returns:
         LambdaLR: to be stepped once after each update.
     Raises:
-        ValueError: if `num_constant_steps` is not positive.
+        ValueError: if `num_constant_steps` is not positive, or `num_warmup_steps` negative.
     """
+    if num_warmup_steps < 0:
+        raise ValueError(f"`num_warmup_steps` must be at least 0, got {num_warmup_steps}.")
     if num_constant_steps < 1:
         raise ValueError(f"`num_constant_steps` must be at least 1, got {num_constant_steps}.")
 

@@ -42,6 +42,8 @@ def validation_losses(
         device (torch.device): where to compute.
     Returns:
         dict: `loss` and `mse` over all levels, and `mse_t<timestep>` for each.
+    Raises:
+        ValueError: if there are no samples.
     """
     sums = torch.zeros(len(timesteps), 2, dtype=torch.float64)
     num_samples = 0
@@ -54,7 +56,9 @@ def validation_losses(
             noisy = objective.add_noise(latents, noise, timestep_batch)
             prediction = model(noisy, timestep=timestep_batch, **conditions).sample
             terms = objective.loss(prediction, latents, noise, timestep_batch)
-            sums[level] += torch.stack([terms["loss"].sum(), terms["mse"].sum()]).double().cpu()
+            sums[level] += torch.stack([terms["loss"].sum(), terms["mse"].sum()]).cpu().double()
+    if not num_samples:
+        raise ValueError("`batches` must hold samples, received none.")
     means = sums / num_samples
     losses = dict(zip(("loss", "mse"), means.mean(0).tolist(), strict=True))
     for timestep, mse in zip(timesteps.tolist(), means[:, 1].tolist(), strict=True):

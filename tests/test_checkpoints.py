@@ -1,0 +1,81 @@
+"""Checkpoints with every kind of optimiser; runs that are killed and resumed are those of test_resume_kills.py."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from diffusers_mp import MPLinear, PowerFunctionEMA, normalize_weights_
+from diffusers_mp.training import find_checkpoints, inverse_sqrt_schedule, load_checkpoint, save_checkpoint
+
+
+OPTIMIZERS = {
+    "Adam": torch.optim.Adam,
+    "SGD": torch.optim.SGD,
+    "SGD, momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr, momentum=0.9),
+    "Muon": torch.optim.Muon,
+    "NAdam": torch.optim.NAdam,
+}
+
+
+class Run:
+    def __init__(self, make_optimizer):
+        self.accelerator = Accelerator(cpu=True)
+        model = MPLinear(8, 4)
+        optimizer = make_optimizer(model.parameters(), lr=0.1)
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(
+            model, optimizer, inverse_sqrt_schedule(optimizer, 2, 4)
+        )
+        self.ema = PowerFunctionEMA(self.model)
+
+    @property
+    def parts(self):
+        return self.model, self.optimizer, self.schedule, self.ema
+
+    def train(self, start, stop):
+        for step in range(start, stop):
+            inputs = torch.randn(3, 8, generator=torch.Generator().manual_seed(step))
+            self.model(inputs).tanh().square().sum().backward()
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+            normalize_weights_(self.model)
+            self.ema.update(step + 1)
+
+
+@pytest.fixture(autouse=True)
+def _new_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("saved_at", [0, 3])
+def test_a_run_goes_on_as_if_it_had_not_stopped(name, saved_at, tmp_path):
+    straight = Run(OPTIMIZERS[name])
+    first = Run(OPTIMIZERS[name])
+    first.model.load_state_dict(straight.model.state_dict())
+    first.ema = PowerFunctionEMA(first.model)
+    straight.train(0, 6)
+    first.train(0, saved_at)
+    checkpoint = save_checkpoint(first.accelerator, tmp_path, saved_at, *first.parts, facts={})
+    second = Run(OPTIMIZERS[name])
+    assert not torch.equal(second.model.weight, first.model.weight)
+    load_checkpoint(second.accelerator, checkpoint, *second.parts)
+    second.train(saved_at, 6)
+    assert torch.equal(second.model.weight, straight.model.weight)
+    for std in straight.ema.stds:
+        averages = [run.ema.state_dict()["averages"][run.ema.stds.index(std)] for run in (second, straight)]
+        assert torch.equal(*(average["weight"] for average in averages))
+
+
+@pytest.mark.parametrize("total_limit, left", [(1, [25]), (2, [25, 30]), (3, [20, 25, 30]), (None, [10, 20, 25, 30])])
+def test_the_new_checkpoint_stays_among_later_ones(total_limit, left, tmp_path):
+    run = Run(torch.optim.SGD)
+    for step in (10, 20, 30):
+        save_checkpoint(run.accelerator, tmp_path, step, *run.parts, facts={})
+    # As of a run that was resumed from step 20.
+    saved = save_checkpoint(run.accelerator, tmp_path, 25, *run.parts, facts={}, total_limit=total_limit)
+    assert saved.name == "checkpoint-25"
+    assert [path.name for path in find_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
