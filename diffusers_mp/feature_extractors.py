@@ -244,7 +244,7 @@ def inception_extractor(device: str | torch.device = "cpu") -> FeatureExtractor:
         from torch_fidelity.version import __version__
     except ImportError as error:
         raise ImportError(
-            "FID and Inception score need torch-fidelity, and with it torchvision: `pip install torch-fidelity torchvision`."
+            "FID and Inception score need two packages: `pip install torch-fidelity torchvision`."
         ) from error
     model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).to(device)
     description = {

@@ -40,7 +40,7 @@ NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 TOLERANCE = 1e-6
 NAMES_REPOSITORY = "facebook/DiT-XL-2-256"
 
-# Their name in the file → its name in the class, {} being the number of a block.
+# A layer's name in the file → its name in the class; of a block, behind the block's own.
 OUTER = {
     "x_embedder.proj": "pos_embed.proj",
     "final_layer.adaLN_modulation.1": "proj_out_1",
@@ -107,15 +107,21 @@ def read_config(weights: dict[str, torch.Tensor], num_heads: int | None) -> dict
     if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
         raise ValueError(f"the checkpoint's weights must be finite, {len(broken)} are not: {broken[:4]}.")
 
-    dim, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
+    patch, num_tokens = weights["x_embedder.proj.weight"], weights["pos_embed"].shape[-2]
+    side = math.isqrt(num_tokens)
+    if patch.ndim != 4 or side**2 != num_tokens:
+        raise ValueError(
+            f"the checkpoint must be of square images, it has patches of shape {tuple(patch.shape)} and "
+            f"{num_tokens} positions."
+        )
+    dim, in_channels, patch_size, _ = patch.shape
     num_heads = num_heads or NUM_HEADS.get(dim)
     if num_heads is None or dim % num_heads:
         raise ValueError(
             f"`num_heads` must be given for the width {dim}, which was not published, and divide it; received "
             f"{num_heads}."
         )
-    side = math.isqrt(weights["pos_embed"].shape[1])
-    config = {
+    return {
         "num_attention_heads": num_heads,
         "attention_head_dim": dim // num_heads,
         "in_channels": in_channels,
@@ -126,7 +132,6 @@ def read_config(weights: dict[str, torch.Tensor], num_heads: int | None) -> dict
         "num_embeds_ada_norm": weights[LABELS].shape[0] - 1,  # the last row is the null class
         "norm_eps": 1e-6,
     }
-    return config
 
 
 def convert_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

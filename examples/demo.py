@@ -105,6 +105,8 @@ def main(args):
         *("--seed", args.seed),
         *("--resume_from_checkpoint", "latest"),
     )
+    if not (model / "model_index.json").is_file():
+        raise SystemExit("stopped by a signal in the training of the transformer; the same command goes on")
     plot_losses(model / "logs" / "metrics.jsonl", args.output_dir / "loss.png")
 
     print(f"4. Samples of the ten classes, guidance {args.guidance_scale:g}")

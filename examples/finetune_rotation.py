@@ -59,6 +59,18 @@ from diffusers_mp.training import (
 )
 
 
+AT_LEAST_1 = (
+    "encode_batch_size",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "num_calibration_samples",
+    "num_validation_images",
+    "num_validation_levels",
+    "rank",
+    "train_batch_size",
+)
+
+
 def main(args):
     logging_dir = args.output_dir / "logs"
     curve = JSONLinesTracker(logging_dir)
@@ -134,6 +146,8 @@ def train(args, accelerator, transformer, teacher, parameters, samples, held_out
     lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lengths)
     model, optimizer = accelerator.prepare(transformer, optimizer)
+    # Autocast is for updates alone, below: evaluations before and after them have to be of one precision.
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     batch_sampler = StreamBatchSampler(
         len(samples),
         seed=args.seed,
@@ -153,7 +167,8 @@ def train(args, accelerator, transformer, teacher, parameters, samples, held_out
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             clean, noise, timesteps = batch["latents"], batch["noise"], batch["timestep"]
             inputs = (objective.add_noise(clean, noise, timesteps), timesteps, batch["class_label"])
-            prediction = model(*inputs).sample.float()
+            with accelerator.autocast():
+                prediction = model(*inputs).sample.float()
             if args.distillation:
                 with torch.no_grad(), accelerator.autocast():
                     target = teacher(*inputs).sample.float()
@@ -395,8 +410,11 @@ def parse_args(argv=None):
         args.anneal_steps = max(1, args.max_train_steps // 2) if args.anneal_steps is None else args.anneal_steps
         if not 1 <= args.anneal_steps <= max(1, args.max_train_steps):
             parser.error(f"--anneal_steps must be from 1 to --max_train_steps, got {args.anneal_steps}")
-    if args.num_validation_images is not None and args.num_validation_images < 1:
-        parser.error(f"--num_validation_images must be at least 1, got {args.num_validation_images}")
+    for name in AT_LEAST_1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.max_train_steps < 0:
+        parser.error(f"--max_train_steps must not be negative, got {args.max_train_steps}")
     if args.output_dir.is_dir() and {path.name for path in args.output_dir.iterdir()} - {"latents"}:
         parser.error(f"--output_dir must be new or empty, {args.output_dir} is not")
     try:

@@ -10,9 +10,13 @@ swap, and `drop`, `mean`, `anneal`, `distillation` (from `mean`) with one. Seed 
 """
 
 import argparse
+import datetime
 import json
+import os
 import platform
+import shlex
 import shutil
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -23,8 +27,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import train_digits_vae
+from ablation_report import table, text
 from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
-from scipy.stats import t as student
 from torch import nn
 
 
@@ -36,6 +40,11 @@ ARMS = {
     "distillation": ("--swap", "mean", "--distillation"),
 }
 SCHEDULE = ("--lr_scheduler", "cosine")
+# What numbers depend on: records with other settings are refused.
+SETTINGS = (
+    *("max_train_steps", "finetune_steps", "train_batch_size", "learning_rate", "vae_steps", "num_layers"),
+    *("num_images_per_class", "num_inference_steps", "guidance_scale", "num_validation_images", "validation_steps"),
+)
 MODEL = json.loads((Path(__file__).parent / "digits_model.json").read_text())
 
 
@@ -90,7 +99,19 @@ def best_rate(args, arm):
 
 
 def read(args, name):
-    return json.loads((args.output_dir / "records" / f"{name}.json").read_text())
+    """The record of a run; refuses that of another experiment."""
+    file = args.output_dir / "records" / f"{name}.json"
+    record, wanted = json.loads(file.read_text()), settings_of(args)
+    if record["settings"] != wanted:
+        raise ValueError(
+            f"`--output_dir` must hold runs with the settings of this command, {wanted}, {file} has "
+            f"{record['settings']}: choose another folder for other settings."
+        )
+    return record
+
+
+def settings_of(args):
+    return {name: getattr(args, name) for name in SETTINGS}
 
 
 # What is trained
@@ -154,6 +175,7 @@ def run(args, splits, name, base, seed, arguments):
     """One run of `finetune_rotation.py` and a look at its samples, unless there is a record; its folder."""
     folder, record = args.output_dir / "runs" / name, args.output_dir / "records" / f"{name}.json"
     if record.is_file():
+        read(args, name)
         return folder
     print(f"--- {name}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -173,6 +195,9 @@ def run(args, splits, name, base, seed, arguments):
     finetune_rotation.main(finetune_rotation.parse_args(list(map(str, argv))))
     log = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
     measures = {
+        "settings": settings_of(args),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         **json.loads((folder / "evaluation.json").read_text()),
         "curve": {entry["step"]: entry["validation/loss"] for entry in log if "validation/loss" in entry},
         "samples": judged(args, splits, folder, seed),
@@ -222,20 +247,6 @@ def sample(pipeline, labels, args, generator):
 # The report
 
 
-def interval(values, digits=4, factor=1.0):
-    """Mean ± half of the 95 % interval of Student's t."""
-    values = factor * np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return f"{values.mean():.{digits}f}"
-    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():.{digits}f} ± {half:.{digits}f}"
-
-
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
-
-
 def report(args, splits):
     """Write the tables and the figure."""
     rates = {arm: best_rate(args, arm) for arm in ARMS}
@@ -250,15 +261,15 @@ def report(args, splits):
 
     def row(label, records):
         losses = [record["final"]["loss"] for record in records]
-        difference = "" if label == "`control`" else interval(np.subtract(losses, control), 5)
+        difference = "" if label == "`control`" else text(np.subtract(losses, control), 5)
         measured = [record["samples"] for record in records]
         return (
             label,
-            interval(losses),
+            text(losses, 4),
             difference,
-            "" if label == "base" else interval([record["final"]["relative_error"] for record in records]),
-            interval([each["recognised"] for each in measured], 1, 100),
-            interval([each["within_class_ratio"] for each in measured], 3),
+            "" if label == "base" else text([record["final"]["relative_error"] for record in records], 4),
+            text([each["recognised"] for each in measured], 1, 100),
+            text([each["within_class_ratio"] for each in measured], 3),
             f"{records[0]['num_parameters']['after']:,}",
         )
 
@@ -279,8 +290,12 @@ def report(args, splits):
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "accelerate", "scikit-learn"))
     judge = digits.fit_judge(splits["judge"].images, splits["judge"].labels)
     real = digits.recognised(judge, splits["held_out"].images, splits["held_out"].labels)
+    dates = sorted(record["date"] for record in records)
     facts = {
         **vars(args),
+        "command": shlex.join(["python", "examples/rotation_digits.py", *sys.argv[1:]]),
+        "machine": "; ".join(sorted({record["machine"] for record in records})),
+        "dates": dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}",
         "seeds": f"{len(args.seeds)} seeds",
         "num_samples": len(digits.CLASS_NAMES) * args.num_images_per_class,
         "versions": f"Python {platform.python_version()}, {versions}",
@@ -291,8 +306,8 @@ def report(args, splits):
         "first": first,
     }
     former = args.report.read_text() if args.report.is_file() else ""
-    text = TEMPLATE.format(quality=quality, tried=tried, figure=figure.name, **facts)
-    args.report.write_text(text + former.partition(CONCLUSIONS)[2])
+    filled = TEMPLATE.format(quality=quality, tried=tried, figure=figure.name, **facts)
+    args.report.write_text(filled + former.partition(CONCLUSIONS)[2])
     print(f"wrote {args.report} and {figure}; what stands below its conclusions was kept: see that it still holds")
 
 
@@ -317,10 +332,10 @@ CONCLUSIONS = "## Conclusions\n"
 TEMPLATE = (
     """# Rotations in the place of a trained DiT's shifts
 
-- command: `python examples/rotation_digits.py --output_dir {output_dir.name} --report docs/results/rotation_swap.md`
-- machine: x86_64, 2 cores, 24 GiB, no GPU
+- command: `{command}`
+- machine: {machine}
 - versions: {versions}
-- date: 2026-11-21
+- date: {dates}
 - {minutes:.0f} minutes of one core for {num_runs} runs
 
 A diffusers `DiTTransformer2DModel` is trained from scratch on the latents of real digits

@@ -31,19 +31,23 @@ RESERVED_SECONDS = 3.0
 
 
 def parse_args(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--train_data_dir", type=Path, required=True, help="folder of images, searched recursively")
     parser.add_argument("--output_dir", type=Path, required=True, help="new or empty folder for the VAE")
     parser.add_argument("--in_channels", type=int, choices=(1, 3), default=1, help="1: greyscale, 3: RGB")
-    parser.add_argument("--latent_channels", type=int, default=1)
-    parser.add_argument("--block_out_channels", type=int, nargs=3, default=(16, 32, 32))
-    parser.add_argument("--layers_per_block", type=int, default=1)
-    parser.add_argument("--kl_weight", type=float, default=1e-3)
-    parser.add_argument("--train_batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--max_train_steps", type=int, default=400)
+    parser.add_argument("--latent_channels", type=int, default=1, help="channels of a latent")
+    parser.add_argument(
+        "--block_out_channels", type=int, nargs=3, default=(16, 32, 32), help="channels of each level, multiples of 8"
+    )
+    parser.add_argument("--layers_per_block", type=int, default=1, help="layers of a level")
+    parser.add_argument("--kl_weight", type=float, default=1e-3, help="of the KL term in the loss")
+    parser.add_argument("--train_batch_size", type=int, default=32, help="images of an update")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="after warm-up")
+    parser.add_argument("--max_train_steps", type=int, default=400, help="updates, at the most")
     parser.add_argument("--max_seconds", type=float, default=80.0, help="hard limit on the whole of main()")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and draws")
     return parser.parse_args(arguments)
 
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
 import warnings
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ from diffusers_mp.training import (
     Watchdog,
     check_optimizer,
     conditions_of,
+    find_checkpoints,
     inverse_sqrt_schedule,
     load_checkpoint,
     read_state,
@@ -304,6 +306,13 @@ def clear_what_comes_again(args, run):
     if run.accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         discard_snapshots_after(args.output_dir / "ema_snapshots", run.step)
+        for later in find_checkpoints(args.output_dir):
+            # Of updates that are made again now: `latest` must not go on from them after a kill.
+            if int(later.name.partition("-")[2]) > run.step:
+                abandoned = later.with_name(f"{later.name}.abandoned")
+                shutil.rmtree(abandoned, ignore_errors=True)
+                later.rename(abandoned)
+                logger.warning("%s is of updates that come again, and is kept as %s", later.name, abandoned.name)
         (args.output_dir / "training_arguments.json").write_text(json.dumps(arguments, indent=2, default=str) + "\n")
     run.accelerator.init_trackers("train_mpdit", config={name: str(value) for name, value in arguments.items()})
 
@@ -443,7 +452,7 @@ def finish(args, run, repo_id):
     if not run.accelerator.is_main_process:
         return
     pipeline.save_pretrained(args.output_dir)
-    num_images_seen = run.max_train_steps * run.total_batch_size
+    num_images_seen = run.step * run.total_batch_size
     write_model_card(args.output_dir, repo_id, license=args.hub_license, num_images_seen=num_images_seen)
     print(f"Saved the pipeline to {args.output_dir}: MPDiTPipeline.from_pretrained({str(args.output_dir)!r})")
     if args.push_to_hub:

@@ -27,6 +27,7 @@ AT_LEAST_1 = (
     "max_train_steps",
     "num_validation_levels",
     "train_batch_size",
+    "validation_inference_steps",
 )
 PRESET_DEFAULTS = {
     "preset": "S/2",
@@ -188,6 +189,8 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         args.resolution = index["resolution"]
     if args.vae is None:
         args.vae = index["vae"]["id"] if index["vae"] else "none"
+        if args.vae is None:
+            parser.error(f"--vae must be given: {index_file} has no name of the VAE that encoded its images")
     if args.max_train_steps is not None and args.num_train_epochs is not None:
         parser.error("give one of --max_train_steps and --num_train_epochs")
     try:
@@ -292,7 +295,7 @@ def model_config(
     source = args.pretrained_model_name_or_path or args.model_config_name_or_path
     config = pretrained_config
     if config is None:
-        config = MPDiTTransformer2DModel.load_config(source)
+        config = MPDiTTransformer2DModel.load_config(source, cache_dir=args.cache_dir)
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     for name, value in of_data.items():
         # A table of classes that there is takes the place of one of another size.

@@ -134,6 +134,25 @@ def run_python(code, *arguments, package=None):
     return result.stdout
 
 
+def run_processes(script, *arguments, num_processes=2, **environment):
+    """Run a script as several processes on the CPU, one thread each, that see the tests; their standard output."""
+    root = Path(__file__).parents[1]
+    own = {
+        **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"},
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
+    }
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes))
+    result = subprocess.run(
+        [sys.executable, *torchrun, str(script), *map(str, arguments)],
+        env={**os.environ, **own, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,  # processes that do not agree wait for each other
+    )
+    assert result.returncode == 0, result.stderr[-8000:]
+    return result.stdout
+
+
 def tiny_vae(in_channels=3, latent_channels=4, seed=0):
     """A real AutoencoderKL of factor 4."""
     torch.manual_seed(seed)

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+
+from diffusers_mp.training import split_validation
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -69,6 +72,16 @@ def test_interval_is_that_of_student():
     assert mean == 2
     assert half == pytest.approx(t / math.sqrt(3))
     assert math.isnan(ablation_report.interval([5.0])[1])
+
+
+def test_cells_of_tables():
+    # Mean 2, standard error 1 / sqrt(3), and 4.3027 is the 97.5 % point of two degrees of freedom.
+    assert ablation_report.text([1, 2, 3], 4) == f"2.0000 ± {4.302653 / 3**0.5:.4f}"
+    assert ablation_report.text([0.5], 1, 100) == "50.0"
+    assert ablation_report.text([None, 0.5]) == "0.50"
+    assert ablation_report.text([None]) == "–"
+    assert ablation_report.signed([1.0]) == "+1.0"
+    assert ablation_report.signed([-1.0]) == "-1.0"
 
 
 def record_of(seed, frechet, cpu=10.0):
@@ -239,6 +252,42 @@ def test_runs_of_a_seed_see_the_same_data_and_seeds_others(finished):
     assert losses[0] == pytest.approx([losses[0][0]] * 4, rel=0.01)
     assert losses[1] == pytest.approx([losses[1][0]] * 2, rel=0.01)
     assert losses[0][0] != pytest.approx(losses[1][0], rel=0.03)
+
+
+@pytest.mark.parametrize("part", ["trained on", "held out"])
+def test_measures_of_real_digits(finished, monkeypatch, part):
+    """What is measured where the model's samples are digits of the data, of the class asked for."""
+    args = ablate.parse_args(["--output_dir", str(finished), *MINIATURE, "--num_samples", "1000"])
+    images, labels = ablate.read_digits(args)
+    run = ablate.Run(ablate.BASELINE, 1e-4, 0)
+    held_in, held_out = split_validation(len(images), 400, run.seed)
+    args.num_validation_images, chosen = 400, held_in if part == "trained on" else held_out
+    counts = torch.zeros(10, dtype=torch.int64)
+    wanted = []
+
+    def real_digits(pipeline, indices, *, seed, class_ids, num_inference_steps, guidance_scale):
+        asked = [class_ids[index] for index in indices]
+        wanted.extend(asked)
+        of_class = {digit: chosen[labels[chosen] == digit] for digit in range(10)}
+        counts[:] = torch.bincount(torch.tensor(class_ids), minlength=10)
+        return torch.stack([images[of_class[digit][n % len(of_class[digit])]] for n, digit in enumerate(asked)])
+
+    monkeypatch.setattr(ablate, "generate_images", real_digits)
+    judge = ablate.load_judge(args)
+    result = ablate.measure(args, run, finished / "runs" / RUNS[0], judge)
+    facts = json.loads((finished / "judge.json").read_text())
+    for scale in ("1", "2"):
+        measures = result["samples"][scale]
+        # Each image of the part about once or twice; training images are their own nearest ones.
+        assert measures["nearest_training_ratio"] == pytest.approx(0 if part == "trained on" else 1, abs=0.05)
+        assert measures["recognised"] == pytest.approx(facts["accuracy"], abs=0.05)
+        assert measures["frechet"] < 10 * facts["floor"]
+    # Classes in the proportions of the data, up to one image.
+    shares = torch.bincount(labels, minlength=10) * 1000 / len(labels)
+    assert (counts - shares).abs().max() <= 1
+    shown = torch.tensor(result["pictures"], dtype=torch.uint8)
+    for digit in range(10):
+        assert any(torch.equal(shown[digit], image[0]) for image in images[labels == digit])
 
 
 def test_finished_runs_are_not_run_again(finished, monkeypatch):

@@ -202,10 +202,11 @@ class TestRefusals:
             # Finite in the file, infinite in the float32 of the class.
             (lambda w: w.update({LAST: w[LAST].double().fill_(1e300)}), "it differs by nan; nothing was written"),
             (lambda w: w.update(checkpoint(mlp_ratio=3)), "shapes must be those of a DiT"),
+            (lambda w: w.update(pos_embed=w["pos_embed"][:, :15]), "must be of square images, .* and 15 positions"),
             (lambda w: w["pos_embed"].mul_(1.01), r"within 1e-06 .* it differs by 0\.\d+; nothing was written"),
             (lambda w: w["pos_embed"].copy_(w["pos_embed"].roll(DIM // 2, -1)), r"it differs by 0\.\d+; nothing was"),
         ],
-        ids=["missing", "unknown", "not finite", "overflow", "shapes", "positions", "rows for columns"],
+        ids=["missing", "unknown", "not finite", "overflow", "shapes", "oblong", "positions", "rows for columns"],
     )
     def test_corrupted(self, convert, tmp_path, change, message):
         weights = checkpoint()

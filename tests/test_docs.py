@@ -71,6 +71,13 @@ def test_commands_are_understood(script, monkeypatch):
                 pytest.fail(f"{page}: {arguments}")
 
 
+def test_pages_have_commands_and_blocks():
+    # Nothing to run would be no failure of the tests above.
+    scripts = {script for _, script, _ in commands()}
+    assert {"train_mpdit", "evaluate", "encode_latents", "reconstruct_ema", "convert_dit"} <= scripts
+    assert sum(PYTHON.search(page.read_text()) is not None for page in PAGES) >= 10
+
+
 def test_the_site_is_built_without_a_warning(tmp_path):
     build = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", ROOT / "docs", tmp_path]
     done = subprocess.run(build, capture_output=True, text=True)

@@ -1,16 +1,13 @@
 """The script that encodes, alone and launched as two processes, and the trainer's use of what it leaves."""
 
 import argparse
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from helpers import tiny_vae
+from helpers import run_processes, tiny_vae
 
 from diffusers_mp.latents import LatentDataset
 
@@ -59,16 +56,8 @@ def content_of(folder, *without):
 def test_two_launched_processes_leave_what_one_leaves(arguments, tmp_path, capsys):
     encode(*arguments, tmp_path / "one")
     assert capsys.readouterr().out.startswith("10 images encoded in 4 shards")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    launched = subprocess.run(
-        [*command, str(EXAMPLES / "encode_latents.py"), *arguments, str(tmp_path / "two")],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert launched.returncode == 0, launched.stderr
-    assert launched.stdout.count("10 images encoded in 4 shards") == 1
+    printed = run_processes(EXAMPLES / "encode_latents.py", *arguments, tmp_path / "two")
+    assert printed.count("10 images encoded in 4 shards") == 1
     assert content_of(tmp_path / "two") == content_of(tmp_path / "one")
 
 

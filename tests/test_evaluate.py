@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
-from helpers import random_picture, tiny_model, tiny_vae
+from helpers import random_picture, run_processes, tiny_model, tiny_vae
 from hub_server import HubServer
 from PIL import Image
 from test_evaluation import dinov2  # noqa: F401
@@ -117,19 +117,11 @@ def test_the_numbers_are_those_of_the_library(arguments, folder, photos, dinov2,
 
 def test_two_processes_measure_what_one_measures(arguments, tmp_path):
     results = evaluate(arguments, "--batch_size", 3)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     more = ["--output_dir", tmp_path / "two", "--batch_size", 3]
-    launched = subprocess.run(
-        [*command, str(EXAMPLES / "evaluate.py"), *map(str, [*arguments, *more])],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert launched.returncode == 0, launched.stderr
+    printed = run_processes(EXAMPLES / "evaluate.py", *arguments, *more)
     shared = json.loads((tmp_path / "two" / "results.json").read_text())
     assert shared["best"]["num_processes"] == 2
-    assert launched.stdout.count("Best of 1") == 1
+    assert printed.count("Best of 1") == 1
     assert shared["settings"] == results["settings"]
     # Of every image, byte by byte.
     assert shared["best"]["images_sha256"] == results["best"]["images_sha256"]
@@ -213,6 +205,10 @@ def test_sweep_over_widths(arguments, folder, tmp_path, capsys):
     )
     assert alone["best"]["images_sha256"] == cells[0.075, 1]["images_sha256"]
 
+    early = evaluate(sweep, "--ema_stds", 0.075, "--step", 4, "--output_dir", tmp_path / "early")
+    assert "of the profile's norm at step 4" in capsys.readouterr().out
+    assert early["best"]["images_sha256"] != cells[0.075, 1]["images_sha256"]
+
     best, evaluation = results["best"], tmp_path / "evaluation"
     assert best["metrics"][0]["frechet_distance"] == min(
         cell["metrics"][0]["frechet_distance"] for cell in results["cells"]
@@ -254,8 +250,12 @@ def test_several_extractors_samplers_and_classes(arguments, dinov2, tmp_path, mo
     assert [metrics["extractor"] for metrics in results["best"]["metrics"]] == ["my_features:colours", str(dinov2)]
     first = results["best"]["metrics"][0]["frechet_distance"]
     assert first != results["best"]["metrics"][1]["frechet_distance"]
-    other = evaluate(both, "--output_dir", tmp_path / "other")
-    assert other["best"]["images_sha256"] != results["best"]["images_sha256"]
+    # Another sampler, another seed, another precision: other images.
+    hashes = {results["best"]["images_sha256"]}
+    for number, more in enumerate(((), ("--scheduler", "DDIMScheduler", "--seed", 1), ("--dtype", "bfloat16"))):
+        other = evaluate(both, "--output_dir", tmp_path / f"other-{number}", *more)
+        hashes.add(other["best"]["images_sha256"])
+    assert len(hashes) == 4
     assert len(list((tmp_path / "evaluation" / "reference").iterdir())) == 2
     with pytest.raises(ValueError, match='settings; .* differs in scheduler: "DDIMScheduler" and "DDPMScheduler"'):
         evaluate(both)

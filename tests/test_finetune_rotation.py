@@ -1,9 +1,7 @@
 """Swapping and fine-tuning a small stock DiT on real digits, and the experiment that compares the ways to do it."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
-from helpers import run_python, tiny_vae
+from helpers import run_processes, run_python, tiny_vae
 from hub_server import HubServer
 from test_hub import TOKEN, client, holding
 
@@ -258,6 +256,54 @@ def test_micro_batches_are_one_batch(base, tmp_path):
     assert whole["final"]["loss"] != pytest.approx(whole["after_swap"]["loss"], rel=1e-2)
 
 
+def test_the_flags_reach_the_run(base, tmp_path, monkeypatch):
+    import finetune_rotation
+
+    made = {}
+
+    def spy(owner, name):
+        original = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            made.setdefault(name, []).append((args, kwargs))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    spy(finetune_rotation, "TrainingSamples")
+    spy(finetune_rotation, "set_shift_scale")
+    spy(finetune_rotation.Accelerator, "clip_grad_norm_")
+    spy(torch.optim, "AdamW")
+    finetune(
+        *(base, tmp_path / "run", "--swap", "anneal", "--anneal_steps", "2", "--class_dropout_prob", "0.25"),
+        *("--random_flip", "--max_grad_norm", "0.5", "--adam_weight_decay", "0.125", "--validation_steps", "0"),
+        *("--latents_dir", tmp_path / "latents"),
+    )
+    # The shifts fade within two updates, and are gone for the other two.
+    assert [args[1] for args, _ in made["set_shift_scale"]] == [0.5, 0.0, 0.0, 0.0]
+    assert [args[2] for args, _ in made["clip_grad_norm_"]] == [0.5] * 4
+    ((_, adam),) = made["AdamW"]
+    assert (adam["lr"], adam["weight_decay"]) == (3e-3, 0.125)
+    (_, held_out), (_, training) = made["TrainingSamples"]
+    assert (training["class_dropout_prob"], training["random_flip"], training["num_classes"]) == (0.25, True, 12)
+    assert not {"class_dropout_prob", "random_flip"} & held_out.keys()
+    assert not set(training["indices"].tolist()) & set(held_out["indices"].tolist())
+
+
+def test_evaluations_are_of_one_precision_whatever_that_of_training(base, tmp_path):
+    losses = {}
+    for precision in ("bf16", "no"):
+        more = ("--swap", "none", "--learning_rate", "0", "--validation_steps", "2", "--mixed_precision", precision)
+        record = finetune(base, tmp_path / precision, *more)
+        # The weights are what they were, and so is all that is said of them, on the way as well.
+        assert record["final"] == record["before"]
+        log = [json.loads(line) for line in (tmp_path / precision / "logs" / "metrics.jsonl").read_text().splitlines()]
+        assert len({entry["validation/loss"] for entry in log if "validation/loss" in entry}) == 1
+        losses[precision] = [entry["train/loss"] for entry in log if "train/loss" in entry]
+    assert losses["bf16"] != losses["no"]
+    assert losses["bf16"] == pytest.approx(losses["no"], rel=0.05)
+
+
 def test_latents_are_as_the_pipeline_decodes_them(base):
     import finetune_rotation
 
@@ -293,6 +339,8 @@ def test_labels_are_not_dropped_again_by_every_block(base):
         (("--swap", "anneal", "--anneal_steps", "5"), "--anneal_steps must be from 1 to --max_train_steps, got 5"),
         (("--dataset_name", "user/name"), "give one of --train_data_dir and --dataset_name"),
         (("--num_validation_images", "0"), "--num_validation_images must be at least 1, got 0"),
+        (("--logging_steps", "0"), "--logging_steps must be at least 1, got 0"),
+        (("--max_train_steps", "-1"), "--max_train_steps must not be negative, got -1"),
         (("--hub_token", "x", "--report_to", "wandb"), "`hub_token` must not be given together"),
     ],
 )
@@ -382,32 +430,18 @@ def test_experiment_is_resumed_run_by_run_and_reported(tmp_path):
     first, second = json.loads(records[lost]), json.loads(again[lost])
     assert {**first, "cpu_seconds": 0} == {**second, "cpu_seconds": 0}
     assert report.read_text().endswith("## Conclusions\n\nIt works.\n")
-
-
-def test_interval_is_that_of_student():
-    import rotation_digits
-
-    # Mean 2, standard error 1 / sqrt(3), and 4.3027 is the 97.5 % point of two degrees of freedom.
-    assert rotation_digits.interval([1, 2, 3]) == f"2.0000 ± {4.302653 / 3**0.5:.4f}"
-    assert rotation_digits.interval([0.5], 1, 100) == "50.0"
+    assert f"- machine: {first['machine']}\n" in text
+    with pytest.raises(
+        ValueError, match="settings of this command, .*'finetune_steps': 3.* has .*'finetune_steps': 2"
+    ):
+        experiment(tmp_path, "--seeds", 0, "--finetune_steps", 3)
 
 
 @pytest.mark.slow
 def test_two_processes_train_the_run_of_one(base, tmp_path):
     whole = finetune(base, tmp_path / "whole", "--train_batch_size", "16", "--swap", "anneal")
     # `accelerate launch` starts several processes on accelerators only; torchrun starts them on the CPU.
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    command = [*torchrun, str(EXAMPLES / "finetune_rotation.py")]
-    own = {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "ACCELERATE_USE_CPU": "1",
-        "PYTHONPATH": str(EXAMPLES.parent),
-    }
-    environment = {**os.environ, **own}
-    argv = arguments(base, tmp_path / "two", "--swap", "anneal")
-    done = subprocess.run([sys.executable, *command, *argv], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_processes(EXAMPLES / "finetune_rotation.py", *arguments(base, tmp_path / "two", "--swap", "anneal"))
     two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     assert two["final"]["loss"] == pytest.approx(whole["final"]["loss"], rel=1e-4)
 

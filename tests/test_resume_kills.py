@@ -9,7 +9,17 @@ import subprocess
 import sys
 
 import pytest
-from test_train_mpdit import EXAMPLES, arguments, assert_same_weights, data, metrics, raw_weights, weights  # noqa: F401
+from test_train_mpdit import (  # noqa: F401
+    EXAMPLES,
+    _fresh_accelerator,
+    arguments,
+    assert_same_weights,
+    data,
+    metrics,
+    raw_weights,
+    train,
+    weights,
+)
 
 from diffusers_mp.snapshots import find_snapshots
 
@@ -26,8 +36,10 @@ OPTIONS = [
 HARNESS = """
 import os, random, signal, sys, time
 sys.path.insert(0, {examples!r})
-import train_mpdit, training_arguments
+import torch, train_mpdit, training_arguments
 from pathlib import Path
+
+torch.set_num_threads(1)
 
 num_kills, seed, argv = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 output_dir = Path(argv[argv.index("--output_dir") + 1])
@@ -89,10 +101,10 @@ def contents(folder):
     }
 
 
-@pytest.mark.parametrize("num_steps, num_kills", [(400, 4), pytest.param(1500, 24, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_steps, num_kills", [(240, 4), pytest.param(1500, 24, marks=pytest.mark.slow)])
 def test_killed_run_is_the_uninterrupted_one(data, tmp_path, num_steps, num_kills):  # noqa: F811
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(data, whole, num_steps, 0)
+    train(data, whole, *OPTIONS, "--max_train_steps", str(num_steps))
     report = run(data, killed, num_steps, num_kills)
     print(report)
     assert report["kills"] == num_kills

@@ -3,16 +3,15 @@
 Also the figures of docs/scale_out.md, which are computed here.
 """
 
-import os
 import re
-import subprocess
-import sys
-import textwrap
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model
+from accelerate.commands.launch import launch_command_parser
+from helpers import run_processes, run_python, tiny_model
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from diffusers_mp import MPDiTTransformer2DModel, MPLinear, get_preset, layers, trust_rows_
 from diffusers_mp.presets import SIZES
@@ -282,23 +281,11 @@ print("done")
 )
 
 
-def launch(code, *arguments, folder, num_processes=None):
-    script = folder / "worker.py"
-    script.write_text(textwrap.dedent(code))
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes))
-    done = subprocess.run(
-        [sys.executable, *(torchrun if num_processes else ()), script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("done") == (num_processes or 1)
-
-
 def test_a_sharded_run_is_that_of_one_process_and_resumes_on_one(tmp_path):
-    launch(SHARDED, tmp_path, TOLERANCE, folder=tmp_path, num_processes=2)
-    launch(ALONE, tmp_path, TOLERANCE, folder=tmp_path)
+    (tmp_path / "worker.py").write_text(SHARDED)
+    assert run_processes(tmp_path / "worker.py", tmp_path, TOLERANCE).count("done") == 2
+    see_the_tests = f"import sys; sys.path.append({str(ROOT / 'tests')!r})\n"
+    assert "done" in run_python(see_the_tests + ALONE, tmp_path, TOLERANCE)
 
 
 def test_a_weight_that_is_not_sharded_is_used_as_it_is():
@@ -398,22 +385,15 @@ def test_the_formula_of_activations_counts_what_a_block_saves(num_heads, head_di
 
 def test_the_example_of_the_docs(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", DOCS, re.S)
-    launch(code + "print('done')", folder=tmp_path, num_processes=1)
+    (tmp_path / "worker.py").write_text(f"{code}print('done')")
+    assert "done" in run_processes(tmp_path / "worker.py", num_processes=1)
 
 
 def test_every_option_that_the_launch_commands_use_exists():
-    help_text = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--help"], capture_output=True, text=True
-    ).stdout
-    torchrun = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True
-    ).stdout.replace("_", "-")
-    commands = re.findall(r"```bash\n(.*?)```", DOCS, re.S)
-    assert len(commands) >= 4
+    parsers = {"accelerate launch ": launch_command_parser(), "torchrun ": torchrun_parser()}
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", DOCS, re.S) for line in block.splitlines()]
+    assert len(commands) >= 5
     for command in commands:
-        launcher = command.partition(".py")[0]
-        known = help_text if "accelerate launch" in launcher else torchrun
-        options = re.findall(r"--[a-z0-9_-]+", launcher)
-        for option in options:
-            name = option if "accelerate launch" in launcher else option.replace("_", "-")
-            assert name in known, option
+        ((launcher, parser),) = [item for item in parsers.items() if item[0] in command]
+        arguments = parser.parse_args(shlex.split(command.partition(launcher)[2]))
+        assert arguments.training_script == "examples/train_mpdit.py"

@@ -44,7 +44,7 @@ def test_trained_and_published(server, data, tmp_path):  # noqa: F811
     assert not [name for name in published if name.startswith(("checkpoint", "latents", "logs", "training_arg"))]
     card = published["README.md"].decode()
     assert "license: mit" in card
-    assert "24" in card  # images seen: 6 updates of 4
+    assert "| images seen | 24 |" in card  # 6 updates of 4
     (images,) = load(server, tmp_path / "other home", {})
     assert images.shape == (2, 16, 16, 3)
     assert np.isfinite(images).all()

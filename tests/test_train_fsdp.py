@@ -6,13 +6,12 @@ Accelerate's and PyTorch's own code, over gloo: its plugin, its `prepare`, `full
 """
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
+from helpers import run_processes
 from test_train_mpdit import (  # noqa: F401
     EXAMPLES,
     _fresh_accelerator,
@@ -121,7 +120,6 @@ sys.stdout.flush()
 os._exit(0)
 """
 ENVIRONMENT = {
-    **{"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     # As `accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP` sets them.
     **{"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"},
     **{"FSDP_TRANSFORMER_CLS_TO_WRAP": "MPDiTTransformerBlock", "FSDP_RESHARD_AFTER_FORWARD": "true"},
@@ -134,15 +132,7 @@ def train_sharded(folder, **runs):
     script = folder / "worker.py"
     script.write_text(WORKER)
     (folder / "runs.json").write_text(json.dumps(runs))
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = subprocess.run(
-        [sys.executable, "-m", *torchrun, str(script), str(folder)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **ENVIRONMENT},
-        timeout=300,  # processes that do not agree wait for each other
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
+    run_processes(script, folder, **ENVIRONMENT)
     outcomes = [json.loads((folder / f"outcomes-{rank}.json").read_text()) for rank in (0, 1)]
     return {name: [outcome[name] for outcome in outcomes] for name in runs}
 

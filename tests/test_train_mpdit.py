@@ -18,6 +18,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from helpers import run_processes
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -31,6 +32,7 @@ from diffusers_mp.training import (
     DDPMObjective,
     TrainingSamples,
     check_checkpoint,
+    resolve_checkpoint,
     split_validation,
     validation_losses,
     validation_timesteps,
@@ -148,7 +150,8 @@ def test_run_becomes_a_pipeline(data, tmp_path, capfd):
 
     assert list(metrics(output_dir, "train/loss")) == [2, 4, 6]
     assert list(metrics(output_dir, "validation/loss")) == [3, 6]
-    assert len([name for name in json.loads((output_dir / "logs" / "metrics.jsonl").read_text().splitlines()[-1])]) > 8
+    last = json.loads((output_dir / "logs" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert sum(name.startswith("validation/mse_t") for name in last) == 8
     assert sorted(path.name for path in (output_dir / "samples").iterdir()) == ["step-0000003.png", "step-0000006.png"]
     with Image.open(output_dir / "samples" / "step-0000006.png") as grid:
         assert grid.size == (32, 16)
@@ -167,23 +170,24 @@ def test_loss_falls(data, tmp_path):
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_resume_gives_the_weights_and_losses_of_an_uninterrupted_run(data, tmp_path):
+def test_resume_gives_the_weights_and_losses_of_an_uninterrupted_run(data, tmp_path, monkeypatch):
+    import train_mpdit
+
     more = ("--logging_steps", "1", "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.5", "--random_flip")
     whole = train(data, tmp_path / "whole", *more)
-    (tmp_path / "parts").mkdir()
-    resumed = tmp_path / "parts"
-    program = (
-        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
-        "import train_mpdit, training_arguments\n"
-        "ema_update, count = train_mpdit.PowerFunctionEMA.update, 0\n"
-        "def die(self, step):\n"
-        "    ema_update(self, step)\n"
-        "    if step == 5: raise KeyboardInterrupt\n"
-        "train_mpdit.PowerFunctionEMA.update = die\n"
-        "train_mpdit.main(training_arguments.parse_args(sys.argv[1:]))\n"
-    )
-    died = subprocess.run([sys.executable, "-c", program, *arguments(data, resumed, *more)], capture_output=True)
-    assert died.returncode != 0
+    resumed, update = tmp_path / "parts", train_mpdit.PowerFunctionEMA.update
+
+    def update_and_die(self, step):
+        update(self, step)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mpdit.PowerFunctionEMA, "update", update_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(data, resumed, *more)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     assert sorted(path.name for path in resumed.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     train(data, resumed, *more, "--resume_from_checkpoint", "latest")
 
@@ -194,11 +198,35 @@ def test_resume_gives_the_weights_and_losses_of_an_uninterrupted_run(data, tmp_p
         assert_same_weights(weights(whole / part), weights(resumed / part))
 
 
+def test_going_back_leaves_no_later_checkpoint_for_latest(data, tmp_path, monkeypatch):
+    output_dir = train(data, tmp_path / "run")
+    before = raw_weights(output_dir / "checkpoint-6")
+
+    def die(self, step):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        import train_mpdit
+
+        patch.setattr(train_mpdit.PowerFunctionEMA, "update", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(data, output_dir, "--resume_from_checkpoint", "checkpoint-2")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    assert resolve_checkpoint("latest", output_dir).name == "checkpoint-2"
+    assert_same_weights(raw_weights(output_dir / "checkpoint-6.abandoned"), before)
+    train(data, output_dir, "--resume_from_checkpoint", "latest")
+    assert_same_weights(raw_weights(output_dir / "checkpoint-6"), before)
+
+
 def test_resume_at_the_end_trains_nothing_more(data, tmp_path):
     output_dir = train(data, tmp_path / "run")
     before = weights(output_dir / "transformer")
-    train(data, output_dir, "--resume_from_checkpoint", "checkpoint-6")
-    assert_same_weights(before, weights(output_dir / "transformer"))
+    # Nor does one that is to be shorter than it already is, whose card tells of all its updates.
+    for num_steps in ("6", "4"):
+        train(data, output_dir, "--resume_from_checkpoint", "checkpoint-6", "--max_train_steps", num_steps)
+        assert_same_weights(before, weights(output_dir / "transformer"))
+        assert "| images seen | 24 |" in (output_dir / "README.md").read_text()
 
 
 def test_resume_with_another_number_of_steps_keeps_the_rates(data, tmp_path):
@@ -312,14 +340,20 @@ def test_the_recipe_reaches_the_run(data, tmp_path, monkeypatch):
     for name in ("TrainingSamples", "parameter_groups", "validation_losses"):
         spy(train_mpdit, name)
     spy(torch.optim, "Adam")
+    spy(MPDiTPipeline, "__call__")
     output_dir = train(
         *(data, tmp_path / "run", "--random_flip", "--class_dropout_prob", "0.25", "--adam_beta2", "0.95"),
         *("--max_train_steps", "2", "--validation_steps", "2", "--gradient_checkpointing"),
+        *("--validation_guidance_scale", "3", "--max_train_samples", "30", "--allow_tf32"),
     )
+    assert torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    ((_, preview),) = made["__call__"]
+    assert (preview["guidance_scale"], preview["num_inference_steps"]) == (3.0, 2)
     (_, training), (_, held_out) = made["TrainingSamples"]
     assert (training["class_dropout_prob"], training["random_flip"], training["num_classes"]) == (0.25, True, 2)
     assert held_out.get("class_dropout_prob", 0) == 0
-    assert len(held_out["indices"]) == 5
+    assert (len(training["indices"]), len(held_out["indices"])) == (25, 5)
     assert not set(training["indices"].tolist()) & set(held_out["indices"].tolist())
     (groups,), adam = made["Adam"][0]
     assert adam["betas"] == (0.9, 0.95)
@@ -573,7 +607,7 @@ def test_every_command_of_the_docs_is_understood(page, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```bash\n(.*?)```", (EXAMPLES.parent / "docs" / page).read_text(), re.S)
-    commands = [line for block in blocks for line in block.splitlines()]
+    commands = [line for block in blocks for line in block.splitlines() if "train_mpdit.py" in line]
     assert len(commands) >= 5
     for command in commands:
         argv = shlex.split(command.partition("train_mpdit.py")[2])
@@ -655,6 +689,8 @@ class TestErrors:
             (("--train_batch_size", "0"), "--train_batch_size must be at least 1, got 0"),
             (("--preset", "S/3"), "--model_config_name_or_path stands instead of --preset"),
             (("--max_train_steps", "0"), "--max_train_steps must be at least 1, got 0"),
+            # Noticed by the first validation otherwise, before the first checkpoint.
+            (("--validation_inference_steps", "0"), "--validation_inference_steps must be at least 1, got 0"),
             (("--ema_stds", "0.5"), "--ema_stds: `std` must lie in"),
             (("--preset", "B/2", "--no-mp_silu"), "--model_config_name_or_path stands instead of --preset, --mp_silu"),
         ],
@@ -666,16 +702,15 @@ class TestErrors:
         assert not (tmp_path / "run").exists()
 
 
-def launch(launcher, data, output_dir, *more, **environment):
-    command = [sys.executable, "-m", *launcher, str(EXAMPLES / "train_mpdit.py"), *arguments(data, output_dir, *more)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-
-
-ACCELERATE = ("accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+def accelerate_launch(*command):
+    options = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *options]
+    return subprocess.run([*launcher, *command], capture_output=True, text=True)
 
 
 def test_accelerate_launch(data, tmp_path):
-    done = launch((*ACCELERATE, "--num_processes", "1"), data, tmp_path / "launched")
+    script = str(EXAMPLES / "train_mpdit.py")
+    done = accelerate_launch("--num_processes", "1", script, *arguments(data, tmp_path / "launched"))
     assert done.returncode == 0, done.stderr[-3000:]
     called = train(data, tmp_path / "called")
     assert_same_weights(weights(called / "transformer"), weights(tmp_path / "launched" / "transformer"))
@@ -684,12 +719,8 @@ def test_accelerate_launch(data, tmp_path):
 def test_two_processes_are_the_same_run(data, tmp_path):
     """DDP over gloo on the CPU: the global batch, hence the run, is that of one process up to the rounding of sums."""
     # `accelerate launch` starts several processes on accelerators only; torchrun starts them on the CPU.
-    done = launch(
-        ("torch.distributed.run", "--nproc_per_node", "2"),
-        *(data, tmp_path / "two", "--adam_epsilon", "1e-2", "--train_batch_size", "2", "--validation_steps", "3"),
-        ACCELERATE_USE_CPU="1",
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    more = ("--adam_epsilon", "1e-2", "--train_batch_size", "2", "--validation_steps", "3")
+    run_processes(EXAMPLES / "train_mpdit.py", *arguments(data, tmp_path / "two", *more))
     one = train(data, tmp_path / "one", "--adam_epsilon", "1e-2")
     first, second = (raw_weights(run / "checkpoint-6") for run in (one, tmp_path / "two"))
     for name, tensor in first.items():
@@ -704,21 +735,29 @@ def test_checkpoint_resumes_under_another_number_of_processes(data, tmp_path):
     more = ("--adam_epsilon", "1e-2", "--lr_constant_steps", "1")
     whole = train(data, tmp_path / "whole", *more)
     parts = train(data, tmp_path / "parts", *more, "--max_train_steps", "4")
-    done = launch(
-        ("torch.distributed.run", "--nproc_per_node", "2"),
-        *(data, parts, *more, "--train_batch_size", "2", "--resume_from_checkpoint", "latest"),
-        ACCELERATE_USE_CPU="1",
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    more = (*more, "--train_batch_size", "2", "--resume_from_checkpoint", "latest")
+    run_processes(EXAMPLES / "train_mpdit.py", *arguments(data, parts, *more))
     first, second = (raw_weights(run / "checkpoint-6") for run in (whole, parts))
     for name, tensor in first.items():
         assert torch.allclose(tensor, second[name], atol=1e-5), name
 
 
-def test_processes_that_did_not_find_each_other_are_refused(data, tmp_path):
-    done = launch((*ACCELERATE, "--num_processes", "2", "--multi_gpu"), data, tmp_path / "run")
+NOT_FOUND = "launched as 2 processes, but Accelerate runs 1"
+
+
+def test_processes_that_did_not_find_each_other_are_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=NOT_FOUND):
+        train(data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_launcher_for_gpus_without_any_is_refused(data, tmp_path):
+    script = str(EXAMPLES / "train_mpdit.py")
+    done = accelerate_launch("--num_processes", "2", "--multi_gpu", script, *arguments(data, tmp_path / "run"))
     assert done.returncode != 0
-    assert "launched as 2 processes, but Accelerate runs 1" in done.stderr
+    assert NOT_FOUND in done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -41,7 +41,7 @@ def test_vectors_instead_of_labels(data_with_vectors, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     images = pipe(pooled_projections=torch.eye(P), num_inference_steps=2, guidance_scale=2.0).images
     assert len(images) == 3
-    # What guidance needs was trained: some of the vectors were dropped, all of them were read.
+    # All of the vectors were read.
     latents = LatentDataset(output_dir / "latents")
     assert {tuple(latents[index]["pooled_projections"].tolist()) for index in range(len(latents))} == {
         (1.0, 0.0, 2.0),

@@ -289,13 +289,14 @@ def test_wrong_counts_are_refused(options, message):
 
 
 def test_workers_give_the_same_batches(latents):
-    """Two data workers, and workers started afresh (which pickles the data set), against none."""
+    """Two data workers, and one started afresh (which pickles the data set), against none."""
     samples = samples_of(latents)
     latents[0]  # files already mapped in this process must not travel
-    for context in ("fork", "spawn"):
+    for context, num_workers in (("fork", 2), ("spawn", 1)):
         sampler = StreamBatchSampler(len(samples), seed=1, train_batch_size=5, max_train_steps=4)
         alone = list(DataLoader(samples, batch_sampler=sampler))
-        shared = list(DataLoader(samples, batch_sampler=sampler, num_workers=2, multiprocessing_context=context))
+        workers = {"num_workers": num_workers, "multiprocessing_context": context}
+        shared = list(DataLoader(samples, batch_sampler=sampler, **workers))
         assert len(alone) == len(shared) == 4
         assert alone[0]["latents"].shape == (5, 4, 4, 4)
         for first, second in zip(alone, shared, strict=True):

@@ -3,17 +3,13 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 import textwrap
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny_inputs, tiny_model
+from helpers import run_processes, tiny_inputs, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -509,14 +505,7 @@ os._exit(0)
 def test_two_processes_decide_together(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(textwrap.dedent(WORKER))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, tmp_path],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("done") == 2
+    assert run_processes(script, tmp_path).count("done") == 2
     for engine in ("ddp", "fully_shard"):
         folder = tmp_path / f"{engine}-forward" / "step-0000002"
         report = json.loads((folder / "report.json").read_text())
