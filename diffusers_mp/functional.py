@@ -146,21 +146,7 @@ def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     """
     if angle.ndim < x.ndim:
         angle = angle.unsqueeze(-2)
-    return _scale_and_rotate(x, None, angle)
-
-
-def _scale_and_rotate(x: torch.Tensor, scale: torch.Tensor | None, angle: torch.Tensor) -> torch.Tensor:
-    # Scale and rotation in one pass over the tokens, by factors made of few numbers:
-    #   y_first  = first  (s_first  cos) + second (-s_second sin),   s = 1 + scale
-    #   y_second = second (s_second cos) + first  ( s_first  sin)
-    angle = angle.to(compute_dtype(angle.dtype))
-    cos, sin = angle.cos(), angle.sin()
-    direct, cross = torch.stack([cos, cos], dim=-2), torch.stack([-sin, sin], dim=-2)
-    if scale is not None:
-        factor = (1 + scale).unflatten(-1, (2, -1))
-        direct, cross = direct * factor, cross * factor.flip(-2)
-    pairs, direct, cross = x.unflatten(-1, (2, -1)), direct.to(x.dtype), cross.to(x.dtype)
-    return fused.pair_map(pairs, direct, cross).flatten(-2)
+    return fused.scale_rotate(x, None, angle)
 
 
 def modulate(
@@ -183,9 +169,9 @@ def modulate(
         torch.Tensor: shape (B, N, D), dtype of `x`.
     """
     if angle is not None:
-        x = _scale_and_rotate(x, scale, angle)
+        x = fused.scale_rotate(x, scale, angle)
         # A rotation of the few shifts instead of the many tokens.
-        return x if shift is None else x.add_(_scale_and_rotate(shift, None, angle))
+        return x if shift is None else x.add_(fused.scale_rotate(shift, None, angle))
     if scale is None:
         return x if shift is None else x + shift
     x = x * (1 + scale)

@@ -1,41 +1,78 @@
 """Equations of `functional` that eager mode would cut into many passes over memory, forward and backward by hand.
 
 Each function here reads and writes its big tensor as few times as PyTorch's operators allow and keeps for backward
-only what is kept anyway. All but `unit_rows` can be differentiated twice, and by `torch.func`. `torch.compile` fuses
-the plain formulas better than it does these, so `functional` uses them in eager mode only. docs/design/performance.md
-has the numbers.
+only what is kept anyway. All can be differentiated twice, and by `torch.func`, which is given the plain formulas.
+Between two products of a model the caches are cold and a line of Python costs ten times what it does in a loop of its
+own: hence few calls, and functions of the older style, without `setup_context`, whose `apply` inspects no signatures.
+docs/design/performance.md has the numbers.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import Function, forward_ad
 
 
-def _apply(function, with_forward_mode, *inputs):
-    if not torch.is_grad_enabled():
-        return function.forward(*inputs)
-    # Dynamo takes no function with a derivative in forward mode.
-    return (function if torch.compiler.is_compiling() else with_forward_mode).apply(*inputs)
+# Below these, squares lose their digits and then are zero. They keep rows of zeros as they are.
+_SMALLEST_NORMS = {dtype: math.sqrt(torch.finfo(dtype).tiny) for dtype in (torch.float32, torch.float64)}
 
 
-class _ScaleRows(torch.autograd.Function):
+def _is_transformed() -> bool:
+    # By `torch.func` or in forward mode: both differentiate formulas.
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _has_backward() -> bool:
+    """Whether a derivative made by hand may be asked for."""
+    return torch.is_grad_enabled() and (torch.compiler.is_compiling() or not _is_transformed())
+
+
+def _sums_in(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in _SMALLEST_NORMS else torch.float32
+
+
+def _across(grad: torch.Tensor, rows: torch.Tensor, norm: float) -> torch.Tensor:
+    # The part of a gradient that is orthogonal to rows of that norm: grad - rows (rows.grad) / norm^2.
+    along = (grad * rows).sum(dim=-1, keepdim=True, dtype=_sums_in(rows.dtype)) / -(norm**2)
+    return torch.addcmul(grad, rows, along.to(rows.dtype))
+
+
+def _has_kernel(grad: torch.Tensor, rows: torch.Tensor) -> bool:
+    # It has no derivative and no rules for subclasses, and takes factors of half-precision rows in half precision.
+    return (
+        type(grad) is torch.Tensor
+        and grad.device.type == "cpu"
+        and grad.dtype in _SMALLEST_NORMS
+        and grad.dtype == rows.dtype
+        and rows.is_contiguous()
+        and not torch.is_grad_enabled()
+    )
+
+
+def _across_kernel(grad: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    # PyTorch's derivative of weight normalisation does in one operator what `_across` does in four, times
+    # factors / norms. It does not look at the strides of its inputs.
+    return torch.ops.aten._weight_norm_interface_backward.default(grad.contiguous(), rows, factors, norms, 0)[0]
+
+
+def _scale_rows(x: torch.Tensor, norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = _sums_in(x.dtype)
+    factor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    factor = factor.clamp(min=_SMALLEST_NORMS[dtype]).reciprocal_() * norm
+    return (x * factor).to(x.dtype), factor
+
+
+class _ScaleRows(Function):
     # y = r x with r = norm / ||x||, by row; keeps y, which attention keeps too, rather than x.
 
     @staticmethod
-    def forward(x, norm):
-        compute_dtype = torch.promote_types(x.dtype, torch.float32)
-        factor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=compute_dtype)
-        # For zeros, which it leaves zero: below this bound squares lose their digits and then are zero.
-        factor = factor.clamp(min=math.sqrt(torch.finfo(compute_dtype).tiny)).reciprocal_().mul_(norm)
-        return (x * factor).to(x.dtype), factor
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.norm = inputs[1]
-        ctx.save_for_backward(*output)
-        ctx.save_for_forward(*output)
+    def forward(ctx, x, norm):
+        y, factor = _scale_rows(x, norm)
+        ctx.norm = norm
+        ctx.save_for_backward(y, factor)
         ctx.set_materialize_grads(False)
+        return y, factor
 
     @staticmethod
     def backward(ctx, grad, grad_factor):
@@ -43,23 +80,16 @@ class _ScaleRows(torch.autograd.Function):
         y, factor = ctx.saved_tensors
         grad_x = None
         if grad is not None:
-            along = (grad * y).sum(dim=-1, keepdim=True, dtype=factor.dtype) / -(ctx.norm**2)
-            grad_x = (torch.addcmul(grad, y, along.to(y.dtype)) * factor).to(y.dtype)
+            if _has_kernel(grad, y):
+                rows, factors = y.view(-1, y.shape[-1]), factor.view(-1, 1)
+                norms = torch.full_like(factors, ctx.norm)
+                grad_x = _across_kernel(grad.reshape(rows.shape), rows, factors * ctx.norm, norms).view_as(y)
+            else:
+                grad_x = (_across(grad, y, ctx.norm) * factor).to(y.dtype)
         if grad_factor is not None:
             through_factor = (y * (grad_factor * factor.square() / -(ctx.norm**2))).to(y.dtype)
             grad_x = through_factor if grad_x is None else grad_x + through_factor
         return grad_x, None
-
-
-class _ScaleRowsForwardMode(_ScaleRows):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def jvp(ctx, tangent, _):
-        y, factor = ctx.saved_tensors
-        along = (tangent * y).sum(dim=-1, keepdim=True, dtype=factor.dtype) / -(ctx.norm**2)
-        tangent_y = (torch.addcmul(tangent, y, along.to(y.dtype)) * factor).to(y.dtype)
-        return tangent_y, along * factor.square()
 
 
 def scale_rows(x: torch.Tensor, norm: float) -> torch.Tensor:
@@ -73,107 +103,145 @@ def scale_rows(x: torch.Tensor, norm: float) -> torch.Tensor:
     Returns:
         torch.Tensor: shape and dtype of `x`.
     """
-    return _apply(_ScaleRows, _ScaleRowsForwardMode, x, norm)[0]
+    return (_ScaleRows.apply if _has_backward() else _scale_rows)(x, norm)[0]
 
 
-class _PairMap(torch.autograd.Function):
-    # Bilinear in x and in the two factors, and its own transpose with the cross factors swapped.
-
+class _UnitRows(Function):
     @staticmethod
-    def forward(x, direct, cross):
-        if torch.compiler.is_compiling():
-            return x * direct + x.flip(-2) * cross
-        y = x * direct
-        y.select(-2, 0).addcmul_(x.select(-2, 1), cross.select(-2, 0))
-        y.select(-2, 1).addcmul_(x.select(-2, 0), cross.select(-2, 1))
-        return y
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def forward(ctx, weight):
+        ctx.save_for_backward(weight)
+        return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx, grad):
-        x, direct, cross = ctx.saved_tensors
-        grad_x = grad_direct = grad_cross = None
-        if ctx.needs_input_grad[0]:
-            grad_x = pair_map(grad, direct, cross.flip(-2))
-        if ctx.needs_input_grad[1]:
-            grad_direct = (grad * x).sum_to_size(direct.shape)
-        if ctx.needs_input_grad[2]:
-            of_half = (*cross.shape[:-2], cross.shape[-1])
-            halves = ((grad.select(-2, i) * x.select(-2, 1 - i)).sum_to_size(of_half) for i in range(2))
-            grad_cross = torch.stack(list(halves), dim=-2)
-        return grad_x, grad_direct, grad_cross
+        (weight,) = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            return _across(grad, weight, 1.0)
+        if torch.is_grad_enabled():
+            # A second derivative needs the norm that is taken for granted here.
+            rows, factor = _ScaleRows.apply(weight, 1.0)
+            return (_across(grad, rows, 1.0) * factor).to(weight.dtype)
+        if not _has_kernel(grad, weight):
+            return _across(grad, weight, 1.0)
+        ones = weight.new_ones(len(weight), 1)
+        return _across_kernel(grad, weight, ones, ones)
 
 
-class _PairMapForwardMode(_PairMap):
-    generate_vmap_rule = True
+def unit_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Rows that are known to have norm 1: the weight as it is, with the derivatives of `functional.unit_norm`.
 
-    @staticmethod
-    def jvp(ctx, tangent_x, tangent_direct, tangent_cross):
-        x, direct, cross = ctx.saved_tensors
-        tangent = 0
-        if tangent_x is not None:
-            tangent = tangent + pair_map(tangent_x, direct, cross)
-        if tangent_direct is not None:
-            tangent = tangent + x * tangent_direct
-        if tangent_cross is not None:
-            tangent = tangent + x.flip(-2) * tangent_cross
-        return tangent
-
-
-def pair_map(x: torch.Tensor, direct: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    """Mix the two members of every pair.
-
-        y_0 = direct_0 x_0 + cross_0 x_1
-        y_1 = direct_1 x_1 + cross_1 x_0
-    A rotation after a scale s has direct = s cos(angle) and cross = (-s_1 sin(angle), s_0 sin(angle)).
+        y = w,   gradient g - (g.w) w
 
     Args:
-        x (torch.Tensor): shape (..., 2, D/2), the members of a pair along the last dimension but one.
-        direct (torch.Tensor): shape (..., 2, D/2), broadcastable to that of `x`.
-        cross (torch.Tensor): shape of `direct`.
+        weight (torch.Tensor): rows of norm 1, shape (m, n).
+    Returns:
+        torch.Tensor: the same values; under `torch.func`'s transforms and in forward mode to rounding.
+    """
+    if not torch.is_grad_enabled():
+        return weight
+    return _UnitRows.apply(weight) if _has_backward() else _scale_rows(weight, 1.0)[0]
+
+
+def _factors(scale, angle):
+    angle = angle.to(_sums_in(angle.dtype))
+    cos, sin = angle.cos(), angle.sin()
+    if scale is None:
+        return cos, sin, torch.cat([cos, cos], -1), sin, sin
+    first, second = (1 + scale).chunk(2, -1)
+    return cos, sin, torch.cat([first * cos, second * cos], -1), first * sin, second * sin
+
+
+def _turn(x, direct, first_sin, second_sin, sign):
+    if direct.dtype != x.dtype:
+        direct, first_sin, second_sin = direct.to(x.dtype), first_sin.to(x.dtype), second_sin.to(x.dtype)
+    y = x * direct
+    (x_first, x_second), (y_first, y_second) = x.chunk(2, -1), y.chunk(2, -1)
+    y_first.addcmul_(x_second, second_sin, value=-sign)
+    y_second.addcmul_(x_first, first_sin, value=sign)
+    return y
+
+
+def _scale_rotate(x, scale, angle):
+    return _turn(x, *_factors(scale, angle)[2:], 1)
+
+
+class _ScaleRotate(Function):
+    @staticmethod
+    def forward(ctx, x, scale, angle):
+        factors = _factors(scale, angle)
+        ctx.save_for_backward(x, scale, angle, *factors)
+        return _turn(x, *factors[2:], 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale, angle, cos, sin, direct, first_sin, second_sin = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = [tensor for tensor in (x, scale, angle) if tensor is not None and tensor.requires_grad]
+            grads = iter(torch.autograd.grad(_plain_scale_rotate(x, scale, angle), inputs, grad, create_graph=True))
+            return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
+        grad_x = grad_scale = grad_angle = None
+        if ctx.needs_input_grad[0]:
+            # The rotation back, then the scale.
+            grad_x = _turn(grad, direct, second_sin, first_sin, -1)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            dtype, shape = cos.dtype, first_sin.shape
+            (g_first, g_second), (x_first, x_second) = grad.chunk(2, -1), x.chunk(2, -1)
+            first, second = (grad * x).sum_to_size(direct.shape).to(dtype).chunk(2, -1)
+            to_first = (g_first * x_second).sum_to_size(shape).to(dtype)
+            to_second = (g_second * x_first).sum_to_size(shape).to(dtype)
+            if ctx.needs_input_grad[1]:
+                grad_first = (cos * first).addcmul_(sin, to_second)
+                grad_second = (cos * second).addcmul_(sin, to_first, value=-1)
+                grad_scale = torch.cat([grad_first, grad_second], -1).sum_to_size(scale.shape).to(scale.dtype)
+            if ctx.needs_input_grad[2]:
+                direct_first, direct_second = direct.chunk(2, -1)
+                grad_angle = (direct_first * to_second).addcmul_(direct_second, to_first, value=-1)
+                grad_angle.addcmul_(first_sin, first, value=-1).addcmul_(second_sin, second, value=-1)
+                grad_angle = grad_angle.sum_to_size(angle.shape).to(angle.dtype)
+        return grad_x, grad_scale, grad_angle
+
+
+def _plain_scale_rotate(x, scale, angle):
+    # One loop that vectorises when compiled: a rotation as x direct + flipped x cross.
+    _, _, direct, first_sin, second_sin = _factors(scale, angle)
+    cross = torch.stack([-second_sin, first_sin], dim=-2).to(x.dtype)
+    return x * direct.to(x.dtype) + (x.unflatten(-1, (2, -1)).flip(-2) * cross).flatten(-2)
+
+
+def scale_rotate(x: torch.Tensor, scale: torch.Tensor | None, angle: torch.Tensor) -> torch.Tensor:
+    """Scale tokens, then rotate the pairs (x_j, x_{j + D/2}), in one pass over the tokens.
+
+        y_first  = first  (s_first  cos) - second (s_second sin),   s = 1 + scale
+        y_second = second (s_second cos) + first  (s_first  sin)
+
+    Args:
+        x (torch.Tensor): tokens, shape (..., D).
+        scale (torch.Tensor, optional): shape (..., D), broadcastable to that of `x`.
+        angle (torch.Tensor): radians, shape (..., D/2), broadcastable to that of half of `x`.
     Returns:
         torch.Tensor: shape and dtype of `x`.
     """
-    return _apply(_PairMap, _PairMapForwardMode, x, direct, cross)
+    if torch.compiler.is_compiling() or _is_transformed():
+        return _plain_scale_rotate(x, scale, angle)
+    return (_ScaleRotate.apply if torch.is_grad_enabled() else _scale_rotate)(x, scale, angle)
 
 
-class _ScaledSiLU(torch.autograd.Function):
+class _ScaledSiLU(Function):
     # Autograd would divide a gradient as wide as x, in a tensor of its own.
 
     @staticmethod
-    def forward(x, scale):
-        return F.silu(x).mul_(scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, ctx.scale = inputs
+    def forward(ctx, x, scale):
         ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
+        ctx.scale = scale
+        return F.silu(x).mul_(scale)
 
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return grad * _silu_slope(x, ctx.scale), None
+            sigmoid = torch.sigmoid(x)
+            return grad * (ctx.scale * sigmoid * (1 + x * (1 - sigmoid))), None
         return torch.ops.aten.silu_backward(grad, x).mul_(ctx.scale), None
-
-
-class _ScaledSiLUForwardMode(_ScaledSiLU):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def jvp(ctx, tangent, _):
-        (x,) = ctx.saved_tensors
-        return tangent * _silu_slope(x, ctx.scale)
-
-
-def _silu_slope(x: torch.Tensor, scale: float) -> torch.Tensor:
-    sigmoid = torch.sigmoid(x)
-    return scale * sigmoid * (1 + x * (1 - sigmoid))
 
 
 def scaled_silu(x: torch.Tensor, scale: float) -> torch.Tensor:
@@ -187,35 +255,4 @@ def scaled_silu(x: torch.Tensor, scale: float) -> torch.Tensor:
     Returns:
         torch.Tensor: shape and dtype of `x`.
     """
-    return _apply(_ScaledSiLU, _ScaledSiLUForwardMode, x, scale)
-
-
-class _UnitRows(torch.autograd.Function):
-    @staticmethod
-    def forward(weight):
-        return weight.view_as(weight)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (weight,) = ctx.saved_tensors
-        along = (grad * weight).sum(dim=-1, keepdim=True, dtype=torch.promote_types(weight.dtype, torch.float32))
-        return torch.addcmul(grad, weight, along.to(grad.dtype), value=-1)
-
-
-def unit_rows(weight: torch.Tensor) -> torch.Tensor:
-    """Rows that are known to have norm 1: the weight as it is, with the gradient of `functional.unit_norm`.
-
-        y = w,   gradient g - (g.w) w
-    Can be differentiated once: the second derivative would need the norm that is taken for granted here.
-
-    Args:
-        weight (torch.Tensor): rows of norm 1, shape (m, n).
-    Returns:
-        torch.Tensor: the same values.
-    """
-    return _UnitRows.apply(weight)
+    return _ScaledSiLU.apply(x, scale) if _has_backward() else F.silu(x).mul_(scale)

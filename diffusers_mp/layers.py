@@ -76,13 +76,13 @@ class _NormalizedRows(nn.Module):
     def _relative_row_norms(self) -> torch.Tensor:
         weight = _rows_here(self.weight)
         weight = weight.to(functional.compute_dtype(weight.dtype))
-        return torch.linalg.vector_norm(weight, dim=-1, keepdim=True) / self.row_norm
+        return torch.linalg.vector_norm(weight, dim=-1, keepdim=True).div_(self.row_norm)
 
     @torch.no_grad()
     def _normalize_rows_(self) -> None:
         norm = self._relative_row_norms()
         # Rows that are there already are left alone to the bit, without asking the device how many that are.
-        settled = ((norm - 1).abs() <= _row_tolerance(self.weight.dtype)) | (norm == 0)
+        settled = ((norm - 1).abs_() <= _row_tolerance(self.weight.dtype)).logical_or_(norm == 0)
         rows, norm = _rows_here(self.weight), norm.masked_fill_(settled, 1)
         if rows.itemsize == 1:  # float8, in which layerwise casting stores weights, knows no division
             rows.copy_(rows.to(norm.dtype).div_(norm))

@@ -26,9 +26,14 @@ def plain_scale_rows(x):
     return 3 * x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
-def plain_pair_map(x, direct, cross):
-    (first, second), (a, d), (b, c) = x.unbind(-2), direct.unbind(-2), cross.unbind(-2)
-    return torch.stack([a * first + b * second, c * first + d * second], dim=-2)
+def plain_scale_rotate(x, scale, angle):
+    first, second = ((1 + scale) * x).chunk(2, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos * first - sin * second, sin * first + cos * second], dim=-1)
+
+
+def plain_rotate(x, angle):
+    return plain_scale_rotate(x, torch.zeros(1, dtype=x.dtype), angle)
 
 
 def plain_scaled_silu(x):
@@ -37,8 +42,9 @@ def plain_scaled_silu(x):
 
 FUNCTIONS = {
     "scale_rows": (lambda x: fused.scale_rows(x, 3.0), plain_scale_rows, [(2, 3, 4)]),
-    "pair_map": (fused.pair_map, plain_pair_map, [(2, 3, 2, 4), (2, 1, 2, 4), (2, 1, 2, 4)]),
-    "pair_map_of_each_token": (fused.pair_map, plain_pair_map, [(2, 3, 2, 4), (2, 3, 2, 4), (2, 3, 2, 4)]),
+    "scale_rotate": (fused.scale_rotate, plain_scale_rotate, [(2, 3, 8), (2, 1, 8), (2, 1, 4)]),
+    "scale_rotate_each_token": (fused.scale_rotate, plain_scale_rotate, [(2, 3, 8), (2, 1, 8), (2, 3, 4)]),
+    "rotate": (lambda x, angle: fused.scale_rotate(x, None, angle), plain_rotate, [(2, 3, 8), (2, 1, 4)]),
     "scaled_silu": (lambda x: fused.scaled_silu(x, 3.0), plain_scaled_silu, [(2, 5)]),
 }
 
@@ -77,10 +83,14 @@ def test_function_transforms(case):
         )
 
 
-def test_only_the_gradients_that_are_asked_for():
-    x, direct, cross = double(2, 3, 2, 4), double(2, 1, 2, 4), double(2, 1, 2, 4).detach()
-    (grad,) = torch.autograd.grad(fused.pair_map(x, direct, cross).sum(), direct)
-    torch.testing.assert_close(grad, x.detach().sum(dim=1, keepdim=True))
+@pytest.mark.parametrize("wanted", range(3))
+def test_only_the_gradients_that_are_asked_for(wanted):
+    torch.manual_seed(0)
+    inputs = [double(2, 3, 8), double(2, 1, 8), double(2, 1, 4)]
+    (expected,) = torch.autograd.grad(plain_scale_rotate(*inputs).square().sum(), inputs[wanted])
+    inputs = [value if number == wanted else value.detach() for number, value in enumerate(inputs)]
+    (grad,) = torch.autograd.grad(fused.scale_rotate(*inputs).square().sum(), inputs[wanted])
+    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_rows_of_zeros_stay_and_small_ones_do_not():
@@ -94,6 +104,23 @@ def test_rows_of_zeros_stay_and_small_ones_do_not():
     torch.testing.assert_close(fused.scale_rows(small, 2.0).double(), expected, rtol=1e-5, atol=1e-6)
     # Where squares vanish nothing is blown up.
     assert fused.scale_rows(small * 1e-12, 2.0).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("function", ["unit_rows", "scale_rows"])
+def test_gradients_of_any_strides(function, dtype):
+    torch.manual_seed(0)
+    rows = F.normalize(torch.randn(6, 5, dtype=torch.float64), dim=-1).to(dtype)
+    transposed, strided = torch.randn(5, 6).T.to(dtype), torch.randn(6, 10)[:, ::2].to(dtype)
+    for grad in (torch.randn(5).to(dtype).expand(6, 5), torch.randn(6, 1).to(dtype).expand(6, 5), transposed, strided):
+        leaf = rows.clone().requires_grad_()
+        outcome = fused.unit_rows(leaf) if function == "unit_rows" else fused.scale_rows(leaf, 3.0)
+        (found,) = torch.autograd.grad(outcome, leaf, grad)
+        exact_grad, exact_rows = grad.double(), rows.double()
+        expected = exact_grad - exact_rows * (exact_grad * exact_rows).sum(-1, keepdim=True)
+        expected = expected * (1.0 if function == "unit_rows" else 3.0)
+        tolerance = 20 * torch.finfo(dtype).eps
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -152,11 +179,28 @@ def test_rows_without_forced_normalisation_are_not_trusted():
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_second_derivatives_of_trusted_rows_are_refused():
-    layer = trust_rows_(MPLinear(8, 5))
-    (grad,) = torch.autograd.grad(layer(torch.randn(2, 8)).square().sum(), layer.weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+def test_second_derivatives_of_trusted_rows_are_those_of_normalised_ones():
+    torch.manual_seed(0)
+    layer = MPLinear(8, 5, dtype=torch.float64)
+    x, along = double(3, 8), torch.randn(5, 8, dtype=torch.float64)
+    results = []
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), layer.weight, create_graph=True)
+        results.append(torch.autograd.grad((grad * along).sum(), [x, layer.weight]))
+        trust_rows_(layer)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-13)
+
+
+def test_transforms_of_trusted_rows():
+    torch.manual_seed(0)
+    layer, x = MPLinear(8, 5, dtype=torch.float64), double(3, 8)
+
+    def loss(weight):
+        return torch.func.functional_call(layer, {"weight": weight}, (x,)).square().sum()
+
+    expected = torch.func.hessian(loss)(layer.weight.detach())
+    trust_rows_(layer)
+    torch.testing.assert_close(torch.func.hessian(loss)(layer.weight.detach()), expected)
 
 
 def test_a_trusted_run_is_the_run():
