@@ -4,18 +4,23 @@
 
 Tensors of S/2 with 16 latents of 4x16x16: 1024 tokens of 384 channels, 6 heads. "inference" is a forward without
 gradient, "training" a forward and a backward with all gradients. Both take turns; times are medians in microseconds,
-the ratio is the median of the ratios within a round. Prints Markdown; asserts nothing.
+the ratio is the median of the ratios within a round. The second table leaves parts of E out of whole steps. Prints
+Markdown; asserts nothing.
 """
 
 import argparse
+import contextlib
+import copy
 import datetime
 import math
 import os
 import platform
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from speed import A, E, build_inputs, build_models
 from timing import ratio, spread, take_turns
 
 from diffusers_mp import (
@@ -27,6 +32,7 @@ from diffusers_mp import (
     fused,
     get_preset,
     normalize_weights_,
+    trust_rows_,
 )
 from diffusers_mp.ema import power_function_decay
 
@@ -137,9 +143,47 @@ def rows_of_upkeep(rounds: int):
     yield "averages of two widths", *compare(width_by_width, lambda: ema.update(ema.step + 1), rounds)
 
 
+# What E does and A does not, and what a step would be like without: no longer E, but as long as E would take at best.
+WITHOUT = {
+    "gradients of rows projected": {"unit_rows": lambda weight: weight},
+    "rotation": {"scale_rotate": lambda x, scale, angle: x * (1 + scale)},
+    "queries and keys to RMS 1": {"scale_rows": lambda x, norm: x},
+    "SiLU's constant": {"scaled_silu": lambda x, scale: F.silu(x)},
+}
+
+
+def rows_of_steps(size: str, rounds: int):
+    """Forward and backward beside those of A, whole and with parts of E left out."""
+    torch.manual_seed(0)
+    models = build_models(size, 16, torch.device("cpu"))
+    inputs = build_inputs(16, B, torch.device("cpu"), torch.float32)
+    everything = {name: stand_in for left_out in WITHOUT.values() for name, stand_in in left_out.items()}
+    variants = {"A": {}, "whole": {}, **{f"without: {name}": of for name, of in WITHOUT.items()}}
+    variants["without all four"] = everything
+
+    def step_of(name):
+        model, stand_ins = trust_rows_(copy.deepcopy(models[A if name == "A" else E]).train()), variants[name]
+
+        def step():
+            with contextlib.ExitStack() as stack:
+                for function, stand_in in stand_ins.items():
+                    stack.enter_context(mock.patch.object(fused, function, stand_in))
+                model(**inputs).sample.square().mean().backward()
+            model.zero_grad()
+
+        return step
+
+    times = take_turns({name: step_of(name) for name in variants}, rounds)
+    for name in variants:
+        if name != "A":
+            of_both = ratio(times, name, "A")
+            yield name, of_both["median"], of_both["low"], of_both["high"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=101)
+    parser.add_argument("--size", default="S/2", help="of the models whose steps are timed")
     args = parser.parse_args()
     torch.manual_seed(0)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -147,6 +191,9 @@ def main():
     print("| what | plain, µs | now, µs | ratio |\n|---|---|---|---|")
     for name, before, after, of_both in (*rows_of_operations(args.rounds), *rows_of_upkeep(max(args.rounds // 5, 3))):
         print(f"| {name} | {before:.0f} | {after:.0f} | {of_both:.2f} |")
+    print("\n| forward and backward of E, eager | over A's | quartiles |\n|---|---|---|")
+    for name, median, low, high in rows_of_steps(args.size, max(args.rounds // 5, 3)):
+        print(f"| {name} | {median:.3f} | {low:.3f} – {high:.3f} |")
 
 
 if __name__ == "__main__":

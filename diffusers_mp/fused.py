@@ -17,6 +17,8 @@ from torch.autograd import Function, forward_ad
 # Below these, squares lose their digits and then are zero. They keep rows of zeros as they are.
 _SMALLEST_NORMS = {dtype: math.sqrt(torch.finfo(dtype).tiny) for dtype in (torch.float32, torch.float64)}
 
+_derivative_of_weight_norm = torch.ops.aten._weight_norm_interface_backward.default
+
 
 def _is_transformed() -> bool:
     # By `torch.func` or in forward mode: both differentiate formulas.
@@ -39,9 +41,11 @@ def _across(grad: torch.Tensor, rows: torch.Tensor, norm: float) -> torch.Tensor
 
 
 def _has_kernel(grad: torch.Tensor, rows: torch.Tensor) -> bool:
-    # It has no derivative and no rules for subclasses, and takes factors of half-precision rows in half precision.
+    # It has no derivative and no rules for subclasses, takes factors of half-precision rows in half precision, and
+    # cannot be fused with what surrounds it.
     return (
-        type(grad) is torch.Tensor
+        not torch.compiler.is_compiling()
+        and type(grad) is torch.Tensor
         and grad.device.type == "cpu"
         and grad.dtype in _SMALLEST_NORMS
         and grad.dtype == rows.dtype
@@ -53,7 +57,7 @@ def _has_kernel(grad: torch.Tensor, rows: torch.Tensor) -> bool:
 def _across_kernel(grad: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     # PyTorch's derivative of weight normalisation does in one operator what `_across` does in four, times
     # factors / norms. It does not look at the strides of its inputs.
-    return torch.ops.aten._weight_norm_interface_backward.default(grad.contiguous(), rows, factors, norms, 0)[0]
+    return _derivative_of_weight_norm(grad.contiguous(), rows, factors, norms, 0)[0]
 
 
 def _scale_rows(x: torch.Tensor, norm: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,6 +96,22 @@ class _ScaleRows(Function):
         return grad_x, None
 
 
+class _CompiledScaleRows(Function):
+    # With one result, since a compiled backward would be given zeros for the factor and go on with them.
+
+    @staticmethod
+    def forward(ctx, x, norm):
+        y, factor = _scale_rows(x, norm)
+        ctx.norm = norm
+        ctx.save_for_backward(y, factor)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, factor = ctx.saved_tensors
+        return (_across(grad, y, ctx.norm) * factor).to(y.dtype), None
+
+
 def scale_rows(x: torch.Tensor, norm: float) -> torch.Tensor:
     """Scale every row (last dimension) to a norm; an exactly zero row stays zero.
 
@@ -103,7 +123,9 @@ def scale_rows(x: torch.Tensor, norm: float) -> torch.Tensor:
     Returns:
         torch.Tensor: shape and dtype of `x`.
     """
-    return (_ScaleRows.apply if _has_backward() else _scale_rows)(x, norm)[0]
+    if not _has_backward():
+        return _scale_rows(x, norm)[0]
+    return _CompiledScaleRows.apply(x, norm) if torch.compiler.is_compiling() else _ScaleRows.apply(x, norm)[0]
 
 
 class _UnitRows(Function):
@@ -115,16 +137,14 @@ class _UnitRows(Function):
     @staticmethod
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        if torch.compiler.is_compiling():
+        if _has_kernel(grad, weight):
+            ones = weight.new_ones(len(weight), 1)
+            return _across_kernel(grad, weight, ones, ones)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return _across(grad, weight, 1.0)
-        if torch.is_grad_enabled():
-            # A second derivative needs the norm that is taken for granted here.
-            rows, factor = _ScaleRows.apply(weight, 1.0)
-            return (_across(grad, rows, 1.0) * factor).to(weight.dtype)
-        if not _has_kernel(grad, weight):
-            return _across(grad, weight, 1.0)
-        ones = weight.new_ones(len(weight), 1)
-        return _across_kernel(grad, weight, ones, ones)
+        # A second derivative needs the norm that is taken for granted here.
+        rows, factor = _ScaleRows.apply(weight, 1.0)
+        return (_across(grad, rows, 1.0) * factor).to(weight.dtype)
 
 
 def unit_rows(weight: torch.Tensor) -> torch.Tensor:
@@ -137,9 +157,9 @@ def unit_rows(weight: torch.Tensor) -> torch.Tensor:
     Returns:
         torch.Tensor: the same values; under `torch.func`'s transforms and in forward mode to rounding.
     """
-    if not torch.is_grad_enabled():
-        return weight
-    return _UnitRows.apply(weight) if _has_backward() else _scale_rows(weight, 1.0)[0]
+    if _has_backward():
+        return _UnitRows.apply(weight)
+    return _scale_rows(weight, 1.0)[0] if torch.is_grad_enabled() else weight
 
 
 def _factors(scale, angle):

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from helpers import tiny_inputs, tiny_model
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_mp import MPLinear, functional, fused, normalize_weights_, trust_rows_
@@ -235,6 +237,20 @@ def test_compiled_gradients_are_eager_ones(trusted):
     ]
     for eager, other in zip(*gradients, strict=True):
         torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_gradients_are_made_of_operators_that_fuse():
+    targets = set()
+
+    def keep(graph, inputs):
+        targets.update(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    model = trust_rows_(tiny_model().train())
+    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    compiled(**tiny_inputs()).sample.square().mean().backward()
+    assert "aten.addcmul.default" in targets
+    assert not [target for target in targets if "weight_norm" in target]
 
 
 def test_the_model_can_be_differentiated_forwards_and_twice():
