@@ -124,6 +124,13 @@ def test_api_page_has_what_the_documentation_and_the_examples_use(write_api):
     assert {path for path in shown if path.rpartition(".")[2] not in diffusers_mp.__all__} <= called
 
 
+def test_costs_of_imagenet_are_those_of_their_script():
+    command = [sys.executable, ROOT / "benchmarks" / "imagenet_cost.py"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert printed.strip().count("\n") > 12
+    assert printed.strip() in (ROOT / "docs" / "imagenet.md").read_text()
+
+
 def test_tests_that_pages_name_exist():
     named = {name for page in PAGES for name in re.findall(r"`(test_\w+)::(test_\w+)`", page.read_text())}
     assert len(named) > 40
