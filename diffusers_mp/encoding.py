@@ -99,6 +99,30 @@ def _encode_batch(pixels, vae, random_flip, statistics) -> dict[str, torch.Tenso
     return tensors
 
 
+def load_vae(name_or_path: str, cache_dir: str | None = None) -> "AutoencoderKL | None":
+    """The autoencoder that a script was given as `--vae`.
+
+    Args:
+        name_or_path (str): a folder or an id on the Hub, or "none" for images as they are.
+        cache_dir (str, optional): where the Hub client keeps its files.
+    Returns:
+        AutoencoderKL or None: in evaluation mode.
+    Raises:
+        OSError: if there is none, or none within reach.
+    """
+    if name_or_path == "none":
+        return None
+    from diffusers import AutoencoderKL
+
+    try:
+        return AutoencoderKL.from_pretrained(name_or_path, cache_dir=cache_dir).eval()
+    except OSError as error:
+        raise OSError(
+            "`--vae` must be the folder of an AutoencoderKL, its id on the Hub, within reach or downloaded before, or "
+            f"'none' for images as they are, got {name_or_path!r}: {error}"
+        ) from error
+
+
 @torch.no_grad()
 def encode_dataset(
     dataset: "datasets.Dataset | datasets.IterableDataset",

@@ -300,7 +300,7 @@ def main(args: argparse.Namespace) -> None:
     weights = load_weights(args.checkpoint_path)
     config = read_config(weights, args.num_heads)
     num_classes = config["num_embeds_ada_norm"]
-    names = read_names(args.id2label, num_classes)
+    names, vae = read_names(args.id2label, num_classes), AutoencoderKL.from_pretrained(args.vae)
     is_exact = args.time_features == "original"
     transformer = (OriginalDiTTransformer2DModel if is_exact else DiTTransformer2DModel)(**config).eval()
     try:
@@ -325,7 +325,6 @@ def main(args: argparse.Namespace) -> None:
     if names is None:
         print(f"No names for the {num_classes} classes: give --id2label to have them stored.")
 
-    vae = AutoencoderKL.from_pretrained(args.vae)
     scheduler = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False)
     pipeline = DiTPipeline(transformer, vae, scheduler)
     if names is not None:

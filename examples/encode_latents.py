@@ -13,9 +13,8 @@ import argparse
 import os
 
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 
-from diffusers_mp.encoding import encode_dataset
+from diffusers_mp.encoding import encode_dataset, load_vae
 from diffusers_mp.images import load_image_dataset
 from diffusers_mp.latents import LatentDataset
 
@@ -83,13 +82,11 @@ def main(args):
             seed=args.seed,
             streaming=args.streaming,
         )
-        vae = None
-        if args.vae != "none":
-            vae = AutoencoderKL.from_pretrained(args.vae, cache_dir=args.cache_dir).to(accelerator.device).eval()
+        vae = load_vae(args.vae, args.cache_dir)
         latents = encode_dataset(
             dataset,
             args.latents_dir,
-            vae=vae,
+            vae=None if vae is None else vae.to(accelerator.device),
             resolution=args.resolution,
             id2label=id2label,
             vae_id=args.vae,

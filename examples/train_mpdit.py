@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
-from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -46,7 +46,7 @@ from diffusers_mp import (
     resize_class_embeddings_,
     trust_rows_,
 )
-from diffusers_mp.encoding import encode_dataset
+from diffusers_mp.encoding import encode_dataset, load_vae
 from diffusers_mp.hub import check_hub_access, public_arguments, publish
 from diffusers_mp.images import load_image_dataset
 from diffusers_mp.latents import LatentDataset, vae_fingerprint
@@ -111,7 +111,7 @@ def main(args):
         checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
         if checkpoint is None:
             logger.info("No checkpoint in %s yet, starting from the beginning", args.output_dir)
-    vae = None if args.vae == "none" else AutoencoderKL.from_pretrained(args.vae, cache_dir=args.cache_dir)
+    vae = load_vae(args.vae, args.cache_dir)
     pretrained = None if args.pretrained_model_name_or_path is None else load_pretrained(args, vae)
     latents = load_latents(args, vae, accelerator)
 

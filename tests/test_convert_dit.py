@@ -118,6 +118,12 @@ class TestConversion:
         printed = capsys.readouterr().out.split("largest prediction: ")[1].split()[0]
         assert float(printed) < 1e-6
 
+    def test_a_missing_vae_is_missed_before_the_work(self, convert, script, monkeypatch, tmp_path):
+        monkeypatch.setattr(script, "largest_difference", lambda *args: pytest.fail("compared first"))
+        with pytest.raises(OSError, match="nowhere"):
+            convert(checkpoint(), "--vae", str(tmp_path / "nowhere"))
+        assert not (tmp_path / "pipeline").exists()
+
     def test_a_folder_explains_itself_in_a_fresh_process(self, convert):
         folder = convert(checkpoint())
         printed = run_python(

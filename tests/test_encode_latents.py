@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from helpers import run_processes, tiny_vae
 
 from diffusers_mp.latents import LatentDataset
@@ -15,12 +14,7 @@ from diffusers_mp.latents import LatentDataset
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("examples_run_here")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +93,12 @@ def test_flags_are_the_trainers_own(tmp_path):
     shared = own.keys() - {"streaming", "shard_size", "verify"}
     # The trainer takes these two from images that are encoded already, and falls back to the same defaults.
     assert {name: own[name] for name in shared} == {name: trainers[name] for name in shared}
+
+
+def test_a_vae_that_is_not_there_is_named_with_its_flag(arguments, tmp_path):
+    with pytest.raises(OSError, match=r"`--vae` must be .* got '.*nowhere'"):
+        encode(*arguments, tmp_path / "latents", "--vae", tmp_path / "nowhere")
+    assert not (tmp_path / "latents").exists()
 
 
 def load_latents(vae, folder, **more):
