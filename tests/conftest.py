@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from helpers import random_picture
+from helpers import random_picture, reset_accelerate
 
 from diffusers_mp.images import load_image_dataset
 
@@ -30,3 +32,11 @@ def picture_folder(tmp_path_factory):
 def pictures(picture_folder, tmp_path_factory):
     """The data set of `picture_folder` and its class names."""
     return load_image_dataset(picture_folder, cache_dir=str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def examples_run_here(monkeypatch):
+    """Scripts of `examples` can be imported, and leave Accelerate as they found it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    yield
+    reset_accelerate()

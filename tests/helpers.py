@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
@@ -169,3 +170,9 @@ def tiny_vae(in_channels=3, latent_channels=4, seed=0):
 
 def random_picture(rng, width=20, height=18):
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def reset_accelerate():
+    """As in a new process: Accelerate keeps what it was first told."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

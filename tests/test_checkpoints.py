@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from helpers import reset_accelerate
 
 from diffusers_mp import MPLinear, PowerFunctionEMA, normalize_weights_
 from diffusers_mp.training import find_checkpoints, inverse_sqrt_schedule, load_checkpoint, save_checkpoint
@@ -46,8 +46,7 @@ class Run:
 @pytest.fixture(autouse=True)
 def _new_accelerate():
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
-from helpers import relative_error, run_processes, tiny_inputs, tiny_model
+from helpers import relative_error, reset_accelerate, run_processes, tiny_inputs, tiny_model
 from PIL import Image
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -459,8 +458,7 @@ class TestTraining:
         accelerator.end_training()
         assert [entry["step"] for entry in recorder.history] == [1, 2, 4]
         assert recorder.values()["relative_update/transformer_blocks.0"] > 0
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerate()
 
     # PyTorch's own, of a block that is compiled alone and is given what has a gradient.
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -720,8 +718,7 @@ class TestTrainer:
     def _fresh_accelerator(self, monkeypatch):
         monkeypatch.syspath_prepend(str(ROOT / "examples"))
         yield
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerate()
 
     @pytest.fixture
     def train(self, picture_folder, tmp_path):
@@ -740,8 +737,7 @@ class TestTrainer:
                 *("--num_validation_images", "2", "--output_dir", str(tmp_path / name), *more),
             ]
             train_mpdit.main(training_arguments.parse_args(arguments))
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
+            reset_accelerate()
             lines = (tmp_path / name / "logs" / "metrics.jsonl").read_text().splitlines()
             return tmp_path / name, [json.loads(line) for line in lines]
 

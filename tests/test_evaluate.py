@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
 from helpers import random_picture, run_processes, tiny_model, tiny_vae
 from hub_server import HubServer
@@ -30,12 +29,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 NUM_PHOTOS = 24
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("examples_run_here")
 
 
 @pytest.fixture(scope="module")

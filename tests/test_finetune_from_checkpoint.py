@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
-from helpers import tiny_model, tiny_vae
+from helpers import reset_accelerate, tiny_model, tiny_vae
 from hub_server import HubServer
 from PIL import ImageOps
 from safetensors.torch import load_file, save_file
@@ -33,11 +32,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 TABLE = "conditioning_embedder.class_embedder.weight"
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("examples_run_here")
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +61,7 @@ def parse(data, output_dir, *more, source=TINY):
 
 def train(data, output_dir, *more, source=TINY):
     train_mpdit.main(parse(data, output_dir, *more, source=source))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     return output_dir
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
-from helpers import run_processes, run_python, tiny_vae
+from helpers import reset_accelerate, run_processes, run_python, tiny_vae
 from hub_server import HubServer
 from test_hub import TOKEN, client, holding
 
@@ -27,12 +26,7 @@ SHIFT = WIDTH * (WIDTH + 1)  # weights and biases of a shift
 ANGLES = SHIFT // 2
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("examples_run_here")
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +82,7 @@ def finetune(base, output_dir, *more):
     import finetune_rotation
 
     finetune_rotation.main(finetune_rotation.parse_args(arguments(base, output_dir, *more)))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     return json.loads((output_dir / "evaluation.json").read_text())
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
-from helpers import row_norms, run_python, tiny_model, tiny_vae
+from helpers import reset_accelerate, row_norms, run_python, tiny_model, tiny_vae
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -480,14 +479,8 @@ class TestErrors:
 # The trainer.
 
 
+@pytest.mark.usefixtures("examples_run_here")
 class TestTrainer:
-    @pytest.fixture(autouse=True)
-    def _fresh_accelerator(self, monkeypatch):
-        monkeypatch.syspath_prepend(str(EXAMPLES))
-        yield
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
     @pytest.fixture
     def train(self, tmp_path):
         rng = np.random.default_rng(0)
@@ -510,8 +503,7 @@ class TestTrainer:
                 *("--output_dir", str(output_dir), *more),
             ]
             train_mpdit.main(training_arguments.parse_args(arguments))
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
+            reset_accelerate()
             return output_dir
 
         return train
@@ -554,8 +546,7 @@ class TestTrainer:
             patch.setattr(PowerFunctionEMA, "update", die_at(killed_at))
             with pytest.raises(KeyboardInterrupt):
                 train(tmp_path / "parts")
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerate()
         left = max(snapshot.step for snapshot in find_snapshots(tmp_path / "parts" / "ema_snapshots"))
         assert left == killed_at - 1
         # What lies past the point of resuming goes, even if the rest of the run never comes by it again.

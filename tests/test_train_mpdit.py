@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
-from helpers import run_processes
+from helpers import reset_accelerate, run_processes
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -43,12 +42,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 MODEL = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("examples_run_here")
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +90,7 @@ def train(data, output_dir, *more):
     import training_arguments
 
     train_mpdit.main(training_arguments.parse_args(arguments(data, output_dir, *more)))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     return output_dir
 
 
@@ -186,8 +179,7 @@ def test_resume_gives_the_weights_and_losses_of_an_uninterrupted_run(data, tmp_p
         patch.setattr(train_mpdit.PowerFunctionEMA, "update", update_and_die)
         with pytest.raises(KeyboardInterrupt):
             train(data, resumed, *more)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     assert sorted(path.name for path in resumed.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     train(data, resumed, *more, "--resume_from_checkpoint", "latest")
 
@@ -211,8 +203,7 @@ def test_going_back_leaves_no_later_checkpoint_for_latest(data, tmp_path, monkey
         patch.setattr(train_mpdit.PowerFunctionEMA, "update", die)
         with pytest.raises(KeyboardInterrupt):
             train(data, output_dir, "--resume_from_checkpoint", "checkpoint-2")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     assert resolve_checkpoint("latest", output_dir).name == "checkpoint-2"
     assert_same_weights(raw_weights(output_dir / "checkpoint-6.abandoned"), before)
     train(data, output_dir, "--resume_from_checkpoint", "latest")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from helpers import reset_accelerate
 
 from diffusers_mp import MPDiTPipeline
 from diffusers_mp.training import DDPMObjective, FlowMatchObjective
@@ -19,8 +19,7 @@ MODEL = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "pa
 def _fresh_accelerator(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 @pytest.fixture
@@ -41,8 +40,7 @@ def train(arguments):
 
     args = training_arguments.parse_args(arguments)
     train_mpdit.main(args)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     return args.output_dir
 
 
