@@ -4,7 +4,8 @@
 
 Arms are configurations A to D with DiT's own modulation, and E with ten modulations. All have equal data, updates and
 batches, and runs of one seed the same order and noise. Every arm first tries its rates on the first seed; the one of
-the lowest validation loss is that of the other seeds. All training is done by `train_mpdit.py`, on pixels.
+the lowest validation loss is that of the other seeds, and if it fails there the next best is taken for all. All
+training is done by `train_mpdit.py`, on pixels.
 
 Every run leaves `records/<run>.json`; what has one is not done again, and a run that was broken off goes on at its
 last checkpoint. Several processes may share a folder, each at a run of its own: on models this small a thread each
@@ -112,8 +113,8 @@ def parse_args(argv=None):
     add("--only", default="", help="regular expression: arms to run, by a part of their names, as in E_scale")
     add("--max_hours", type=float, default=math.inf, help="begin no run after these; 0 trains nothing")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights, data and noise; the first one for rates")
-    add("--learning_rates", type=float, nargs="+", default=[1e-3, 5e-3, 2e-2, 1e-1], help="tried by C, D and E")
-    add("--plain_learning_rates", type=float, nargs="+", default=[1e-4, 5e-4, 2e-3, 1e-2], help="tried by A and B")
+    add("--learning_rates", type=float, nargs="+", default=[5e-3, 2e-2, 1e-1, 5e-1], help="tried by C, D and E")
+    add("--plain_learning_rates", type=float, nargs="+", default=[5e-4, 2e-3, 1e-2, 5e-2], help="tried by A and B")
     add("--max_train_steps", type=int, default=3000, help="updates of each run")
     add("--train_batch_size", type=int, default=64, help="samples of an update")
     add("--num_layers", type=int, default=6, help="blocks of the model")
@@ -160,23 +161,36 @@ def plan(args, facts):
 
 
 def rates_of(args, arm):
-    if arm.configuration in "AB":
-        return args.plain_learning_rates
-    # The paper's rate of A and B, which is said to fail for E.
-    return [*args.learning_rates, ablation_report.PROBE_RATE] if arm == ROTATION else args.learning_rates
+    rates = args.plain_learning_rates if arm.configuration in "AB" else args.learning_rates
+    # The paper's rate of A, which is said to fail for E.
+    return sorted({ablation_report.PROBE_RATE, *rates}) if arm in (BASELINE, ROTATION) else rates
+
+
+def sweep_of(args, arm, facts):
+    """Rates to records of the first seed, None where there is none yet; what else was once tried is among them."""
+    sweep = {rate: None for rate in rates_of(args, arm)}
+    for file in (args.output_dir / "records").glob(f"{arm.name}_lr*_seed{args.seeds[0]}.json"):
+        rate = json.loads(file.read_text())["learning_rate"]
+        sweep[rate] = read(args, Run(arm, rate, args.seeds[0]), facts)
+    return sweep
+
+
+def failed_seeds(args, arm, rate, facts):
+    """Seeds whose run at this rate became not finite."""
+    records = {seed: read(args, Run(arm, rate, seed), facts) for seed in args.seeds}
+    return [seed for seed, record in records.items() if record is not None and "failure" in record]
 
 
 def best_rate(args, arm, facts):
-    """The rate of the lowest validation loss on the first seed; None before all were tried, or if all have failed."""
-    sweep = {rate: read(args, Run(arm, rate, args.seeds[0]), facts) for rate in rates_of(args, arm)}
+    """The rate of the lowest validation loss on the first seed, of those at which no seed has failed.
+
+    None before all rates were tried, or if all have failed.
+    """
+    sweep = sweep_of(args, arm, facts)
     if None in sweep.values():
         return None
-    best = min(sweep, key=lambda rate: loss_of(sweep[rate]))
-    return best if loss_of(sweep[best]) < math.inf else None
-
-
-def loss_of(record):
-    return math.inf if "failure" in record else record["validation"]["loss"]
+    sound = [rate for rate in sweep if not failed_seeds(args, arm, rate, facts)]
+    return min(sound, key=lambda rate: sweep[rate]["validation"]["loss"], default=None)
 
 
 def settings_of(args, arm, facts):
@@ -478,7 +492,10 @@ def report(args, facts):
     """What the records say, of all arms."""
     sweeps, results = {}, {}
     for arm in ARMS:
-        sweeps[arm.name] = {rate: read(args, Run(arm, rate, args.seeds[0]), facts) for rate in rates_of(args, arm)}
+        sweeps[arm.name] = {
+            rate: record and {**record, "failed_seeds": failed_seeds(args, arm, rate, facts)}
+            for rate, record in sweep_of(args, arm, facts).items()
+        }
         rate = best_rate(args, arm, facts)
         if rate is not None:
             records = [read(args, Run(arm, rate, seed), facts) for seed in args.seeds]

@@ -195,6 +195,8 @@ def sweep_table(sweeps):
         if "failure" in record:
             return "not finite"
         shown = f"{record['validation']['loss']:.4f}, {measure(record, 'frechet'):.0f}"
+        if record["failed_seeds"]:
+            return f"{shown}; seed {', '.join(map(str, record['failed_seeds']))} not finite"
         return f"**{shown}**" if record["validation"]["loss"] == min(losses(sweeps[arm]).values()) else shown
 
     return table(
@@ -204,8 +206,12 @@ def sweep_table(sweeps):
 
 
 def losses(sweep):
-    """Validation losses of the rates that have been tried and have not failed."""
-    return {rate: record["validation"]["loss"] for rate, record in sweep.items() if record and "failure" not in record}
+    """Validation losses of the rates that have been tried and have not failed, on any seed."""
+    return {
+        rate: record["validation"]["loss"]
+        for rate, record in sweep.items()
+        if record and "failure" not in record and not record["failed_seeds"]
+    }
 
 
 def magnitudes_table(results):
@@ -302,14 +308,16 @@ def write_report(file, command, sweeps, results, facts, settings, num_planned):
     Args:
         file (Path): the report; figures go beside it as `<stem>_<name>.png`.
         command (str): that makes it.
-        sweeps (dict): names of arms to rates to records of the first seed, None where there is none yet.
+        sweeps (dict): names of arms to rates to records of the first seed, with the seeds that have failed at the rate
+            as `failed_seeds`; None where there is none yet.
         results (dict): names of arms to records at their best rate, one for each seed, failed ones left out.
         facts (dict): of the judge.
         settings (dict): of all runs.
         num_planned (int): runs that the whole plan has.
     """
-    records = [record for sweep in sweeps.values() for record in sweep.values() if record is not None]
-    records += [record for of_arm in results.values() for record in of_arm if record not in records]
+    of_sweeps = [record for sweep in sweeps.values() for record in sweep.values() if record is not None]
+    shown = [*of_sweeps, *(record for of_arm in results.values() for record in of_arm)]
+    records = list({(record["arm"], record["learning_rate"], record["seed"]): record for record in shown}.values())
     if not any(results.values()):
         print("no arm has all its rates yet: nothing to report")
         return
@@ -332,7 +340,7 @@ def write_report(file, command, sweeps, results, facts, settings, num_planned):
         hours=sum(record["cpu_seconds"] for record in records) / 3600,
         num_runs=len(records),
         num_planned=num_planned,
-        num_failed=sum("failure" in record for record in records),
+        num_failed=sum(len(record["failed_seeds"]) for record in of_sweeps),
         width=settings["num_attention_heads"] * settings["attention_head_dim"],
         claims=claims_table(results, sweeps),
         quality=quality_table(results, sweeps),
@@ -362,7 +370,7 @@ Real digits of 8×8 pixels, {num_layers} blocks of width {width}, patches of 2×
 seed. Noise and variance are predicted, Adam's rate warms up and decays as in the paper, measures are those of the
 average of width 0.05. A to D have DiT's own modulation, scale + shift + gate, and so compare with E of the same. Every
 arm has the rate, out of those it tried on the first seed, of the lowest validation loss there; that seed counts among
-the others, which flatters all arms alike.
+the others, which flatters all arms alike. A rate at which a seed becomes not finite is out.
 
 Mean ± 95 % interval (Student's t) over seeds. Three seeds make these wide: 2.5 standard deviations to either side.
 

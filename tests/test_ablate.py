@@ -125,6 +125,16 @@ def test_growth_is_of_the_last_block_and_of_mean_weights():
     assert ablation_report.growth(record, "weights") == 3.0
 
 
+def test_a_rate_at_which_a_seed_failed_is_shown_and_not_taken():
+    def record(loss, failed_seeds):
+        return {"validation": {"loss": loss}, "samples": {"1": {"frechet": 10.0}}, "failed_seeds": failed_seeds}
+
+    sweep = {0.1: record(0.1, [2]), 0.02: record(0.2, []), 0.5: {"failure": "not finite", "failed_seeds": [0]}}
+    assert ablation_report.losses(sweep) == {0.02: 0.2}
+    table = ablation_report.sweep_table({"E_scale": sweep})
+    assert table.splitlines()[-1] == "| E, scale | **0.2000, 10** | 0.1000, 10; seed 2 not finite | not finite |"
+
+
 # The plan
 
 
@@ -137,22 +147,37 @@ def test_plan_has_every_arm_once_and_the_claims_first():
     assert set(names[:3]) == {"A_scale+shift+gate", ablation_report.ADALN, ablation_report.ROTATION}
     args = ablate.parse_args([])
     for arm in ablate.ARMS:
-        rates = ablate.rates_of(args, arm)[:4]
+        rates = ablate.rates_of(args, arm)[-4:]
         assert rates[-1] / rates[0] == pytest.approx(100)
     assert ablation_report.PROBE_RATE in ablate.rates_of(args, ablate.ROTATION)
 
 
 def test_seeds_take_the_best_rate_and_leave_failed_ones(tmp_path):
-    args, facts = ablate.parse_args(["--output_dir", str(tmp_path), "--only", "^A_"]), {"sha256": "judge"}
-    arm = ablate.BASELINE
-    sweep = list(ablate.plan(args, facts))
-    assert [(run.learning_rate, run.seed) for run in sweep] == [(rate, 0) for rate in args.plain_learning_rates]
-    results = [{"validation": {"loss": 0.3}}, {"validation": {"loss": 0.2}}, {"validation": {"loss": 0.4}}]
-    for run_of_sweep, result in zip(sweep, [*results, {"failure": "not finite"}], strict=True):
+    args, facts = ablate.parse_args(["--output_dir", str(tmp_path), "--only", "^B_"]), {"sha256": "judge"}
+    arm = next(arm for arm in ablate.ARMS if arm.configuration == "B")
+
+    def record(rate, seed, result):
+        run = ablate.Run(arm, rate, seed)
+        content = {"settings": ablate.settings_of(args, arm, facts), "learning_rate": rate, **result}
+        ablate.write_json(ablate.record_file(args, run), content)
+
+    def planned():
+        return [(run.learning_rate, run.seed) for run in ablate.plan(args, facts)]
+
+    sweep = [(rate, 0) for rate in args.plain_learning_rates]
+    assert planned() == sweep
+    results = [{"validation": {"loss": loss}} for loss in (0.3, 0.2, 0.4)]
+    for (rate, seed), result in zip(sweep, [*results, {"failure": "not finite"}], strict=True):
         assert ablate.best_rate(args, arm, facts) is None
-        settings = ablate.settings_of(args, arm, facts)
-        ablate.write_json(ablate.record_file(args, run_of_sweep), {"settings": settings, **result})
-    assert [(run.learning_rate, run.seed) for run in ablate.plan(args, facts)][4:] == [(5e-4, 1), (5e-4, 2)]
+        record(rate, seed, result)
+    assert planned() == [*sweep, (2e-3, 1), (2e-3, 2)]
+    # Not stable: the next best, for all seeds.
+    record(2e-3, 2, {"failure": "not finite"})
+    assert planned() == [*sweep, (5e-4, 1), (5e-4, 2)]
+    # A rate of an earlier plan counts.
+    record(3e-4, 0, {"validation": {"loss": 0.25}})
+    assert planned() == [*sweep, (3e-4, 1), (3e-4, 2)]
+    assert ablate.failed_seeds(args, arm, 2e-3, facts) == [2]
 
 
 def _hold(args, started, release):
@@ -349,6 +374,7 @@ def test_a_run_that_becomes_not_finite_is_recorded_as_failed(finished):
     ablate.do(args, failing, facts)
     record = ablate.read(args, failing, facts)
     assert "not finite" in record["failure"] or "non-finite" in record["failure"]
-    assert ablate.loss_of(record) == math.inf
+    args.seeds = [5]
+    assert ablate.failed_seeds(args, failing.arm, 1e30, facts) == [5]
     assert signal.getsignal(signal.SIGTERM) == handler
     ablate.record_file(args, failing).unlink()
