@@ -713,13 +713,8 @@ def test_two_processes_replicated_and_sharded(tmp_path):
     assert "compared 84" in run_processes(script)
 
 
+@pytest.mark.usefixtures("examples_run_here")
 class TestTrainer:
-    @pytest.fixture(autouse=True)
-    def _fresh_accelerator(self, monkeypatch):
-        monkeypatch.syspath_prepend(str(ROOT / "examples"))
-        yield
-        reset_accelerate()
-
     @pytest.fixture
     def train(self, picture_folder, tmp_path):
         model = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 4}

@@ -11,7 +11,6 @@ import sys
 import pytest
 from test_train_mpdit import (  # noqa: F401
     EXAMPLES,
-    _fresh_accelerator,
     arguments,
     assert_same_weights,
     data,
@@ -22,6 +21,9 @@ from test_train_mpdit import (  # noqa: F401
 )
 
 from diffusers_mp.snapshots import find_snapshots
+
+
+pytestmark = pytest.mark.usefixtures("examples_run_here")
 
 
 OPTIONS = [

@@ -14,7 +14,6 @@ import torch
 from helpers import run_processes
 from test_train_mpdit import (  # noqa: F401
     EXAMPLES,
-    _fresh_accelerator,
     arguments,
     assert_same_weights,
     data,
@@ -31,7 +30,7 @@ from diffusers_mp.training import check_checkpoint
 
 
 # One worker for all: the runs are made once.
-pytestmark = pytest.mark.xdist_group("fsdp")
+pytestmark = [pytest.mark.xdist_group("fsdp"), pytest.mark.usefixtures("examples_run_here")]
 
 # What only the order of sums may change in float32 after six updates.
 TOLERANCE = 1e-5

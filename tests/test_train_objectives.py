@@ -1,7 +1,6 @@
 """The trainer with each objective, on ten small pictures without a VAE; each run's pipeline samples without a word."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +14,7 @@ from diffusers_mp.training import DDPMObjective, FlowMatchObjective
 MODEL = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 4}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
-    yield
-    reset_accelerate()
+pytestmark = pytest.mark.usefixtures("examples_run_here")
 
 
 @pytest.fixture

@@ -5,10 +5,13 @@ import shutil
 
 import pytest
 import torch
-from test_train_mpdit import _fresh_accelerator, data, metrics, train  # noqa: F401
+from test_train_mpdit import data, metrics, train  # noqa: F401
 
 from diffusers_mp import MPDiTPipeline
 from diffusers_mp.latents import LatentDataset
+
+
+pytestmark = pytest.mark.usefixtures("examples_run_here")
 
 
 P = 3
