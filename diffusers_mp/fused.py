@@ -2,8 +2,8 @@
 
 Each function here reads and writes its big tensor as few times as PyTorch's operators allow and keeps for backward
 only what is kept anyway. All can be differentiated twice, and by `torch.func`, which is given the plain formulas.
-Between two products of a model the caches are cold and a line of Python costs ten times what it does in a loop of its
-own: hence few calls, and functions of the older style, without `setup_context`, whose `apply` inspects no signatures.
+Between two products of a model the caches are cold and a line of Python costs several times what it does in a loop of
+its own: hence few calls, and functions of the older style: without `setup_context`, `apply` inspects no signature.
 docs/design/performance.md has the numbers.
 """
 
