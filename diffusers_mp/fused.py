@@ -15,7 +15,7 @@ from torch.autograd import Function, forward_ad
 
 
 # Below these, squares lose their digits and then are zero. They keep rows of zeros as they are.
-_SMALLEST_NORMS = {dtype: math.sqrt(torch.finfo(dtype).tiny) for dtype in (torch.float32, torch.float64)}
+SMALLEST_NORMS = {dtype: math.sqrt(torch.finfo(dtype).tiny) for dtype in (torch.float32, torch.float64)}
 
 _derivative_of_weight_norm = torch.ops.aten._weight_norm_interface_backward.default
 
@@ -31,7 +31,7 @@ def _has_backward() -> bool:
 
 
 def _sums_in(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in _SMALLEST_NORMS else torch.float32
+    return dtype if dtype in SMALLEST_NORMS else torch.float32
 
 
 def _across(grad: torch.Tensor, rows: torch.Tensor, norm: float) -> torch.Tensor:
@@ -47,7 +47,7 @@ def _has_kernel(grad: torch.Tensor, rows: torch.Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(grad) is torch.Tensor
         and grad.device.type == "cpu"
-        and grad.dtype in _SMALLEST_NORMS
+        and grad.dtype in SMALLEST_NORMS
         and grad.dtype == rows.dtype
         and rows.is_contiguous()
         and not torch.is_grad_enabled()
@@ -63,7 +63,7 @@ def _across_kernel(grad: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor
 def _scale_rows(x: torch.Tensor, norm: float) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = _sums_in(x.dtype)
     factor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    factor = factor.clamp(min=_SMALLEST_NORMS[dtype]).reciprocal_() * norm
+    factor = factor.clamp(min=SMALLEST_NORMS[dtype]).reciprocal_() * norm
     return (x * factor).to(x.dtype), factor
 
 

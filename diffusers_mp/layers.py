@@ -80,10 +80,10 @@ class _NormalizedRows(nn.Module):
 
     @torch.no_grad()
     def _normalize_rows_(self) -> None:
-        norm = self._relative_row_norms()
+        rows, norm = _rows_here(self.weight), self._relative_row_norms()
         # Rows that are there already are left alone to the bit, without asking the device how many that are.
-        settled = ((norm - 1).abs_() <= _row_tolerance(self.weight.dtype)).logical_or_(norm == 0)
-        rows, norm = _rows_here(self.weight), norm.masked_fill_(settled, 1)
+        settled = (norm - 1).abs_() <= _row_tolerance(rows.dtype)
+        norm.masked_fill_(settled, 1).clamp_(min=fused.SMALLEST_NORMS[norm.dtype])
         if rows.itemsize == 1:  # float8, in which layerwise casting stores weights, knows no division
             rows.copy_(rows.to(norm.dtype).div_(norm))
         else:
