@@ -103,7 +103,8 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> "AutoencoderKL 
     """The autoencoder that a script was given as `--vae`.
 
     Args:
-        name_or_path (str): a folder or an id on the Hub, or "none" for images as they are.
+        name_or_path (str): an autoencoder or a pipeline that has one, by folder or id on the Hub, or "none" for images
+            as they are.
         cache_dir (str, optional): where the Hub client keeps its files.
     Returns:
         AutoencoderKL or None: in evaluation mode.
@@ -114,13 +115,16 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> "AutoencoderKL 
         return None
     from diffusers import AutoencoderKL
 
-    try:
-        return AutoencoderKL.from_pretrained(name_or_path, cache_dir=cache_dir).eval()
-    except OSError as error:
-        raise OSError(
-            "`--vae` must be the folder of an AutoencoderKL, its id on the Hub, within reach or downloaded before, or "
-            f"'none' for images as they are, got {name_or_path!r}: {error}"
-        ) from error
+    failures = []
+    for subfolder in (None, "vae"):
+        try:
+            return AutoencoderKL.from_pretrained(name_or_path, subfolder=subfolder, cache_dir=cache_dir).eval()
+        except OSError as error:
+            failures.append(error)
+    raise OSError(
+        "`--vae` must be an AutoencoderKL, or a pipeline that has one, by folder or by its id on the Hub, within "
+        f"reach or downloaded before, or 'none' for images as they are, got {name_or_path!r}: {failures[0]}"
+    ) from failures[0]
 
 
 @torch.no_grad()

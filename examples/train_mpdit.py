@@ -34,7 +34,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from training_arguments import OBJECTIVE_FLAGS, latents_folder, model_config, parse_args
+from training_arguments import DEFAULT_VAE, OBJECTIVE_FLAGS, latents_folder, model_config, parse_args
 
 from diffusers_mp import (
     MagnitudeRecorder,
@@ -111,6 +111,8 @@ def main(args):
         checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
         if checkpoint is None:
             logger.info("No checkpoint in %s yet, starting from the beginning", args.output_dir)
+    if args.vae is None:
+        args.vae = vae_of_pretrained(args)
     vae = load_vae(args.vae, args.cache_dir)
     pretrained = None if args.pretrained_model_name_or_path is None else load_pretrained(args, vae)
     latents = load_latents(args, vae, accelerator)
@@ -164,6 +166,17 @@ class Pretrained:
     id2label: dict[int, str] | None = None
     latents_mean: list[float] | None = None
     latents_std: list[float] | None = None
+
+
+def vae_of_pretrained(args) -> str:
+    """What `--vae` is by default: the autoencoder of the checkpoint, whose latents the transformer knows."""
+    source = args.pretrained_model_name_or_path
+    try:
+        components = MPDiTPipeline.load_config(source, cache_dir=args.cache_dir)
+    except OSError:  # no model_index.json: a transformer alone, or nothing, which is an error
+        MPDiTTransformer2DModel.load_config(source, cache_dir=args.cache_dir)
+        return DEFAULT_VAE
+    return source if components.get("vae", [None])[0] is not None else "none"
 
 
 def load_pretrained(args, vae) -> Pretrained:

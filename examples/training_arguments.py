@@ -64,7 +64,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--skip_corrupt", action="store_true", help="leave unreadable images out instead of stopping")
     group.add_argument("--resolution", type=int, help="side of the images in pixels, after centre crop [128]")
     group.add_argument("--random_flip", action="store_true", help="mirror half of the samples")
-    group.add_argument("--vae", help=f"AutoencoderKL by path or Hub id; 'none' trains on pixels [{DEFAULT_VAE}]")
+    group.add_argument(
+        "--vae",
+        help="AutoencoderKL, or a pipeline that has one, by path or Hub id; 'none' trains on pixels "
+        f"[that of --pretrained_model_name_or_path, or {DEFAULT_VAE}]",
+    )
     group.add_argument("--image_channels", type=int, default=3, choices=(1, 3), help="with `--vae none`: grey or RGB")
     group.add_argument("--encode_batch_size", type=int, default=32, help="images per forward pass of the VAE")
     group.add_argument("--latents_dir", help="where encoded images are kept and found again [OUTPUT_DIR/latents]")
@@ -179,7 +183,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.train_data_dir is not None and args.dataset_name is not None:
         parser.error("give one of --train_data_dir and --dataset_name")
-    index_file, index = latents_folder(args) / "index.json", {"resolution": 128, "vae": {"id": DEFAULT_VAE}}
+    index_file, index = latents_folder(args) / "index.json", {"resolution": 128}
     if index_file.is_file():
         index = json.loads(index_file.read_text())
     elif args.train_data_dir is None and args.dataset_name is None:
@@ -187,10 +191,12 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     # What encoded images were made with need not be said again.
     if args.resolution is None:
         args.resolution = index["resolution"]
-    if args.vae is None:
+    if args.vae is None and "vae" in index:
         args.vae = index["vae"]["id"] if index["vae"] else "none"
         if args.vae is None:
             parser.error(f"--vae must be given: {index_file} has no name of the VAE that encoded its images")
+    elif args.vae is None and args.pretrained_model_name_or_path is None:
+        args.vae = DEFAULT_VAE
     if args.max_train_steps is not None and args.num_train_epochs is not None:
         parser.error("give one of --max_train_steps and --num_train_epochs")
     try:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_hub import TOKEN, client
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, normalize_weights_
+from diffusers_mp.latents import vae_fingerprint
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -50,10 +51,10 @@ def data(tmp_path_factory):
 
 def parse(data, output_dir, *more, source=TINY):
     arguments = [
-        *("--train_data_dir", data, "--resolution", 8, "--vae", "none", "--image_channels", 1),
+        *("--train_data_dir", data, "--resolution", 8, "--image_channels", 1),
         *("--output_dir", output_dir, "--train_batch_size", 16, "--max_train_steps", 6, "--checkpointing_steps", 3),
         *("--logging_steps", 1, "--validation_steps", 0, "--num_validation_images", 0, "--ema_stds", 0.05, 0.1),
-        *(("--pretrained_model_name_or_path", source) if source is not None else ()),
+        *(("--vae", "none") if source is None else ("--pretrained_model_name_or_path", source)),
         *more,
     ]
     return training_arguments.parse_args([*map(str, arguments)])
@@ -156,7 +157,7 @@ def test_a_transformer_alone_has_no_names(data, tmp_path, monkeypatch, capsys):
     before = query.detach().clone()
     query.data.mul_(0.5)
     model.save_pretrained(tmp_path / "transformer")
-    run = start_of(data, tmp_path / "run", monkeypatch, source=tmp_path / "transformer")
+    run = start_of(data, tmp_path / "run", monkeypatch, "--vae", "none", source=tmp_path / "transformer")
     assert "knows 0 of 3 classes by name" in capsys.readouterr().out
     base, weights = load_file(TINY / "transformer" / WEIGHTS), run.transformer.state_dict()
     assert torch.equal(weights[TABLE][-1], base[TABLE][-1])
@@ -200,7 +201,7 @@ train_mpdit.main(training_arguments.parse_args(argv))
 print("RESULTS " + json.dumps(None))
 """
     argv = [
-        *("--train_data_dir", data, "--resolution", 8, "--vae", "none", "--image_channels", 1),
+        *("--train_data_dir", data, "--resolution", 8, "--image_channels", 1),
         *("--output_dir", tmp_path / "run", "--train_batch_size", 16, "--max_train_steps", 1, "--validation_steps", 0),
         *("--pretrained_model_name_or_path", "user/tiny", "--learning_rate", 1e-9),
     ]
@@ -257,4 +258,22 @@ def test_the_command_of_the_docs_is_understood(tmp_path, monkeypatch):
     (command,) = [line for block in blocks for line in block.splitlines() if "train_mpdit.py" in line]
     args = training_arguments.parse_args(shlex.split(command.partition("train_mpdit.py")[2]))
     assert args.pretrained_model_name_or_path in command
-    assert args.vae != training_arguments.DEFAULT_VAE
+    assert args.vae is None
+
+
+def test_the_vae_is_the_checkpoints(data, tmp_path, monkeypatch):
+    source, vae = tmp_path / "base", tiny_vae(in_channels=1)
+    model = tiny_model(sample_size=4, out_channels=8)
+    MPDiTPipeline(model, DDPMScheduler(clip_sample=False), vae).save_pretrained(source)
+    run = start_of(data, tmp_path / "run", monkeypatch, "--resolution", 16, source=source)
+    assert vae_fingerprint(run.pipeline.vae) == vae_fingerprint(vae)
+    index = json.loads((tmp_path / "run" / "latents" / "index.json").read_text())
+    assert index["vae"]["id"] == str(source)
+
+
+def test_a_transformer_alone_has_no_vae(data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_mpdit, "load_vae", lambda name, cache_dir: asked.append(name) or sys.exit())
+    with pytest.raises(SystemExit):
+        train(data, tmp_path / "run", source=TINY / "transformer")
+    assert asked == [training_arguments.DEFAULT_VAE]
