@@ -102,7 +102,7 @@ def load_extractor(
         FeatureExtractor: with its description.
     Raises:
         ImportError: if the function, or torch-fidelity, cannot be imported.
-        ValueError: as in `transformers_extractor`.
+        OSError, ValueError: as in `transformers_extractor`.
     """
     if name == INCEPTION:
         return inception_extractor(device)
@@ -145,13 +145,20 @@ def transformers_extractor(
     Returns:
         FeatureExtractor: its description holds id, commit, class, SHA-256 of the weights, output and preprocessing.
     Raises:
+        OSError: if there is no such model, or none within reach.
         ValueError: if weights are missing in the checkpoint, the processor names no size, or there is no such output.
     """
     source = {"revision": revision, "cache_dir": cache_dir}
-    processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil", **source).to_dict()
-    model, loading = transformers.AutoModel.from_pretrained(
-        name, **source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil", **source).to_dict()
+        model, loading = transformers.AutoModel.from_pretrained(
+            name, **source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except OSError as error:
+        raise OSError(
+            "an extractor must be a vision model of transformers, by folder or by its id on the Hub, within reach or "
+            f"downloaded before, 'module:function', or {INCEPTION!r}, received {str(name)!r}: {error}"
+        ) from error
     if loading["missing_keys"]:
         raise ValueError(
             f"{str(name)!r} must hold all weights of a {type(model).__name__}, it lacks "

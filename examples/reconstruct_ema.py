@@ -27,6 +27,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.output_dir is not None and len(args.ema_stds) > 1:
         parser.error(f"--output_dir takes one pipeline, hence one of --ema_stds, got {args.ema_stds}")
+    if not find_snapshots(args.snapshots_dir):
+        parser.error(
+            "snapshots_dir must hold folders like step-0001000_std-0.05, as ema_snapshots of a run with "
+            f"--ema_snapshot_steps does, received {args.snapshots_dir}"
+        )
     return args
 
 

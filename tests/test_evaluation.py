@@ -283,6 +283,11 @@ def test_extractors_that_would_mislead_are_refused(dinov2, tmp_path):
         transformers_extractor(dinov2, output="last_hidden_state")(images)
 
 
+def test_an_extractor_out_of_reach_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"an extractor must be .* 'torch-fidelity', received '.*nowhere'"):
+        load_extractor(str(tmp_path / "nowhere"))
+
+
 def test_a_function_of_one_s_own(tmp_path, monkeypatch):
     source = "import torch\ndef colours(images):\n    return images.float().mean((2, 3))\nnumber = 3\n"
     (tmp_path / "my_features.py").write_text(source)
