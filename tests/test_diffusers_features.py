@@ -11,6 +11,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry, atten
 from helpers import run_processes, tiny_inputs, tiny_model
 from peft import LoraConfig
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from diffusers_mp import MPDiTTransformer2DModel, layers
 from diffusers_mp.transformer_mpdit import MPDiTAttention
@@ -361,8 +362,7 @@ def test_export():
 
 @pytest.mark.parametrize("configuration", ["A", "E"])
 def test_int8_weights(configuration):
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is no dependency")
     model = tiny_model(configuration, attention_head_dim=16).eval()
     expected = forward(model)
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    quantize_(model, Int8WeightOnlyConfig())
     assert (forward(model) - expected).norm() < 0.03 * expected.norm()

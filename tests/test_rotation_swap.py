@@ -5,6 +5,7 @@ import math
 import re
 
 import diffusers
+import peft
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -489,7 +490,6 @@ def test_rotations_beside_quantised_maps_compute_in_the_dtype_of_the_model():
 
 
 def with_lora(targets):
-    peft = pytest.importorskip("peft")
     model, inputs = make("Flux")
     model.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     return model, inputs
@@ -526,7 +526,6 @@ def test_lora_loads_into_a_swapped_model(tmp_path):
 
 
 def test_lora_that_targets_swapped_maps_is_refused_by_peft():
-    peft = pytest.importorskip("peft")
     model, inputs = make("Flux")
     swap_adaln_for_rotation(model)
     with pytest.raises(ValueError, match=re.compile("Target module RotationLinear.* is not supported", re.DOTALL)):

@@ -87,8 +87,6 @@ CASES = [
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
 @pytest.mark.parametrize("name, kind", CASES)
 def test_exact_predictions_of_gaussian_data_return_its_mean_and_std(name, kind, monkeypatch):
-    if name == "DPMSolverSDEScheduler":
-        pytest.importorskip("torchsde", reason="DPMSolverSDEScheduler needs torchsde")
     model = tiny_model("A", out_channels=4, num_classes=None)
     exact = ExactModel(kind)
     monkeypatch.setattr(model, "forward", exact.forward)
