@@ -8,10 +8,9 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
-from helpers import run_processes, tiny_inputs, tiny_model
+from helpers import NO_TORCHAO, run_processes, tiny_inputs, tiny_model
 from peft import LoraConfig
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from diffusers_mp import MPDiTTransformer2DModel, layers
 from diffusers_mp.transformer_mpdit import MPDiTAttention
@@ -362,7 +361,8 @@ def test_export():
 
 @pytest.mark.parametrize("configuration", ["A", "E"])
 def test_int8_weights(configuration):
+    quantization = pytest.importorskip("torchao.quantization", reason=NO_TORCHAO)
     model = tiny_model(configuration, attention_head_dim=16).eval()
     expected = forward(model)
-    quantize_(model, Int8WeightOnlyConfig())
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     assert (forward(model) - expected).norm() < 0.03 * expected.norm()

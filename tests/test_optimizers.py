@@ -1,14 +1,13 @@
 """The table of docs/optimizers.md: what forced normalisation covers, and which rates carry over to unit rows."""
 
 import copy
-import importlib
 import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import row_norms, tiny_inputs, tiny_model
+from helpers import NO_TORCHAO, row_norms, tiny_inputs, tiny_model
 from torch import nn
 
 from diffusers_mp import MPEmbedding, MPLinear, functional, normalize_weights_
@@ -272,7 +271,7 @@ def test_unknown_scaling():
 @pytest.mark.parametrize("name", ["Adam8bit", "AdamW8bit"])
 @pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
 def test_eight_bit_adam(package, name):
-    optimizers = importlib.import_module(f"{package}.optim")
+    optimizers = pytest.importorskip(f"{package}.optim", reason=NO_TORCHAO)
     more = {"min_8bit_size": 1} if package == "bitsandbytes" else {"block_size": 16}
 
     def make(groups):
