@@ -9,6 +9,7 @@ FID, with DINOv2 see arXiv 2306.04675). All of it in float64. Nothing here knows
 
 import functools
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -33,6 +34,7 @@ from .training.data import _generator
 
 if TYPE_CHECKING:
     import datasets
+    from diffusers import SchedulerMixin
 
     from .pipeline_mpdit import MPDiTPipeline
 
@@ -252,6 +254,27 @@ def image_generator(seed: int, index: int) -> torch.Generator:
     """
     # Training's keys have up to two numbers.
     return _generator(seed, 0, 0, index)
+
+
+def sampler_for(scheduler: "SchedulerMixin", name: str) -> "SchedulerMixin":
+    """Another sampler for the same model.
+
+    Args:
+        scheduler (SchedulerMixin): one that suits the model, as a pipeline has it.
+        name (str): class of diffusers.
+    Returns:
+        SchedulerMixin: made from the config; a solver that can follow a flow does so if `scheduler` does.
+    """
+    import diffusers
+
+    scheduler_class, options = getattr(diffusers, name), {}
+    is_flow = isinstance(
+        scheduler, (diffusers.FlowMatchEulerDiscreteScheduler, diffusers.FlowMatchHeunDiscreteScheduler)
+    )
+    if is_flow and "use_flow_sigmas" in inspect.signature(scheduler_class).parameters:
+        shift = scheduler.config.shift
+        options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+    return scheduler_class.from_config(scheduler.config, **options)
 
 
 def generate_images(

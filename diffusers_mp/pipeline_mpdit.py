@@ -28,6 +28,7 @@ DEFAULT_GUIDANCE_SCALE = 4.0
 # The best FID of arXiv 2406.02507 on ImageNet-512 is at 2.1 for its small model, 2.05 for its largest.
 DEFAULT_AUTOGUIDANCE_SCALE = 2.0
 _LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
+_FLOW_ONLY = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
 
 
 class MPDiTPipeline(DiffusionPipeline):
@@ -38,8 +39,7 @@ class MPDiTPipeline(DiffusionPipeline):
 
     Args:
         transformer (MPDiTTransformer2DModel): the denoiser.
-        scheduler (SchedulerMixin): noise schedule and sampler, told by its config whether the transformer predicts
-            noise, v or a flow.
+        scheduler (SchedulerMixin): noise schedule and sampler, for what the transformer predicts.
         vae (AutoencoderKL, optional): decoder of latents; None for a model of pixels.
         id2label (dict, optional): names of the classes; synonyms in one name are separated by commas.
         latents_mean (list of float, optional): mean of the training data's latents, one for each channel.
@@ -49,6 +49,9 @@ class MPDiTPipeline(DiffusionPipeline):
             in place of the null condition: smaller, or an earlier snapshot (autoguidance, arXiv 2406.02507).
         guider (BaseGuidance, optional): a guider of `diffusers.guiders` that makes one prediction of two, in place of
             `guidance_scale`: it brings its own scale, start and stop.
+        prediction_type (str, optional): what the transformer predicts, as schedulers name it: "epsilon",
+            "v_prediction", "sample", or "flow_prediction". By default what `scheduler` takes it for. A scheduler that
+            takes it for something else, put in later or on loading, is refused.
     Raises:
         TypeError: if a transformer is not of this package, or the guider not of diffusers.
         ValueError: if the components do not fit each other, or the guider needs more than two predictions.
@@ -72,6 +75,7 @@ class MPDiTPipeline(DiffusionPipeline):
         latents_std: list[float] | None = None,
         guidance_transformer: MPDiTTransformer2DModel | None = None,
         guider: BaseGuidance | None = None,
+        prediction_type: str | None = None,
     ):
         super().__init__()
         _check_transformer(transformer)
@@ -113,7 +117,9 @@ class MPDiTPipeline(DiffusionPipeline):
             id2label=None if id2label is None else {str(id): label for id, label in id2label.items()},
             latents_mean=None if latents_mean is None else [float(value) for value in latents_mean],
             latents_std=None if latents_std is None else [float(value) for value in latents_std],
+            prediction_type=_prediction_type(scheduler) if prediction_type is None else prediction_type,
         )
+        self._check_scheduler()
         self.id2label = id2label
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -418,8 +424,25 @@ class MPDiTPipeline(DiffusionPipeline):
         config = self.transformer.config
         return config.out_channels == 2 * config.in_channels
 
+    def _check_scheduler(self) -> None:
+        # `from_config` of another class leaves out, with no more than a line in the log, that a model predicts a flow.
+        wanted, taken_for = self.config.prediction_type, _prediction_type(self.scheduler)
+        if wanted == "flow_prediction" and not (taken_for == wanted and _is_flow(self.scheduler)):
+            raise ValueError(
+                "`scheduler` must be for the flow that the transformer predicts: a FlowMatchEulerDiscreteScheduler or "
+                "FlowMatchHeunDiscreteScheduler, or a solver made by `from_config(config, use_flow_sigmas=True, "
+                "prediction_type='flow_prediction', flow_shift=config.shift)`, got a "
+                f"{type(self.scheduler).__name__} for {taken_for!r} with use_flow_sigmas {_is_flow(self.scheduler)}."
+            )
+        if taken_for != wanted:
+            raise ValueError(
+                f"`scheduler` must have prediction_type {wanted!r}, which is what the transformer predicts, got a "
+                f"{type(self.scheduler).__name__} for {taken_for!r}."
+            )
+
     def _sampler(self):
         """The registered scheduler, or a copy that does not look for a variance it will not get."""
+        self._check_scheduler()
         scheduler = self.scheduler
         expects_variance = scheduler.config.get("variance_type") in _LEARNED_VARIANCE_TYPES
         if isinstance(scheduler, DDPMScheduler):
@@ -676,11 +699,21 @@ def _is_interval(interval: tuple[float, float]) -> bool:
     )
 
 
+def _prediction_type(scheduler) -> str:
+    """What a scheduler takes the model's output for."""
+    return (
+        "flow_prediction" if isinstance(scheduler, _FLOW_ONLY) else scheduler.config.get("prediction_type", "epsilon")
+    )
+
+
+def _is_flow(scheduler) -> bool:
+    return isinstance(scheduler, _FLOW_ONLY) or bool(scheduler.config.get("use_flow_sigmas"))
+
+
 def _noise_levels(scheduler) -> list[float]:
     """Standard deviation of the noise over the share of the signal, at each of a scheduler's timesteps."""
     timesteps = scheduler.timesteps.cpu().double()  # in this order: MPS knows no float64
-    is_flow = isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler))
-    if is_flow or scheduler.config.get("use_flow_sigmas"):
+    if _is_flow(scheduler):
         noise_share = timesteps / scheduler.config.num_train_timesteps
         return (noise_share / (1 - noise_share)).tolist()
     if not hasattr(scheduler, "alphas_cumprod"):

@@ -48,6 +48,7 @@ from diffusers_mp.evaluation import (
     image_metrics,
     rank_warning,
     reference_statistics,
+    sampler_for,
 )
 from diffusers_mp.feature_extractors import load_extractor
 from diffusers_mp.hub import HEAT_MAP_NAME, check_hub_access, download_pipeline, files_to_publish, publish
@@ -372,7 +373,7 @@ def load_pipeline(args, accelerator, folder, snapshots_dir, std) -> MPDiTPipelin
     if std is not None and accelerator.is_main_process:
         shutil.rmtree(folder)
     if args.scheduler is not None:
-        pipe.scheduler = getattr(diffusers, args.scheduler).from_config(pipe.scheduler.config)
+        pipe.scheduler = sampler_for(pipe.scheduler, args.scheduler)
     for scale in args.guidance_scales:
         pipe.check_guidance(scale)
     pipe.set_progress_bar_config(disable=True)

@@ -22,7 +22,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 GOLDEN = FIXTURES / "golden"
 TINY = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8, "sample_size": 8, "num_classes": 10}
 FLAGS = tuple(CONFIGURATIONS["E"])
-NO_TORCHAO = "torchao is not in the dev extra: diffusers 0.42 warns at each import where torchao 0.18 is installed"
+NOT_IN_DEV = "not in the dev extra: where it is installed, each import of diffusers prints a warning"
 
 
 def tiny_config(configuration="E", modulation=("scale", "rotate", "gate"), **overrides):

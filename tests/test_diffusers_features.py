@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
-from helpers import NO_TORCHAO, run_processes, tiny_inputs, tiny_model
+from helpers import NOT_IN_DEV, run_processes, tiny_inputs, tiny_model
 from peft import LoraConfig
 from torch import nn
 
@@ -361,7 +361,7 @@ def test_export():
 
 @pytest.mark.parametrize("configuration", ["A", "E"])
 def test_int8_weights(configuration):
-    quantization = pytest.importorskip("torchao.quantization", reason=NO_TORCHAO)
+    quantization = pytest.importorskip("torchao.quantization", reason=NOT_IN_DEV)
     model = tiny_model(configuration, attention_head_dim=16).eval()
     expected = forward(model)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())

@@ -349,7 +349,7 @@ def test_components_are_the_arguments():
     pipe = tiny_pipeline()
     modules, others = pipe._get_signature_keys(pipe)
     assert set(pipe.components) == set(modules)
-    assert set(others) == {"id2label", "latents_mean", "latents_std"}
+    assert set(others) == {"id2label", "latents_mean", "latents_std", "prediction_type"}
     again = MPDiTPipeline(**pipe.components)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(sample(again), sample(pipe))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import NO_TORCHAO, row_norms, tiny_inputs, tiny_model
+from helpers import NOT_IN_DEV, row_norms, tiny_inputs, tiny_model
 from torch import nn
 
 from diffusers_mp import MPEmbedding, MPLinear, functional, normalize_weights_
@@ -271,7 +271,7 @@ def test_unknown_scaling():
 @pytest.mark.parametrize("name", ["Adam8bit", "AdamW8bit"])
 @pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
 def test_eight_bit_adam(package, name):
-    optimizers = pytest.importorskip(f"{package}.optim", reason=NO_TORCHAO)
+    optimizers = pytest.importorskip(f"{package}.optim", reason=NOT_IN_DEV)
     more = {"min_8bit_size": 1} if package == "bitsandbytes" else {"block_size": 16}
 
     def make(groups):
@@ -286,9 +286,7 @@ def test_eight_bit_adam(package, name):
 
 @pytest.mark.filterwarnings("ignore")
 def test_lion():
-    import bitsandbytes
-
-    make = bitsandbytes.optim.Lion
+    make = pytest.importorskip("bitsandbytes.optim", reason=NOT_IN_DEV).Lion
     assert distance_of_trajectories(lambda groups: make(groups, weight_decay=0), "adam", dtype=torch.float32) < 1e-4
 
 

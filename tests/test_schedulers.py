@@ -11,26 +11,26 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from helpers import tiny_model
 
 from diffusers_mp import MPDiTPipeline
+from diffusers_mp.evaluation import sampler_for
 
 
 MEAN, STD = 0.7, 0.5
 NAMES = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
 FLOW = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
+FLOW_SOLVERS = ["DPMSolverMultistepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"]
 DDPM = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
 # A fixed variance, and noise that is added at each step, are right for infinitely small steps only.
 NUM_STEPS = {"DDPMScheduler": 1000, "EulerAncestralDiscreteScheduler": 500, "KDPM2AncestralDiscreteScheduler": 500}
 
 
 def scheduler_of(name, prediction_type):
-    if name == "DPMSolverMultistepScheduler" and prediction_type == "flow":
-        config = diffusers.FlowMatchEulerDiscreteScheduler().config
-        options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-        return diffusers.DPMSolverMultistepScheduler.from_config(config, **options)
-    if name.endswith("shift 3"):
-        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if prediction_type == "flow":
+        name, _, shift = name.partition(" with shift ")
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=float(shift or 1))
+        return scheduler if name in FLOW[:1] else sampler_for(scheduler, name)
     config = DDPMScheduler(**DDPM, prediction_type=prediction_type).config
     scheduler_class = getattr(diffusers, name)
-    if name in FLOW or name == "EDMEulerScheduler":
+    if name == "EDMEulerScheduler":
         return scheduler_class()
     options = {"PNDMScheduler": {"skip_prk_steps": True}}.get(name, {})
     return scheduler_class.from_config(config, **options)
@@ -76,10 +76,7 @@ CASES = [
     *((name, "epsilon") for name in NAMES if name != "EDMEulerScheduler"),
     *((name, "v_prediction") for name in NAMES if name != "EDMEulerScheduler"),
     ("EDMEulerScheduler", "edm"),
-    *(
-        (name, "flow")
-        for name in (*FLOW, "FlowMatchEulerDiscreteScheduler with shift 3", "DPMSolverMultistepScheduler")
-    ),
+    *((name, "flow") for name in (*FLOW, *FLOW_SOLVERS, f"{FLOW[0]} with shift 3", f"{FLOW_SOLVERS[0]} with shift 3")),
 ]
 
 
@@ -101,3 +98,37 @@ def test_exact_predictions_of_gaussian_data_return_its_mean_and_std(name, kind, 
     # Standard errors of 64 · 256 samples: 0.6 % of the mean and of the standard deviation.
     assert latents.mean().item() == pytest.approx(MEAN, rel=0.03)
     assert latents.std().item() == pytest.approx(STD, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "trained, other, message",
+    [
+        ("flow", "DPMSolverMultistepScheduler", "must be for the flow .*`from_config.* for 'epsilon' with .* False"),
+        ("epsilon", FLOW[0], "must have prediction_type 'epsilon', .* got a FlowMatchEuler.* for 'flow_prediction'"),
+        (
+            "v_prediction",
+            "EDMEulerScheduler",
+            "must have prediction_type 'v_prediction', .* EDM.* for 'epsilon'",
+        ),
+    ],
+)
+def test_a_sampler_for_another_prediction_is_refused(trained, other, message, tmp_path):
+    """`from_config` makes such without an error, and images of it look like a bad model's."""
+    scheduler = scheduler_of(FLOW[0] if trained == "flow" else "DDPMScheduler", trained)
+    scheduler_class = getattr(diffusers, other)
+    other = scheduler_class() if other.startswith("EDM") else scheduler_class.from_config(scheduler.config)
+    pipe = MPDiTPipeline(tiny_model("A", out_channels=4, num_classes=None), scheduler)
+    pipe.save_pretrained(tmp_path)
+    pipe.scheduler = other
+    with pytest.raises(ValueError, match=message):
+        pipe(num_inference_steps=2)
+    with pytest.raises(ValueError, match=message):
+        MPDiTPipeline.from_pretrained(tmp_path, scheduler=other)
+
+
+def test_a_flow_at_the_noise_levels_of_a_diffusion_is_refused():
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = MPDiTPipeline(tiny_model("A", out_channels=4, num_classes=None), flow)
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(flow.config, prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match="for 'flow_prediction' with use_flow_sigmas False"):
+        pipe(num_inference_steps=2)
