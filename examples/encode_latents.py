@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--streaming",
         action="store_true",
-        help="keep no copy of the source; each process, and each restart, reads the source from its beginning",
+        help="keep no copy of the source; until all is encoded, each process and each restart reads it from its beginning",
     )
     parser.add_argument("--max_train_samples", type=int, help="use this many samples only, chosen by the seed")
     parser.add_argument("--seed", type=int, default=0, help="seed of that choice")
@@ -44,7 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resolution", type=int, default=128, help="side of the images in pixels, after centre crop")
     parser.add_argument("--random_flip", action="store_true", help="encode each image mirrored too")
     parser.add_argument(
-        "--vae", default="stabilityai/sd-vae-ft-mse", help="AutoencoderKL by path or Hub id; 'none' keeps pixels"
+        "--vae",
+        default="stabilityai/sd-vae-ft-mse",
+        help="AutoencoderKL, or a pipeline that has one, by path or Hub id; 'none' keeps pixels",
     )
     parser.add_argument("--image_channels", type=int, default=3, choices=(1, 3), help="with `--vae none`: grey or RGB")
     parser.add_argument("--encode_batch_size", type=int, default=32, help="images per forward pass of the VAE")

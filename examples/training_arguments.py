@@ -58,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--streaming",
         action="store_true",
-        help="keep no copy of the source; each process, and each restart, reads the source from its beginning",
+        help="keep no copy of the source; until all is encoded, each process and each restart reads it from its beginning",
     )
     group.add_argument("--max_train_samples", type=int, help="use this many samples only, chosen by the seed")
     group.add_argument("--skip_corrupt", action="store_true", help="leave unreadable images out instead of stopping")
@@ -79,7 +79,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--configuration", help="A (DiT) to E (magnitude preserving) [E]")
     group.add_argument("--modulation", nargs="+", help="kinds of modulation [scale rotate gate]")
     group.add_argument("--activation_fn", choices=("silu", "leaky_relu"), help="activation [silu]")
-    group.add_argument("--class_dropout_prob", type=float, help="share of conditions that are dropped [0.1]")
+    group.add_argument(
+        "--class_dropout_prob", type=float, help="share of conditions that are dropped [0.1, or the checkpoint's]"
+    )
     for flag in MODEL_FLAGS:
         group.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help="overrides the configuration")
     group.add_argument("--model_config_name_or_path", help="config of a model, instead of the preset and its flags")
