@@ -196,8 +196,10 @@ class _ScaleRotate(Function):
     def backward(ctx, grad):
         x, scale, angle, cos, sin, direct, first_sin, second_sin = ctx.saved_tensors
         if torch.is_grad_enabled():
-            inputs = [tensor for tensor in (x, scale, angle) if tensor is not None and tensor.requires_grad]
-            grads = iter(torch.autograd.grad(_plain_scale_rotate(x, scale, angle), inputs, grad, create_graph=True))
+            # Other names for the same values: a scale that is made of the tokens is not to be followed back to them.
+            aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in (x, scale, angle)]
+            inputs = [tensor for tensor in aliases if tensor is not None and tensor.requires_grad]
+            grads = iter(torch.autograd.grad(_plain_scale_rotate(*aliases), inputs, grad, create_graph=True))
             return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
         grad_x = grad_scale = grad_angle = None
         if ctx.needs_input_grad[0]:

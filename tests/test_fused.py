@@ -71,6 +71,18 @@ def test_first_and_second_derivatives(case):
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
+def test_gradients_that_can_be_differentiated_are_the_same_where_inputs_depend_on_each_other(case):
+    function, _, inputs = case
+    source = inputs[0].detach().clone().requires_grad_()
+    # Every input is made of the first one, as by a conditioning that is the mean of the tokens.
+    made = [source, *(value.detach() * (2 + source.mean()) for value in inputs[1:])]
+    output = function(*made)
+    grad = torch.randn_like(output)
+    (plain,) = torch.autograd.grad(output, source, grad, retain_graph=True)
+    (differentiable,) = torch.autograd.grad(output, source, grad, create_graph=True)
+    torch.testing.assert_close(differentiable, plain)
+
+
 def test_function_transforms(case):
     function, plain, inputs = case
     tangents = tuple(torch.randn_like(value) for value in inputs)
