@@ -117,8 +117,12 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> "AutoencoderKL 
 
     failures = []
     for subfolder in (None, "vae"):
+        source = {"subfolder": subfolder, "cache_dir": cache_dir}
         try:
-            return AutoencoderKL.from_pretrained(name_or_path, subfolder=subfolder, cache_dir=cache_dir).eval()
+            class_name = AutoencoderKL.load_config(name_or_path, **source).get("_class_name")
+            if class_name != "AutoencoderKL":
+                raise OSError(f"this is of class {class_name}.")
+            return AutoencoderKL.from_pretrained(name_or_path, **source).eval()
         except OSError as error:
             failures.append(error)
     raise OSError(
@@ -240,7 +244,7 @@ def encode_dataset(
                 skip_corrupt=skip_corrupt,
                 id2label=id2label,
             )
-    _complete(folder, settings, num_shards, process_index, is_finished)
+    _complete(folder, settings, num_shards, process_index)
     return LatentDataset(folder)
 
 
@@ -409,7 +413,7 @@ def _vector(name: str, values: Any, dim: int | None) -> list[float]:
     return [float(value) for value in values]
 
 
-def _complete(folder: Path, settings: dict[str, Any], num_shards: int, process_index: int, is_finished: bool) -> None:
+def _complete(folder: Path, settings: dict[str, Any], num_shards: int, process_index: int) -> None:
     """Waits for the shards of all processes, and then for the index, which the first one writes."""
     surplus = [path for path in folder.glob("shard-*.json") if int(path.stem.removeprefix("shard-")) >= num_shards]
     if surplus:
@@ -420,7 +424,7 @@ def _complete(folder: Path, settings: dict[str, Any], num_shards: int, process_i
     if process_index == 0:
         for path in folder.glob("*.tmp"):  # what killed processes left
             path.unlink()
-        if not is_finished:
+        if _read_json(folder / INDEX_NAME) != index:
             _write_json(folder / INDEX_NAME, index)
     # Its content, not its presence: it could be the one of before a repair, about to be replaced.
     _wait_until(lambda: _read_json(folder / INDEX_NAME) == index, folder / INDEX_NAME)

@@ -271,6 +271,22 @@ def test_truncated_shards_are_named_and_made_again(pictures, tmp_path, vae):
         assert content_of(tmp_path) == before
 
 
+def test_a_shard_that_is_made_again_and_comes_out_otherwise_is_in_the_index(pictures, tmp_path, monkeypatch):
+    options = {"vae": None, "resolution": RESOLUTION, "shard_size": 4}
+    before = encode_dataset(pictures[0], tmp_path, **options).index
+    (tmp_path / "shard-00000.json").unlink()
+
+    def wait(seconds):
+        raise AssertionError("there is nobody to wait for")
+
+    monkeypatch.setattr(encoding.time, "sleep", wait)
+    others = pictures[0].select([1, 0, *range(2, len(pictures[0]))])
+    after = encode_dataset(others, tmp_path, **options)
+    assert after.index["shards"][0] != before["shards"][0]
+    assert after.index["shards"][1:] == before["shards"][1:]
+    after.verify()
+
+
 def test_altered_files_are_named(pictures, tmp_path):
     encode_dataset(pictures[0], tmp_path, vae=None, resolution=RESOLUTION, shard_size=2).verify()
     for number in (1, 4):
