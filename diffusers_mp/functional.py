@@ -173,8 +173,8 @@ def modulate(
         # A rotation of the few shifts instead of the many tokens.
         return x if shift is None else x.add_(fused.scale_rotate(shift, None, angle))
     if scale is None:
-        return x if shift is None else x + shift
-    x = x * (1 + scale)
+        return x if shift is None else x + shift.to(x.dtype)
+    x = x * (1 + scale).to(x.dtype)
     return x if shift is None else x.add_(shift)
 
 
@@ -282,5 +282,7 @@ def unpatchify(x: torch.Tensor, patch_size: int, height: int, width: int) -> tor
     Returns:
         torch.Tensor: shape (B, C, height p, width p).
     """
-    x = x.reshape(x.shape[0], height, width, patch_size, patch_size, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, height * patch_size, width * patch_size)
+    batch, _, size = x.shape
+    channels = size // patch_size**2  # not -1, of which an empty batch cannot tell what it is
+    x = x.reshape(batch, height, width, patch_size, patch_size, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height * patch_size, width * patch_size)

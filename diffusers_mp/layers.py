@@ -83,7 +83,9 @@ class _NormalizedRows(nn.Module):
         rows, norm = _rows_here(self.weight), self._relative_row_norms()
         # Rows that are there already are left alone to the bit, without asking the device how many that are.
         settled = (norm - 1).abs_() <= _row_tolerance(rows.dtype)
+        # Rows too long for a norm become NaN, which is noticed, rather than zeros, which are not.
         norm.masked_fill_(settled, 1).clamp_(min=fused.SMALLEST_NORMS[norm.dtype])
+        norm.nan_to_num_(nan=math.nan, posinf=math.nan)
         if rows.itemsize == 1:  # float8, in which layerwise casting stores weights, knows no division
             rows.copy_(rows.to(norm.dtype).div_(norm))
         else:

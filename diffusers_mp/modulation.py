@@ -134,7 +134,7 @@ class _OneModulation(Modulation, LoadsRowsAsStored, ModelMixin, ConfigMixin):
             torch.Tensor: shape (B, N, D), dtype of `hidden_states`.
         """
         hidden_states, gate = super().forward(hidden_states, conditioning)
-        return hidden_states if gate is None else hidden_states * gate
+        return hidden_states if gate is None else hidden_states * gate.to(hidden_states.dtype)
 
 
 class ScaleModulation(_OneModulation):

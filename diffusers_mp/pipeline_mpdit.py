@@ -163,11 +163,11 @@ class MPDiTPipeline(DiffusionPipeline):
         num_classes = self.transformer.config.num_classes
         if num_classes is None:
             raise ValueError("`class_labels` must be None for an unconditional transformer (`num_classes=None`).")
-        if isinstance(class_labels, torch.Tensor):
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
             class_labels = class_labels.reshape(-1).tolist()
         if isinstance(class_labels, (int, str, np.integer)):
             class_labels = [class_labels]
-        if not isinstance(class_labels, (list, tuple, range, np.ndarray)) or len(class_labels) == 0:
+        if not isinstance(class_labels, (list, tuple, range)) or len(class_labels) == 0:
             raise ValueError(f"`class_labels` must be a label or a non-empty list of labels, got {class_labels!r}.")
         ids_of: dict[str, set[int]] = {}
         for id, label in (self.id2label or {}).items():

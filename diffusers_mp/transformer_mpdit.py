@@ -638,7 +638,7 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAd
                 f"of shape {tuple(class_labels.shape)}."
             )
         # Reading values off an accelerator would stall it, and breaks a compiled graph: there ids are checked outside.
-        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if batch_size and class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
             lowest, highest = class_labels.min().item(), class_labels.max().item()
             if lowest < 0 or highest > config.num_classes:
                 raise ValueError(

@@ -126,6 +126,14 @@ def test_normalize_weights_leaves_zero_rows_directions_and_everything_else():
     assert torch.equal(network[2].weight, before[2].weight)
 
 
+def test_rows_too_long_for_a_norm_are_noticed():
+    layer = MPLinear(6, 5)
+    with torch.no_grad():
+        layer.weight[2] *= 1e30
+    normalize_weights_(layer)
+    assert layer.weight.isfinite().all(dim=1).tolist() == [True, True, False, True, True]
+
+
 # Training mode: value and gradient are those of unit rows
 
 

@@ -104,6 +104,13 @@ def test_half_precision(modulation, dtype):
         assert (y.double().norm(dim=-1) / x.norm(dim=-1) - 1).abs().max() < torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_the_dtype_is_that_of_the_tokens(modulation):
+    """As under autocast, or with tokens in half precision and a conditioning that is not."""
+    x, conditioning = inputs(torch.float32)
+    assert opened(modulation(DIM, CONDITIONING_DIM), torch.float32)(x.bfloat16(), conditioning).dtype == torch.bfloat16
+
+
 def test_rotation_has_half_the_weight_of_a_shift():
     counts = {cls: cls(384, 100).num_parameters() for cls in MODULATIONS}
     assert counts[ShiftModulation] == counts[ScaleModulation] == counts[GateModulation] == 384 * 100 + 1

@@ -79,6 +79,8 @@ class TestLabels:
         assert pipe.get_label_ids(3) == [3]
         assert pipe.get_label_ids(np.int64(3)) == [3]
         assert pipe.get_label_ids(torch.tensor([2, 0])) == [2, 0]
+        assert pipe.get_label_ids(np.array([2, 0])) == [2, 0]
+        assert pipe.get_label_ids(np.array(3)) == [3]
 
     def test_a_string_is_a_name_even_if_it_looks_like_an_id(self):
         assert tiny_pipeline().get_label_ids("9") == [9]

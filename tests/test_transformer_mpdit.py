@@ -803,6 +803,14 @@ def test_class_labels_for_an_unconditional_model():
         model(**tiny_inputs())
 
 
+def test_an_empty_batch():
+    inputs = {name: value[:0] for name, value in tiny_inputs().items()}
+    assert forward(tiny_model("E", num_layers=1), inputs).shape == (
+        0,
+        *forward(tiny_model("E"), tiny_inputs()).shape[1:],
+    )
+
+
 def test_both_integer_types_of_labels_and_every_type_of_timestep():
     model, inputs = tiny_model("E", num_layers=1), tiny_inputs()
     expected = forward(model, inputs)
