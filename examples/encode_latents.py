@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--streaming",
         action="store_true",
-        help="keep no copy of the source; until all is encoded, each process and each restart reads it from its beginning",
+        help="keep no copy of the source; until all is encoded, each restart of each process reads it from the start",
     )
     parser.add_argument("--max_train_samples", type=int, help="use this many samples only, chosen by the seed")
     parser.add_argument("--seed", type=int, default=0, help="seed of that choice")
