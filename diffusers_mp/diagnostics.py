@@ -65,7 +65,8 @@ class MagnitudeRecorder:
     checkpointing computes again. Each process measures its own part of a batch; weights and gradients that
     `fully_shard` divides are measured whole, which takes one reduction on all processes. `torch.compile` does not see
     hooks: a recorded update runs uncompiled, as slowly and with as much memory as that takes, and may differ from the
-    compiled one by rounding. It also needs a copy of the recorded parameters.
+    compiled one by rounding. All else in the process is uncompiled as well until the next `step` or `close`: a loop
+    that may raise calls `close` in a `finally`. A record also needs a copy of the recorded parameters.
 
     Args:
         model (nn.Module): any model, wrapped (DistributedDataParallel, compiled, sharded) or not. It is the module, or
@@ -394,6 +395,8 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def _norm(tensor: torch.Tensor) -> torch.Tensor:
     tensor, dtype = _local(tensor), compute_dtype(tensor.dtype)
+    if tensor.is_sparse:  # the gradient of a sparse embedding
+        tensor = tensor.coalesce().values()
     # PyTorch takes no norms of float8, in which layerwise casting stores weights.
     return torch.linalg.vector_norm(tensor.to(dtype) if tensor.itemsize == 1 else tensor, dtype=dtype)
 

@@ -10,6 +10,7 @@ Every sample's noise, time, posterior draw, flip and label dropout are functions
 the number of processes, workers and micro batches does not change the run.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -64,6 +65,7 @@ from diffusers_mp.training import (
     conditions_of,
     find_checkpoints,
     inverse_sqrt_schedule,
+    leave_signals_to_main_process,
     load_checkpoint,
     read_state,
     resolve_checkpoint,
@@ -126,8 +128,8 @@ def main(args):
         f"{len(run.held_out):,} held out, {run.max_train_steps:,} updates of {run.total_batch_size} from update "
         f"{run.step:,}"
     )
-    with StopRequest() as stop:
-        train(args, run, stop)
+    with StopRequest() as stop, contextlib.ExitStack() as at_end:
+        train(args, run, stop, at_end)
     if run.step < run.max_train_steps:
         accelerator.print(
             f"{stop.received or 'A signal'}: stopped after update {run.step:,}; "
@@ -148,7 +150,7 @@ def start(args):
         log_with=[curve] if args.report_to == "none" else [curve, args.report_to],
         project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(logging_dir)),
     )
-    check_engine(accelerator)
+    check_engine(accelerator, args.gradient_accumulation_steps)
     if accelerator.is_fsdp2:
         # Accelerate's policy rounds weights and timesteps to half precision. Autocast computes as under the other
         # engines: rows are normalised, and gradients summed, in float32.
@@ -259,6 +261,11 @@ def set_up(args, accelerator, curve, vae, latents, pretrained, checkpoint):
     max_train_steps = 400_000 if args.max_train_steps is None else args.max_train_steps
     if args.num_train_epochs is not None:
         max_train_steps = math.ceil(args.num_train_epochs * len(samples) / total_batch_size)
+    if args.ema_update_steps > max_train_steps:
+        raise ValueError(
+            f"`--ema_update_steps` must be at most the number of updates, {max_train_steps}, or the averages stay at "
+            f"the initial weights, and so does the pipeline; got {args.ema_update_steps}."
+        )
     facts = run_facts(args, model, learning_rate, len(samples), total_batch_size, max_train_steps)
     facts["pretrained_weights_sha256"] = None if pretrained is None else sha256_of(model)
     if checkpoint is not None:
@@ -330,8 +337,8 @@ def clear_what_comes_again(args, run):
     run.accelerator.init_trackers("train_mpdit", config={name: str(value) for name, value in arguments.items()})
 
 
-def train(args, run, stop):
-    """Updates until the last one or a signal."""
+def train(args, run, stop, at_end):
+    """Updates until the last one or a signal; what has to be closed, whatever ends them, goes to `at_end`."""
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     batch_sampler = StreamBatchSampler(
         len(run.samples),
@@ -348,6 +355,7 @@ def train(args, run, stop):
         batch_sampler=batch_sampler,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=leave_signals_to_main_process,
     )
 
     def compute_loss(batch):
@@ -368,12 +376,15 @@ def train(args, run, stop):
     recorder, magnitudes_file = None, args.output_dir / args.logging_dir / "magnitudes.json"
     if args.record_magnitudes_steps:
         recorder = MagnitudeRecorder(model, optimizer, stride=args.record_magnitudes_steps, num_updates=run.step)
+        # It may have stopped all compilation in this process.
+        at_end.callback(recorder.close)
         if run.step and magnitudes_file.is_file():
             recorder.load(magnitudes_file)
     # An update that was skipped is one by zero: the schedule goes on, also where it is the first.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-    progress_bar = tqdm(
-        total=run.max_train_steps, initial=run.step, desc="Training", disable=not accelerator.is_local_main_process
+    is_quiet = not accelerator.is_local_main_process
+    progress_bar = at_end.enter_context(
+        tqdm(total=run.max_train_steps, initial=run.step, desc="Training", disable=is_quiet)
     )
     losses, since_log, log_time = [], [], time.perf_counter()
     for batch in batches:
@@ -393,6 +404,9 @@ def train(args, run, stop):
                     # Updates that float16's scaler leaves out are treated as those that the watchdog does.
                     if not accelerator.optimizer_step_was_skipped:
                         since_log += losses
+                elif accelerator.scaler is not None and grad_norm is not None:
+                    # Clipping has unscaled the gradients, which the scaler refuses to do twice without an update.
+                    accelerator.scaler.update()
                 losses = []
                 optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -433,9 +447,6 @@ def train(args, run, stop):
         log_time += time.perf_counter() - pause
         if stopping and not last:
             break
-    progress_bar.close()
-    if recorder is not None:
-        recorder.close()
 
 
 def log_training(args, run, progress_bar, losses, seconds):
@@ -532,8 +543,8 @@ def training_objective(args):
     return DDPMObjective(scheduler, snr_gamma=args.snr_gamma)
 
 
-def check_engine(accelerator):
-    """Refuse an engine that is not supported, or was asked for and not given: Accelerate says nothing about it."""
+def check_engine(accelerator, gradient_accumulation_steps):
+    """Refuse what is not supported, or was asked for and not given: Accelerate says nothing about it."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise RuntimeError(
@@ -564,6 +575,12 @@ def check_engine(accelerator):
         raise RuntimeError(
             "`--fsdp_activation_checkpointing` renames parameters, and checkpoints would fit no other engine: use "
             "the trainer's own `--gradient_checkpointing`."
+        )
+    if gradient_accumulation_steps != accelerator.gradient_accumulation_steps:
+        raise RuntimeError(
+            "`--gradient_accumulation_steps` must be what ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment "
+            f"says, which overrides it, {accelerator.gradient_accumulation_steps}; got {gradient_accumulation_steps}: "
+            "unset the variable."
         )
 
 

@@ -58,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--streaming",
         action="store_true",
-        help="keep no copy of the source; until all is encoded, each process and each restart reads it from its beginning",
+        help="keep no copy of the source; until all is encoded, each restart of each process reads it from the start",
     )
     group.add_argument("--max_train_samples", type=int, help="use this many samples only, chosen by the seed")
     group.add_argument("--skip_corrupt", action="store_true", help="leave unreadable images out instead of stopping")
@@ -230,6 +230,11 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         except ValueError as error:
             parser.error(f"--ema_stds: {error}")
     _check_model_flags(args, parser)
+    if args.max_train_steps is not None and args.ema_update_steps > args.max_train_steps:
+        parser.error(
+            f"--ema_update_steps must be at most --max_train_steps ({args.max_train_steps}), got "
+            f"{args.ema_update_steps}"
+        )
     if args.ema_snapshot_steps < 0 or args.ema_snapshot_steps % args.ema_update_steps:
         parser.error(
             f"--ema_snapshot_steps must be a multiple of --ema_update_steps ({args.ema_update_steps}) or 0, got "

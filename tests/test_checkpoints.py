@@ -6,7 +6,13 @@ from accelerate import Accelerator
 from helpers import reset_accelerate
 
 from diffusers_mp import MPLinear, PowerFunctionEMA, normalize_weights_
-from diffusers_mp.training import find_checkpoints, inverse_sqrt_schedule, load_checkpoint, save_checkpoint
+from diffusers_mp.training import (
+    find_checkpoints,
+    inverse_sqrt_schedule,
+    load_checkpoint,
+    resolve_checkpoint,
+    save_checkpoint,
+)
 
 
 OPTIMIZERS = {
@@ -78,3 +84,26 @@ def test_the_new_checkpoint_stays_among_later_ones(total_limit, left, tmp_path):
     saved = save_checkpoint(run.accelerator, tmp_path, 25, *run.parts, facts={}, total_limit=total_limit)
     assert saved.name == "checkpoint-25"
     assert [path.name for path in find_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace("sha256", "sha257", 1),
+        lambda text: text.replace("num_bytes", "num_bxtes", 1),
+        lambda text: "[]",
+        lambda text: "null",
+        lambda text: '{"training_state.json": null}',
+        lambda text: "{}",
+    ],
+    ids=["sha256", "num_bytes", "list", "null", "null of a file", "empty"],
+)
+def test_a_damaged_manifest_is_passed_over(damage, tmp_path, caplog):
+    run = Run(torch.optim.SGD)
+    good, bad = (save_checkpoint(run.accelerator, tmp_path, step, *run.parts, facts={}) for step in (1, 2))
+    manifest = bad / "manifest.json"
+    manifest.write_text(damage(manifest.read_text()))
+    assert resolve_checkpoint("latest", tmp_path) == good
+    assert "checkpoint-2 is damaged, going back to the one before it: manifest.json" in caplog.text
+    with pytest.raises(ValueError, match=r"`--resume_from_checkpoint checkpoint-2` is damaged: manifest\.json"):
+        resolve_checkpoint("checkpoint-2", tmp_path)

@@ -167,6 +167,22 @@ class TestValues:
         recorder.step()
         assert recorder.values()["magnitude/gradients/blocks.0"] == pytest.approx(1 / math.sqrt(12), rel=1e-4)
 
+    def test_sparse_gradients_are_those_of_a_dense_table(self):
+        values = []
+        for sparse in (False, True):
+            table = nn.Embedding.from_pretrained(torch.eye(5, 4), freeze=False, sparse=sparse)
+            model = Stack(table)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            recorder = MagnitudeRecorder(model, optimizer)
+            # A row that is looked up twice has two entries, whose sum is its gradient.
+            model(torch.tensor([0, 1, 1])).sum().backward()
+            optimizer.step()
+            recorder.step()
+            recorder.close()
+            values.append(recorder.values())
+        assert values[0]["magnitude/gradients/blocks.0"] == pytest.approx(math.sqrt((4 * 1 + 4 * 2**2) / 20))
+        assert values[1] == pytest.approx(values[0])
+
     def test_micro_batches_are_one_batch(self):
         model = Stack(Times(1))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -763,6 +779,19 @@ class TestTrainer:
         )
         again = load_history(recorded / "logs" / "magnitudes.json")
         assert again == history
+
+    def test_a_run_that_fails_leaves_the_process_compiled(self, train, monkeypatch):
+        import train_mpdit
+
+        def fail(self, step):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(train_mpdit.PowerFunctionEMA, "update", fail)
+        with pytest.raises(KeyboardInterrupt):
+            train("run", "--record_magnitudes_steps", "1")
+        counter = CompileCounter()
+        torch.compile(torch.sin, backend=counter)(torch.ones(1))
+        assert counter.frame_count == 1
 
     def test_wrong_stride(self, train, capsys):
         with pytest.raises(SystemExit):

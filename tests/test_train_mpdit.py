@@ -29,8 +29,10 @@ from diffusers_mp.latents import LatentDataset
 from diffusers_mp.presets import CONFIGURATIONS
 from diffusers_mp.training import (
     DDPMObjective,
+    StopRequest,
     TrainingSamples,
     check_checkpoint,
+    leave_signals_to_main_process,
     resolve_checkpoint,
     split_validation,
     validation_losses,
@@ -296,6 +298,41 @@ def test_signal_saves_a_checkpoint_and_leaves_with_0(data, tmp_path, monkeypatch
     assert_same_weights(weights(whole / "transformer"), weights(output_dir / "transformer"))
 
 
+# argv: the trainer's arguments. The sender has to be another process: PyTorch's workers take SIGTERM from their parent
+# for the end of their work.
+SIGNAL_TO_THE_GROUP = f"""
+import os, sys, time
+sys.path.insert(0, {str(EXAMPLES)!r})
+import train_mpdit, training_arguments
+
+update = train_mpdit.PowerFunctionEMA.update
+def update_and_signal(self, step):
+    update(self, step)
+    if step == 3:
+        os.system("kill -s TERM 0")
+        time.sleep(0.5)  # word of a dead worker comes within
+train_mpdit.PowerFunctionEMA.update = update_and_signal
+train_mpdit.main(training_arguments.parse_args(sys.argv[1:]))
+"""
+
+
+def test_signal_to_all_processes_of_a_group_does_not_end_the_workers(data, tmp_path):
+    """As torchrun and `accelerate launch` pass it on."""
+    argv = arguments(data, tmp_path / "run", "--checkpointing_steps", "100", "--dataloader_num_workers", "2")
+    command = [sys.executable, "-c", SIGNAL_TO_THE_GROUP, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "SIGTERM: stopped after update 3" in done.stdout
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_workers_ignore_every_signal_of_a_stop_request():
+    # Of SIGUSR1 a forked worker would not die, which has its parent's handler; one that is spawned would.
+    former = {number: signal.getsignal(number) for number in StopRequest.SIGNALS}
+    leave_signals_to_main_process(0)
+    assert {signal.signal(number, handler) for number, handler in former.items()} == {signal.SIG_IGN}
+
+
 def test_checkpoints_total_limit(data, tmp_path):
     output_dir = train(data, tmp_path / "run", "--checkpoints_total_limit", "2")
     assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
@@ -455,8 +492,9 @@ def test_two_workers_do_not_change_the_run(data, tmp_path):
     assert_same_weights(weights(one / "transformer"), weights(two / "transformer"))
 
 
-def test_updates_that_the_scaler_of_float16_skips_are_updates_by_zero(data, tmp_path, monkeypatch):
-    """Weights and Adam's state stay, everything that counts updates goes on. On the CPU, so in float32."""
+@pytest.fixture
+def scalers(monkeypatch):
+    """The trainer with float16's scaler, of which this is a list, but on the CPU, so in float32."""
     import train_mpdit
 
     class Scaled(train_mpdit.Accelerator):
@@ -464,14 +502,27 @@ def test_updates_that_the_scaler_of_float16_skips_are_updates_by_zero(data, tmp_
             super().__init__(*args, **kwargs)
             self.scaler = scalers.append(torch.amp.GradScaler("cpu", init_scale=2.0**15)) or scalers[-1]
 
+        def unscale_gradients(self, optimizer=None):
+            # Accelerate's own does the same where the precision is fp16, which it has on accelerators only.
+            for optimizer in self._optimizers:
+                self.scaler.unscale_(optimizer.optimizer)
+
+    scalers = []
+    monkeypatch.setattr(train_mpdit, "Accelerator", Scaled)
+    return scalers
+
+
+def test_updates_that_the_scaler_of_float16_skips_are_updates_by_zero(data, tmp_path, monkeypatch, scalers):
+    """Weights and Adam's state stay, everything that counts updates goes on."""
+    import train_mpdit
+
     def loss_with_gradients_too_large(self, *args):
         terms = loss(self, *args)
         if scalers[-1].get_scale() > 2.0**13:
             terms["loss"].register_hook(lambda gradient: gradient * math.inf)
         return terms
 
-    loss, scalers = train_mpdit.DDPMObjective.loss, []
-    monkeypatch.setattr(train_mpdit, "Accelerator", Scaled)
+    loss = train_mpdit.DDPMObjective.loss
     monkeypatch.setattr(train_mpdit.DDPMObjective, "loss", loss_with_gradients_too_large)
     more = ("--logging_steps", "1", "--checkpointing_steps", "1", "--max_train_steps", "4")
     output_dir = train(data, tmp_path / "run", *more)
@@ -488,6 +539,24 @@ def test_updates_that_the_scaler_of_float16_skips_are_updates_by_zero(data, tmp_
     # The scale is part of a checkpoint: no further update is skipped.
     resumed = train(data, output_dir, *more, "--resume_from_checkpoint", "checkpoint-3")
     assert_same_weights(raw_weights(resumed / "checkpoint-4"), last["model"])
+
+
+def test_clipping_and_the_scaler_of_float16_go_on_after_a_skipped_update(data, tmp_path, monkeypatch, scalers):
+    """Clipping has unscaled the gradients that no step of the optimiser takes then."""
+    import train_mpdit
+
+    def loss_with_a_hole(self, *args):
+        terms = loss(self, *args)
+        calls.append(terms)
+        return {**terms, "loss": terms["loss"] / (0 if len(calls) == 2 else 1)}
+
+    loss, calls = train_mpdit.DDPMObjective.loss, []
+    monkeypatch.setattr(train_mpdit.DDPMObjective, "loss", loss_with_a_hole)
+    more = ("--max_grad_norm", "0.5", "--on_non_finite", "skip", "--logging_steps", "1")
+    output_dir = train(data, tmp_path / "run", *more)
+    assert list(metrics(output_dir, "train/loss")) == [1, 3, 4, 5, 6]
+    # The scaler has seen that the gradients were infinite.
+    assert scalers[-1].get_scale() == 2.0**14
 
 
 def test_streaming_does_not_change_the_run(data, tmp_path, monkeypatch):
@@ -539,7 +608,7 @@ def test_unlabelled_images(data, tmp_path):
     assert len(pipe(num_images_per_class=2, num_inference_steps=2).images) == 2
 
 
-def test_preset_flags_and_bf16(data, tmp_path):
+def test_preset_flags(tmp_path):
     import training_arguments
 
     args = training_arguments.parse_args(
@@ -562,8 +631,15 @@ def test_preset_flags_and_bf16(data, tmp_path):
     assert (config["num_layers"], config["patch_size"], config["num_classes"]) == (12, 4, 7)
     assert (config["modulation"], config["mp_silu"], config["layer_norm"]) == (["scale", "shift"], False, True)
     assert (config["in_channels"], config["out_channels"]) == (4, 8)
-    output_dir = train(data, tmp_path / "run", "--mixed_precision", "bf16", "--max_train_steps", "2")
-    assert MPDiTTransformer2DModel.from_pretrained(output_dir, subfolder="transformer").dtype == torch.float32
+
+
+def test_bf16(data, tmp_path):
+    more = ("--max_train_steps", "2", "--logging_steps", "1", "--mixed_precision")
+    runs = {precision: train(data, tmp_path / precision, *more, precision) for precision in ("bf16", "no")}
+    losses = {precision: metrics(output_dir, "train/loss") for precision, output_dir in runs.items()}
+    assert losses["bf16"] != losses["no"]
+    assert losses["bf16"] == pytest.approx(losses["no"], rel=0.05)
+    assert MPDiTTransformer2DModel.from_pretrained(runs["bf16"], subfolder="transformer").dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -644,6 +720,17 @@ class TestErrors:
         with pytest.raises(ValueError, match="do not fit"):
             train(data, tmp_path / "other", "--vae", "none", "--latents_dir", str(tmp_path / "run" / "latents"))
 
+    def test_averages_that_would_never_move(self, data, tmp_path):
+        import train_mpdit
+        import training_arguments
+
+        argv = arguments(data, tmp_path / "run", "--num_train_epochs", "0.25", "--ema_update_steps", "4")
+        place = argv.index("--max_train_steps")
+        args = training_arguments.parse_args([*argv[:place], *argv[place + 2 :]])
+        # A quarter of 35 images, in batches of 4.
+        with pytest.raises(ValueError, match="`--ema_update_steps` must be at most .* updates, 3, .* got 4"):
+            train_mpdit.main(args)
+
     def test_non_finite_update_stops_and_no_checkpoint_holds_it(self, data, tmp_path):
         more = ("--learning_rate", "1e30", "--lr_scheduler", "constant", "--checkpointing_steps", "1")
         with pytest.raises(FloatingPointError, match="update 2|after update 1"):
@@ -683,6 +770,7 @@ class TestErrors:
             # Noticed by the first validation otherwise, before the first checkpoint.
             (("--validation_inference_steps", "0"), "--validation_inference_steps must be at least 1, got 0"),
             (("--ema_stds", "0.5"), "--ema_stds: `std` must lie in"),
+            (("--ema_update_steps", "7"), "--ema_update_steps must be at most --max_train_steps (6), got 7"),
             (("--preset", "B/2", "--no-mp_silu"), "--model_config_name_or_path stands instead of --preset, --mp_silu"),
         ],
     )
@@ -743,6 +831,13 @@ def test_processes_that_did_not_find_each_other_are_refused(data, tmp_path, monk
     assert not (tmp_path / "run").exists()
 
 
+def test_accumulation_that_the_environment_changes_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    with pytest.raises(RuntimeError, match="must be what ACCELERATE_GRADIENT_ACCUMULATION_STEPS .* 3; got 2"):
+        train(data, tmp_path / "run", "--gradient_accumulation_steps", "2")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_launcher_for_gpus_without_any_is_refused(data, tmp_path):
     script = str(EXAMPLES / "train_mpdit.py")
@@ -767,7 +862,7 @@ def test_engine_that_is_not_given_is_refused(monkeypatch, engine, message):
     accelerator = train_mpdit.Accelerator()
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(RuntimeError, match=message):
-        train_mpdit.check_engine(accelerator)
+        train_mpdit.check_engine(accelerator, 1)
 
 
 @pytest.mark.parametrize(
@@ -788,4 +883,4 @@ def test_kind_of_fsdp_that_is_not_supported_is_refused(monkeypatch, options, mes
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
         with pytest.raises(RuntimeError, match=message):
-            train_mpdit.check_engine(accelerator)
+            train_mpdit.check_engine(accelerator, 1)

@@ -18,8 +18,10 @@ from .optimization import check_optimizer as check_optimizer
 from .optimization import inverse_sqrt_schedule as inverse_sqrt_schedule
 from .optimization import parameter_groups as parameter_groups
 from .signals import StopRequest as StopRequest
+from .signals import leave_signals_to_main_process as leave_signals_to_main_process
 from .tracking import JSONLinesTracker as JSONLinesTracker
 from .validation import validation_losses as validation_losses
 from .validation import validation_timesteps as validation_timesteps
 from .watchdog import NonFiniteError as NonFiniteError
 from .watchdog import Watchdog as Watchdog
+from .watchdog import all_finite as all_finite

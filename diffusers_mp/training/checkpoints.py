@@ -65,15 +65,18 @@ def check_checkpoint(checkpoint: Path) -> str | None:
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST_FILE).read_text())
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST_FILE} cannot be read ({error})"
-    for name, expected in manifest.items():
+        expected = {name: (file["num_bytes"], file["sha256"]) for name, file in manifest.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        return f"{MANIFEST_FILE} cannot be read ({type(error).__name__}: {error})"
+    if STATE_FILE not in expected:
+        return f"{MANIFEST_FILE} does not name {STATE_FILE}"
+    for name, (num_bytes, sha256) in expected.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["num_bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['num_bytes']}"
-        if _sha256(path) != expected["sha256"]:
+        if path.stat().st_size != num_bytes:
+            return f"{name} has {path.stat().st_size} bytes instead of {num_bytes}"
+        if _sha256(path) != sha256:
             return f"{name} has other content than was written"
     return None
 

@@ -3,7 +3,7 @@
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from .objectives import Objective, broadcastable, compute_dtype
+from .objectives import Objective, broadcastable, widest_dtype
 
 
 class FlowMatchObjective(Objective):
@@ -53,7 +53,7 @@ class FlowMatchObjective(Objective):
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_σ for floats in [0, num_train_timesteps]; see `Objective.add_noise`."""
         self._check(latents, noise, timesteps)
-        dtype = compute_dtype(latents, noise)
+        dtype = widest_dtype(latents, noise)
         # As the scheduler's `scale_noise`, which knows the timesteps of its own table only.
         sigmas = broadcastable(timesteps.to(latents.device, dtype) / self.num_train_timesteps, latents)
         return ((1 - sigmas) * latents.to(dtype) + sigmas * noise.to(dtype)).to(latents.dtype)
@@ -68,7 +68,7 @@ class FlowMatchObjective(Objective):
                 f"`prediction` must have shape {tuple(latents.shape)}, that of the latents, received "
                 f"{tuple(prediction.shape)}"
             )
-        dtype = compute_dtype(prediction, latents, noise)
+        dtype = widest_dtype(prediction, latents, noise)
         target = noise.to(dtype) - latents.to(dtype)
         mse = (prediction.to(dtype) - target).square().flatten(1).mean(dim=1)
         return {"loss": mse, "mse": mse}

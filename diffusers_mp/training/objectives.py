@@ -174,7 +174,7 @@ class DDPMObjective(Objective):
         """x_t for integers in [0, num_timesteps); see `Objective.add_noise`."""
         self._check(latents, noise, timesteps)
         # In bf16 the scheduler's ᾱ_0 is 1 and adds no noise.
-        dtype = compute_dtype(latents, noise)
+        dtype = widest_dtype(latents, noise)
         return self.scheduler.add_noise(latents.to(dtype), noise.to(dtype), timesteps).to(latents.dtype)
 
     def loss(
@@ -188,7 +188,7 @@ class DDPMObjective(Objective):
                 f"`prediction` must have shape {expected} for latents of {latents.shape[1]} channels and "
                 f"`variance_type` {self.scheduler.config.variance_type!r}, received {tuple(prediction.shape)}"
             )
-        dtype = compute_dtype(prediction, latents, noise)
+        dtype = widest_dtype(prediction, latents, noise)
         prediction, latents, noise = prediction.to(dtype), latents.to(dtype), noise.to(dtype)
         timesteps = timesteps.to(latents.device)
         min_log_variance, max_log_variance, error_to_mean, weight = self._table_rows(latents, timesteps)
@@ -271,7 +271,7 @@ def broadcastable(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
-def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+def widest_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """The widest dtype of `tensors`, at least float32."""
     dtype = torch.float32
     for tensor in tensors:

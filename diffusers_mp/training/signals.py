@@ -7,7 +7,8 @@ class StopRequest:
     """Notes SIGTERM and SIGUSR1, which schedulers of clusters send before they kill, for the loop to act on.
 
     A context manager for the main thread: it listens inside of the `with` block, after which the former handlers are
-    back, whatever ended it.
+    back, whatever ended it. Launchers signal all processes of a group: workers of a `DataLoader` take
+    `leave_signals_to_main_process`, or they die and the run with them.
 
     Attributes:
         received (str or None): name of the first signal that came.
@@ -28,3 +29,13 @@ class StopRequest:
     def __exit__(self, *error) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
+
+
+def leave_signals_to_main_process(worker_id: int) -> None:
+    """What `DataLoader` takes as `worker_init_fn`, for a loop that acts on a `StopRequest`.
+
+    Args:
+        worker_id (int): number of the worker, which makes no difference.
+    """
+    for number in StopRequest.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

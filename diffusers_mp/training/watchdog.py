@@ -58,7 +58,8 @@ class Watchdog:
       skip or stop. Under `fully_shard` gradients are shards, their norm is that of all shards.
     - Mixed precision: in bfloat16 nothing changes. With a `GradScaler` infinite gradients are how it finds its scale:
       they are left to it, which skips the step by itself, until its scale is down to 1, from where on scaling cannot
-      be the reason. The loss, which is not scaled, always counts.
+      be the reason. The loss, which is not scaled, always counts. Where clipping has called `scaler.unscale_`, an
+      update that is skipped needs `scaler.update()` all the same: the next `unscale_` is refused without.
 
     Args:
         model (nn.Module): the model in training, wrapped (DistributedDataParallel, compiled) or not. Any module.
