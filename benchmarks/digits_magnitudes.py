@@ -39,7 +39,6 @@ from diffusers_mp.training import (
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EMA_STDS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.21, 0.25)
-NUM_HELD_OUT = 128
 # The paper's 1e-2 for magnitude-preserving models; ten times its 1e-4 for the others, since runs are short.
 LEARNING_RATES = {configuration: 1e-3 if configuration in "AB" else 1e-2 for configuration in CONFIGURATIONS}
 
@@ -50,6 +49,8 @@ def parse_args():
     parser.add_argument("--configurations", nargs="+", choices=[*CONFIGURATIONS], default=[*CONFIGURATIONS])
     parser.add_argument("--max_train_steps", type=int, default=600, help="updates of each configuration")
     parser.add_argument("--vae_seconds", type=float, default=60.0, help="time limit of the VAE's training")
+    parser.add_argument("--num_validation_images", type=int, default=128, help="images held out of training")
+    parser.add_argument("--ema_stds", type=float, nargs="+", default=EMA_STDS, help="widths of averages to measure")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -77,12 +78,17 @@ def train(args, configuration):
         *("--train_batch_size", 64),
         *("--max_train_steps", args.max_train_steps),
         *("--learning_rate", LEARNING_RATES[configuration]),
-        *("--num_validation_images", NUM_HELD_OUT),
+        *("--num_validation_images", args.num_validation_images),
         *("--validation_steps", 0),
+        *("--checkpointing_steps", max(1, args.max_train_steps // 4)),
+        *("--checkpoints_total_limit", 1),
         *("--record_magnitudes_steps", max(1, args.max_train_steps // 30)),
         *("--ema_snapshot_steps", max(1, args.max_train_steps // 20)),
         *("--seed", args.seed),
+        *("--resume_from_checkpoint", "latest"),
     )
+    if not (folder / "model_index.json").is_file():
+        raise SystemExit(f"stopped by a signal in the training of {configuration}; the same command goes on")
     return folder
 
 
@@ -90,10 +96,10 @@ def train(args, configuration):
 def losses_of_averages(args, folder):
     """Held-out loss of averages of each width."""
     latents = LatentDataset(args.output_dir / "latents")
-    _, held_out = split_validation(len(latents), NUM_HELD_OUT, args.seed)
+    _, held_out = split_validation(len(latents), args.num_validation_images, args.seed)
     samples = TrainingSamples(latents, seed=args.seed, num_classes=10, indices=held_out)
     losses = {}
-    for std in EMA_STDS:
+    for std in args.ema_stds:
         average = folder / f"average_{std:g}"
         if not (average / "model_index.json").is_file():
             reconstruct_ema(folder / "ema_snapshots", average, std)

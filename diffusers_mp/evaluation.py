@@ -356,9 +356,10 @@ class ReferenceStatistics:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: getattr(self, name).contiguous() for name in ("mean", "covariance", "features")}
         metadata = {"description": json.dumps(self.description), "sha256": _sha256_of(tensors)}
-        unfinished = path.with_name(f"{path.name}.unfinished")
+        # A name of its own: another job may be writing the same statistics.
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
         save_file(tensors, unfinished, metadata=metadata)
-        unfinished.rename(path)
+        os.replace(unfinished, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "ReferenceStatistics":

@@ -23,9 +23,9 @@ from . import __version__
 
 CARD_NAME, GRID_NAME, CURVE_NAME = "README.md", "sample_grid.png", "training_curve.png"
 HEAT_MAP_NAME = "evaluation.png"
-_WEIGHTS = "diffusion_pytorch_model*.safetensors"
-_WEIGHTS_INDEX = f"{_WEIGHTS}.index.json"
-_MODEL_FILES = ("config.json", _WEIGHTS, _WEIGHTS_INDEX)
+WEIGHTS = "diffusion_pytorch_model*.safetensors"
+_WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
+_MODEL_FILES = ("config.json", WEIGHTS, _WEIGHTS_INDEX)
 # Components of a pipeline.
 _MODELS = ("transformer", "vae", "guidance_transformer")
 _GUIDER_CONFIG = "guider/guider_config.json"
@@ -44,6 +44,8 @@ _LOCAL_TRACKERS = ("none", "tensorboard")
 _TOKEN_PATTERN = re.compile(r"hf_[A-Za-z0-9]{16,}")
 _REPO_PATTERN = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _MASK = "[token removed]"
+# Arguments that are a local path or an id of the Hub; cards name the ids.
+_SOURCES = ("pretrained_model_name_or_path", "vae", "dataset_name")
 # Between the attempts at a commit; each of its uploads has been tried six times by the Hub's client before.
 _SECONDS_BEFORE_RETRY = (5, 30)
 
@@ -58,6 +60,8 @@ class HubError(RuntimeError):
 def public_arguments(arguments: argparse.Namespace | Mapping, token: str | None = None) -> dict:
     """Arguments of a script as they may be logged, tracked and written: without `hub_token`, tokens masked elsewhere.
 
+    Sources that are local (`pretrained_model_name_or_path`, `vae`, `dataset_name`) become absolute paths.
+
     Args:
         arguments (argparse.Namespace or mapping): the arguments; left as they are.
         token (str, optional): a token to mask wherever it stands, beside `hub_token` and what looks like one.
@@ -66,14 +70,18 @@ def public_arguments(arguments: argparse.Namespace | Mapping, token: str | None 
     """
     arguments = dict(arguments if isinstance(arguments, Mapping) else vars(arguments))
     secrets = [secret for secret in (arguments.pop("hub_token", None), token) if secret]
+    for name in _SOURCES:
+        # A relative path would pass for an id of the Hub as soon as the card is written in another folder.
+        if isinstance(arguments.get(name), (str, Path)) and Path(arguments[name]).exists():
+            arguments[name] = str(Path(arguments[name]).absolute())
 
     def _masked(value):
         if isinstance(value, Mapping):
             return {_masked(key): _masked(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [_masked(item) for item in value]
-        if isinstance(value, (str, Path)) and _mask(str(value), *secrets) != str(value):
-            return _mask(str(value), *secrets)
+        if isinstance(value, (str, Path)) and mask(str(value), *secrets) != str(value):
+            return mask(str(value), *secrets)
         return value
 
     return _masked(arguments)
@@ -95,7 +103,8 @@ def check_trackers(report_to: str, hub_token: str | None) -> None:
         )
 
 
-def _mask(text: str, *secrets: str) -> str:
+def mask(text: str, *secrets: str) -> str:
+    """The text without secrets, nor what looks like a token."""
     for secret in secrets:
         text = text.replace(secret, _MASK)
     return _TOKEN_PATTERN.sub(_MASK, text)
@@ -121,7 +130,7 @@ def _raise_hub_error(message: str, error: Exception, token: str) -> NoReturn:
         reasons.append(str(reason).strip() or type(reason).__name__)
         reason = reason.__cause__
     shown = "".join(traceback.format_exception(error))
-    raise HubError(_mask(": ".join(reasons), token)) from (error if _mask(shown, token) == shown else None)
+    raise HubError(mask(": ".join(reasons), token)) from (error if mask(shown, token) == shown else None)
 
 
 # Publishing
@@ -147,7 +156,7 @@ def check_hub_access(
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"`repo_id` must be 'user/name', got {_mask(str(repo_id))!r}.") from error
+        raise ValueError(f"`repo_id` must be 'user/name', got {mask(str(repo_id))!r}.") from error
     token = _find_token(token)
     api = _api(token)
     try:
@@ -192,17 +201,17 @@ def files_to_publish(folder: str | Path) -> list[str]:
     found = sorted({path.relative_to(folder).as_posix() for pattern in _PUBLISHED for path in folder.glob(pattern)})
     if "model_index.json" not in found:
         raise ValueError(f"`folder` must hold a saved pipeline, {folder} has no model_index.json.")
-    if _has_component(folder, "guider") and _GUIDER_CONFIG not in found:
+    if has_component(folder, "guider") and _GUIDER_CONFIG not in found:
         raise ValueError(f"`folder` must hold a complete pipeline, {folder} lacks {_GUIDER_CONFIG}.")
-    components = [name for name in _MODELS if _has_component(folder, name)]
+    components = [name for name in _MODELS if has_component(folder, name)]
     for component in (*components, *sorted(path.name for path in folder.glob("transformer_ema_*"))):
         indexed = set()
         for index in (folder / component).glob(_WEIGHTS_INDEX):
             indexed.update(json.loads(index.read_text())["weight_map"].values())
         needed = [f"{component}/{name}" for name in ("config.json", *sorted(indexed))]
         missing = [name for name in needed if name not in found]
-        if not any(fnmatchcase(name, f"{component}/{_WEIGHTS}") for name in found):
-            missing.append(f"{component}/{_WEIGHTS}")
+        if not any(fnmatchcase(name, f"{component}/{WEIGHTS}") for name in found):
+            missing.append(f"{component}/{WEIGHTS}")
         if missing:
             raise ValueError(f"`folder` must hold a complete pipeline, {folder} lacks {', '.join(missing)}.")
     return found
@@ -315,7 +324,8 @@ def _belongs(name: str) -> bool:
     return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
 
 
-def _has_component(folder: Path, name: str) -> bool:
+def has_component(folder: Path, name: str) -> bool:
+    """Whether the pipeline in a folder has a component of this name."""
     return (json.loads((folder / "model_index.json").read_text()).get(name) or [None])[0] is not None
 
 
@@ -325,10 +335,9 @@ def _content(folder: Path, name: str, names: list[str]) -> Path | bytes:
         return folder / name
     config = json.loads((folder / name).read_text())
     original = dict(config)
-    # The local path that something was loaded from is nobody's business.
-    if not _is_repo_id(config.get("_name_or_path")):
-        config.pop("_name_or_path", None)
-    if "base_model_name_or_path" in config and not _is_repo_id(config["base_model_name_or_path"]):
+    # Whatever is loaded gets it anew; a local path is nobody's business, and may look like an id of the Hub.
+    config.pop("_name_or_path", None)
+    if "base_model_name_or_path" in config and not is_repo_id(config["base_model_name_or_path"]):
         config["base_model_name_or_path"] = None
     averages = [name for name in names if name.startswith("transformer_ema_")]
     if name == "model_index.json" and averages:
@@ -339,7 +348,8 @@ def _content(folder: Path, name: str, names: list[str]) -> Path | bytes:
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _is_repo_id(name: str | None) -> bool:
+def is_repo_id(name: str | None) -> bool:
+    """Whether a source is a repository on the Hub: of the shape of an id, and nothing that is there locally."""
     return bool(name and _REPO_PATTERN.fullmatch(name)) and not Path(name).exists()
 
 

@@ -11,16 +11,16 @@ from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
 from .hub import (
-    _WEIGHTS,
     ADAPTER_CONFIG_NAME,
     CARD_NAME,
     CURVE_NAME,
     GRID_NAME,
     HEAT_MAP_NAME,
-    _has_component,
-    _is_repo_id,
-    _mask,
+    WEIGHTS,
     files_to_publish,
+    has_component,
+    is_repo_id,
+    mask,
 )
 
 
@@ -89,7 +89,7 @@ def write_model_card(
     dataset, base = arguments.get("dataset_name"), arguments.get("pretrained_model_name_or_path")
     started = ""
     if base is not None:
-        started = f", starting from {f'[{base}](../../{base})' if _is_repo_id(base) else 'weights of the author'}"
+        started = f", starting from {f'[{base}](../../{base})' if is_repo_id(base) else 'weights of the author'}"
 
     sections = [
         f"# {_text(repo_id.split('/')[-1]) if repo_id else 'Magnitude-preserving diffusion transformer'}",
@@ -107,11 +107,11 @@ def write_model_card(
     ]
     card_data = ModelCardData(
         library_name="diffusers",
-        base_model=base if _is_repo_id(base) else None,
+        base_model=base if is_repo_id(base) else None,
         license=license,
         license_name=license_name,
         license_link=license_link,
-        datasets=[dataset] if _is_repo_id(dataset) and data is None else None,
+        datasets=[dataset] if is_repo_id(dataset) and data is None else None,
         pipeline_tag="unconditional-image-generation" if num_classes is None else None,
         tags=[
             *("diffusers", "diffusers-mp", "diffusion-transformer", "magnitude-preserving"),
@@ -120,7 +120,7 @@ def write_model_card(
         ],
     )
     text = "\n\n".join(section for section in sections if section)
-    card = ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{_mask(text)}\n")
+    card = ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{mask(text)}\n")
     card.save(folder / CARD_NAME)
     return card
 
@@ -141,7 +141,7 @@ def write_rotation_card(
     record: Mapping | None = None,
     license: str | None = None,
 ) -> ModelCard:
-    """Write README.md of a `DiTPipeline` whose shifts became rotations, or of a rotation adapter.
+    """Write README.md of a `DiTPipeline` whose shifts became rotations, or of a rotation adapter of any class.
 
     Says how to load it, what was swapped, and what `examples/finetune_rotation.py` has measured; no local path.
 
@@ -162,7 +162,10 @@ def write_rotation_card(
     is_adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
     config = _read_json(folder / ADAPTER_CONFIG_NAME) or _read_json(folder / "transformer" / "config.json")
     swap = config if is_adapter else config.get("rotation_modulation")
-    base, arguments = base_model if _is_repo_id(base_model) else None, record.get("arguments", {})
+    class_name = config["base_model_class"] if is_adapter else config["_class_name"].removeprefix("Rotation")
+    is_dit = class_name == "DiTTransformer2DModel"
+    pipeline_class = "DiTPipeline" if is_dit else "DiffusionPipeline"
+    base, arguments = base_model if is_repo_id(base_model) else None, record.get("arguments", {})
     base_text = f"[{base}](https://huggingface.co/{base})" if base else "a model of the author's own"
     what = "fine-tuned, without a swap"
     if swap is not None:
@@ -174,19 +177,20 @@ def write_rotation_card(
     class_import = ""
     if swap is not None and not is_adapter:
         class_import = f"\nfrom diffusers_mp import {config['_class_name']}  # known to diffusers from here on"
-    usage = f"""from diffusers import DiTPipeline{class_import}
+    usage = f"""from diffusers import {pipeline_class}{class_import}
 
-pipe = DiTPipeline.from_pretrained({source})"""
+pipe = {pipeline_class}.from_pretrained({source})"""
     if is_adapter:
-        usage = f"""from diffusers import DiTPipeline
+        usage = f"""from diffusers import {pipeline_class}
 from diffusers_mp import load_rotation_adapter
 
-pipe = DiTPipeline.from_pretrained({_quoted(base or "base model")})
+pipe = {pipeline_class}.from_pretrained({_quoted(base or "base model")})
 load_rotation_adapter(pipe.transformer, {source})"""
+    title = f"{'DiT' if is_dit else class_name} with rotation modulation"
     sections = [
-        f"# {_text(repo_id.split('/')[-1]) if repo_id else 'DiT with rotation modulation'}",
-        f"{'Adapter for' if is_adapter else 'From'} {base_text}, {what}. Rotation modulation is that of "
-        "[arXiv 2505.19122](https://arxiv.org/abs/2505.19122), which trains with it from scratch.",
+        f"# {_text(repo_id.split('/')[-1]) if repo_id else title}",
+        f"{'Adapter for' if is_adapter else 'From'} {base_text}, `{class_name}`, {what}. Rotation modulation is that "
+        "of [arXiv 2505.19122](https://arxiv.org/abs/2505.19122), which trains with it from scratch.",
         f"## How to use\n\n```python\n{usage}\n```",
     ]
     if swap is not None:
@@ -206,7 +210,7 @@ load_rotation_adapter(pipe.transformer, {source})"""
     dataset = arguments.get("dataset_name")
     told = [(key, arguments[key]) for key in _REPORTED_FINETUNING if arguments.get(key) is not None]
     if told:
-        data = f"[{dataset}](../../datasets/{dataset})" if _is_repo_id(dataset) else "data on the author's machine"
+        data = f"[{dataset}](../../datasets/{dataset})" if is_repo_id(dataset) else "data on the author's machine"
         sections.append(f"## Fine-tuning\n\nOn {data}.\n\n" + _table(("argument", "value"), told))
     sections += [
         "## Licence of the weights\n\n" + _licence(license, None, None),
@@ -216,13 +220,14 @@ load_rotation_adapter(pipe.transformer, {source})"""
         library_name="diffusers",
         base_model=base,
         license=license,
-        datasets=[dataset] if _is_repo_id(dataset) else None,
-        tags=["diffusers", "diffusers-mp", "diffusion-transformer", "class-conditional"]
+        datasets=[dataset] if is_repo_id(dataset) else None,
+        tags=["diffusers", "diffusers-mp", "diffusion-transformer"]
+        + (["class-conditional"] if is_dit else [])
         + (["rotation-modulation"] if swap is not None else [])
         + ["arxiv:2505.19122"],
     )
     text = "\n\n".join(sections)
-    card = ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{_mask(text)}\n")
+    card = ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{mask(text)}\n")
     card.save(folder / CARD_NAME)
     return card
 
@@ -253,7 +258,7 @@ def write_evaluation(folder: str | Path, results: Mapping) -> ModelCard:
     # Before the licence, with which the formal end of our own cards begins; else at the end.
     place = next((i for i, part in enumerate(parts) if part.startswith("## Licence")), len(parts))
     parts[place - 1] = parts[place - 1].rstrip("\n") + "\n\n"
-    parts.insert(place, _mask(f"{_EVALUATION_HEADING}\n\n{_evaluation(folder, results)}\n\n"))
+    parts.insert(place, mask(f"{_EVALUATION_HEADING}\n\n{_evaluation(folder, results)}\n\n"))
     card = ModelCard("".join(parts).rstrip("\n") + "\n")
     card.save(folder / CARD_NAME)
     return card
@@ -303,7 +308,7 @@ def _evaluation(folder: Path, results: Mapping) -> str:
 def _extractor_name(extractor: Mapping) -> str:
     # An id of the Hub, or a function; of a folder its last part.
     name = extractor["id"]
-    return name if _is_repo_id(name) or "/" not in name else name.rstrip("/").split("/")[-1]
+    return name if is_repo_id(name) or "/" not in name else name.rstrip("/").split("/")[-1]
 
 
 def _grid_section(folder: Path, sample_grid: str | Path | None, arguments: dict) -> str | None:
@@ -365,7 +370,7 @@ def _data(folder: Path, index: dict, config: dict, arguments: dict, data: str | 
     source = "a data set on the author's machine"
     if data is not None:
         source = _text(data)
-    elif _is_repo_id(dataset):
+    elif is_repo_id(dataset):
         source = f"[{dataset}](../../datasets/{dataset})"
         if arguments.get("dataset_config_name"):
             source += f", configuration {_text(arguments['dataset_config_name'])}"
@@ -384,11 +389,11 @@ def _data(folder: Path, index: dict, config: dict, arguments: dict, data: str | 
 
 
 def _vae(folder: Path, arguments: dict) -> str:
-    if not _has_component(folder, "vae"):
+    if not has_component(folder, "vae"):
         return "None: the transformer works on pixels."
     config = _read_json(folder / "vae" / "config.json")
     name = arguments.get("vae")
-    source = f"[{name}](../../{name})" if _is_repo_id(name) else "of the author's own"
+    source = f"[{name}](../../{name})" if is_repo_id(name) else "of the author's own"
     return (
         f"`{_text(config.get('_class_name'))}` {source}, {config.get('latent_channels')} latent channels, factor "
         f"{2 ** (len(config.get('block_out_channels', [0])) - 1)}, {_num_parameters(folder / 'vae'):,} parameters, in "
@@ -497,7 +502,7 @@ def _seconds_of_updates(log: list[dict], total_batch_size: float) -> float | Non
 def _num_parameters(folder: Path) -> int:
     """Number of parameters, from the headers of the safetensors files."""
     count = 0
-    for path in folder.glob(_WEIGHTS):
+    for path in folder.glob(WEIGHTS):
         with path.open("rb") as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
         count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")

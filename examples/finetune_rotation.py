@@ -53,6 +53,7 @@ from diffusers_mp.training import (
     NonFiniteError,
     StreamBatchSampler,
     TrainingSamples,
+    all_finite,
     split_validation,
     validation_losses,
     validation_timesteps,
@@ -80,7 +81,7 @@ def main(args):
         log_with=[curve] if args.report_to == "none" else [curve, args.report_to],
         project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(logging_dir)),
     )
-    check_engine(accelerator)
+    check_engine(accelerator, args.gradient_accumulation_steps)
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise RuntimeError(f"this script runs on one process or DDP, got {accelerator.distributed_type.value}.")
     set_seed(args.seed)
@@ -128,6 +129,13 @@ def main(args):
     if args.swap == "anneal" and args.max_train_steps:
         drop_shift_(transformer)
     evaluation["final"], num_parameters["after"] = held_out.evaluate(transformer, teacher), count(transformer)
+    loss = evaluation["final"]["loss"]
+    # Weights as well: held-out images need not use all of them.
+    if not all_finite(transformer) or not math.isfinite(loss):
+        raise NonFiniteError(
+            f"after update {args.max_train_steps} the weights or the held-out loss ({loss}) are not finite, nothing "
+            "is saved: try a lower --learning_rate"
+        )
     final = {f"validation/{name}": value for name, value in evaluation["final"].items()}
     accelerator.log(final, step=args.max_train_steps)
     if accelerator.is_main_process:
@@ -189,7 +197,7 @@ def train(args, accelerator, transformer, teacher, parameters, samples, held_out
         if args.swap == "anneal":
             # Rows that no longer count get no gradient. They go at the end, when no optimiser holds them.
             set_shift_scale(transformer, max(0.0, 1 - step / args.anneal_steps))
-        if step % args.logging_steps == 0:
+        if step % args.logging_steps == 0 or step == args.max_train_steps:
             loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
             if not math.isfinite(loss):
                 raise NonFiniteError(f"the loss is {loss} before update {step}: try a lower --learning_rate")
@@ -325,7 +333,8 @@ def save(args, pipeline, id2label, repo_id, record):
         save_rotation_adapter(
             transformer,
             folder,
-            base_model_name_or_path=base,
+            # As recorded: a relative path would pass for an id of the Hub elsewhere.
+            base_model_name_or_path=record["arguments"]["pretrained_model_name_or_path"],
             base_model_revision=args.revision,
             modulation_rows=args.train == "modulation",
         )

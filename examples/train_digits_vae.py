@@ -156,7 +156,12 @@ def main(args):
             progress_bar.set_postfix(loss=f"{loss.item():.4f}", kl=f"{kl.item():.2f}", step=step, refresh=False)
 
     vae.eval()
-    vae.save_pretrained(args.output_dir)
+    # At once, so that a folder that is there is whole.
+    unfinished = args.output_dir.with_name(f"{args.output_dir.name}.unfinished")
+    vae.save_pretrained(unfinished)
+    if args.output_dir.exists():
+        args.output_dir.rmdir()
+    unfinished.rename(args.output_dir)
     mean, std, posterior_std = latent_statistics(vae, pixels)
     print(f"{step} steps, {sum(p.numel() for p in vae.parameters()):,} parameters, saved to {args.output_dir}")
     for channel in range(args.latent_channels):

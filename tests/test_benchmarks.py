@@ -1,10 +1,14 @@
 """The benchmarks run and write what they say; what times come out is not asserted."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from helpers import reset_accelerate
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -68,3 +72,79 @@ def test_operations_prints_a_row_for_each_trick():
         "| without: SiLU's constant",
         "| without all four",
     ]
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """As `run`, in this process: a new one takes longer to start than these runs."""
+
+    def run_here(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        capsys.readouterr()
+        importlib.import_module(script.removesuffix(".py")).main()
+        return capsys.readouterr().out
+
+    return run_here
+
+
+def test_guidance_interval_prints_its_table(run_here):
+    printed = run_here(
+        *("guidance_interval.py", "--preset", "XS/8", "--sample_size", "16", "--batch_size", "1"),
+        *("--num_inference_steps", "4", "--rounds", "2", "--device", "cpu"),
+    )
+    rows = {row.split(" | ")[0]: row.split(" | ")[1:] for row in printed.splitlines() if row[:2] == "| "}
+    # Time relative to itself; rows with guidance are twice those without.
+    assert rows["| everywhere"][1:] == ["1.000 (1.000 to 1.000)", "1.000 |"]
+    assert rows["| nowhere"][-1] == "0.500 |"
+    assert 0.5 < float(rows["| interval"][-1].rstrip(" |")) < 1
+    assert "4 steps of DDIM, float32" in printed
+
+
+def test_recorder_cost_prints_its_table(run_here):
+    printed = run_here("recorder_cost.py", "--size", "XS/8", "--batch_size", "1", "--rounds", "2")
+    rows = [line for line in printed.splitlines() if line[:2] == "| "][1:]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| with a recorder that rests",
+        "| that is recorded, everything by default",
+        "| the same divided by the default stride 100",
+    ]
+    assert all(row.count("%") == 3 for row in rows)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.usefixtures("examples_run_here")
+def test_digits_magnitudes_goes_on_after_a_kill_and_draws(tmp_path, monkeypatch, run_here):
+    import digits_magnitudes
+    import train_mpdit
+
+    def example(script, *arguments):
+        module = importlib.import_module(script.stem)
+        try:
+            module.main(module.parse_args([*map(str, arguments)]))
+        finally:
+            reset_accelerate()
+
+    def kill(*args):
+        raise Killed
+
+    monkeypatch.setattr(digits_magnitudes, "run", example)
+    small = ("--max_train_steps", "4", "--vae_seconds", "3.5", "--num_validation_images", "8")
+    more = ("--configurations", "E", "--ema_stds", "0.05", "0.1")
+    command = ("digits_magnitudes.py", "--output_dir", str(tmp_path), *small, *more)
+    with monkeypatch.context() as of_the_first_run:
+        of_the_first_run.setattr(train_mpdit, "finish", kill)
+        with pytest.raises(Killed):
+            run_here(*command)
+    vae = (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    printed = run_here(*command)
+    assert f"Resuming from {tmp_path / 'E' / 'checkpoint-'}" in printed
+    assert (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == vae
+    assert "| E, block | attention, out / in |" in printed
+    for width in ("0.05", "0.1"):
+        assert f"E, average of width {width}: held-out loss" in printed
+    pictures = {path.stem: path.stat().st_size for path in (tmp_path / "pictures").iterdir()}
+    assert set(pictures) == {f"magnitudes_{name}" for name in ("blocks", "time", "angles", "ema", "samples")}
+    assert min(pictures.values()) > 10_000

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -400,6 +401,22 @@ def test_cache_goes_by_content(reference_of, pictures, picture_folder, tmp_path)
     reference_of(resolution=8)
     reference_of(extractor=FeatureExtractor(means_of_blocks, {"id": "another"}))
     assert len(list((tmp_path / "statistics").iterdir())) == 4
+
+
+def test_two_jobs_may_write_the_same_statistics(reference_of, tmp_path, monkeypatch):
+    reference, path, save_file = reference_of(), tmp_path / "jobs" / "statistics.safetensors", evaluation.save_file
+
+    def save_while_another_does(tensors, unfinished, metadata):
+        save_file(tensors, unfinished, metadata=metadata)
+        monkeypatch.setattr(evaluation, "save_file", save_file)
+        with monkeypatch.context() as another:
+            another.setattr(os, "getpid", lambda: 0)
+            reference.save(path)
+
+    monkeypatch.setattr(evaluation, "save_file", save_while_another_does)
+    reference.save(path)
+    assert [file.name for file in path.parent.iterdir()] == ["statistics.safetensors"]
+    assert torch.equal(ReferenceStatistics.load(path).covariance, reference.covariance)
 
 
 def test_damaged_and_foreign_statistics_are_refused(reference_of, tmp_path):

@@ -16,7 +16,7 @@ from test_hub import TOKEN, client, holding
 
 from diffusers_mp import load_rotation_adapter
 from diffusers_mp.latents import LatentDataset
-from diffusers_mp.training import TrainingSamples, split_validation
+from diffusers_mp.training import NonFiniteError, TrainingSamples, split_validation
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -247,6 +247,51 @@ def test_micro_batches_are_one_batch(base, tmp_path):
     # Of the same images, in batches of 8 or 16, which only rounding tells apart.
     assert parts["final"]["loss"] == pytest.approx(whole["final"]["loss"], rel=1e-4)
     assert whole["final"]["loss"] != pytest.approx(whole["after_swap"]["loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "steps, message",
+    [
+        # The first update makes such weights, the next such a loss; neither is at a log entry.
+        ("1", r"after update 1 the weights or the held-out loss \(nan\) are not finite"),
+        ("3", "the loss is nan before update 3"),
+    ],
+)
+def test_what_is_not_finite_is_not_saved(base, tmp_path, steps, message):
+    more = ("--max_train_steps", steps, "--learning_rate", "1e30", "--logging_steps", "10")
+    with pytest.raises(NonFiniteError, match=f"{message}.* try a lower --learning_rate"):
+        finetune(base, tmp_path / "run", *more)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["logs"]
+
+
+def test_a_weight_that_no_held_out_image_uses_has_to_be_finite_too(base, tmp_path, monkeypatch):
+    import finetune_rotation
+
+    def train(args, accelerator, transformer, *others):
+        with torch.no_grad():
+            # Of the null class.
+            transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight[-1] = torch.inf
+
+    monkeypatch.setattr(finetune_rotation, "train", train)
+    with pytest.raises(NonFiniteError, match=r"after update 4 the weights or the held-out loss \(\d"):
+        finetune(base, tmp_path / "run", "--swap", "none")
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_an_accumulation_that_the_environment_changes_is_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    with pytest.raises(RuntimeError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS .* 3; got 2: unset"):
+        finetune(base, tmp_path / "run", "--gradient_accumulation_steps", "2")
+
+
+def test_a_relative_base_is_recorded_as_the_folder_it_is(base, tmp_path, monkeypatch):
+    # It would look like an id of the Hub as soon as the working directory is another.
+    monkeypatch.chdir(base.parent)
+    relative = ("--pretrained_model_name_or_path", f"{base.name}/pipeline")
+    record = finetune(base, tmp_path / "run", *relative, "--train", "rotation", "--save", "adapter")
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base / "pipeline")
+    assert record["arguments"]["pretrained_model_name_or_path"] == str(base / "pipeline")
 
 
 def test_the_flags_reach_the_run(base, tmp_path, monkeypatch):

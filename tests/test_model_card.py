@@ -1,14 +1,19 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
+import rotation_pipelines
+from diffusers import AutoencoderKL
+from helpers import tiny_vae
 from huggingface_hub import ModelCard
 from PIL import Image
 from test_hub import TOKEN, made, make_pipeline, rewrite, run  # noqa: F401
 
+from diffusers_mp import hub, save_rotation_adapter, swap_adaln_for_rotation
 from diffusers_mp.hub import files_to_publish
-from diffusers_mp.model_card import write_evaluation, write_model_card
+from diffusers_mp.model_card import write_evaluation, write_model_card, write_rotation_card
 
 
 def test_card_tells_the_facts_of_the_run(made):  # noqa: F811
@@ -129,6 +134,45 @@ def test_card_names_the_checkpoint_that_training_started_from(run, base, told): 
     assert card.data.base_model == (base if told else None)
     assert f"starting from {told or 'weights of the author'}." in str(card)
     assert "home/me" not in str(card)
+
+
+def test_relative_paths_of_the_author_are_told_nowhere(tmp_path, monkeypatch):
+    for name in ("home", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    tiny_vae().save_pretrained("runs/vae")
+    make_pipeline("run", vae=AutoencoderKL.from_pretrained("runs/vae"))
+    for name in ("runs/base", "runs/photos"):
+        Path(name).mkdir()
+    sources = {"vae": "runs/vae", "pretrained_model_name_or_path": "runs/base", "dataset_name": "runs/photos"}
+    rewrite(Path("run/training_arguments.json"), json.dumps(hub.public_arguments(sources)))
+    # There, all three look like ids of the Hub.
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    folder = tmp_path / "home" / "run"
+    card = write_model_card(folder, "user/name")
+    assert (card.data.base_model, card.data.datasets) == (None, None)
+    assert "starting from weights of the author" in str(card)
+    names = files_to_publish(folder)
+    for name in names:
+        content = hub._content(folder, name, names)
+        assert b"runs/" not in (content if isinstance(content, bytes) else content.read_bytes()), name
+
+
+def test_the_card_of_an_adapter_is_that_of_its_class(tmp_path):
+    rotation_pipelines.make_pipeline("SD3", lambda transformer: None).save_pretrained(tmp_path / "base")
+    transformer = rotation_pipelines.make_pipeline("SD3", swap_adaln_for_rotation).transformer
+    save_rotation_adapter(transformer, tmp_path / "adapter", base_model_name_or_path="owner/base")
+    card = write_rotation_card(tmp_path / "adapter", base_model="owner/base")
+    text = str(card)
+    assert "# SD3Transformer2DModel with rotation modulation" in text
+    assert "Adapter for [owner/base](https://huggingface.co/owner/base), `SD3Transformer2DModel`, whose" in text
+    assert "DiT" not in text
+    assert "class-conditional" not in card.data.tags
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    block = block.replace('"owner/base"', "base, **absent").replace('"folder"', "adapter")
+    names = {"base": tmp_path / "base", "adapter": tmp_path / "adapter", "absent": rotation_pipelines.absent("SD3")}
+    exec(block, names)
+    assert type(names["pipe"].transformer) is type(transformer)
 
 
 def results(home, distance):

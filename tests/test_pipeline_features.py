@@ -7,6 +7,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers import DDIMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from helpers import run_python, tiny_model, tiny_vae
+from peft import LoraConfig
 
 from diffusers_mp import MPDiTPipeline
 
@@ -128,8 +129,18 @@ def test_a_stock_transformer_is_refused_by_name():
 def test_a_compiled_or_lora_transformer_is_taken():
     pipe = tiny_pipeline()
     expected = sample(pipe)
-    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    model = pipe.transformer
+    pipe.transformer = torch.compile(model, backend="eager")
     torch.testing.assert_close(sample(pipe), expected)
+    pipe.transformer = model
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v", "linear_1"], init_lora_weights=False))
+    adapted = sample(pipe)
+    assert (adapted - expected).abs().max() > 0.01
+    model.fuse_lora()
+    torch.testing.assert_close(sample(pipe), adapted, rtol=1e-4, atol=1e-5)
+    model.unfuse_lora()
+    model.disable_adapters()
+    torch.testing.assert_close(sample(pipe), expected, rtol=1e-4, atol=1e-5)
 
 
 # Saving

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .. import __version__
+from ..hub import is_repo_id
 from .sites import find_sites
 from .swap import (
     SwapReport,
@@ -76,6 +77,8 @@ def save_rotation_adapter(
         if modulation_rows or not key.startswith("linear.")
     }
     base = base_model_name_or_path or model.config.get("_name_or_path")
+    if base and Path(base).exists():
+        base = Path(base).absolute()  # a relative path would pass for an id of the Hub elsewhere
     config = {
         "adapter_type": ADAPTER_TYPE,
         "format_version": FORMAT_VERSION,
@@ -141,8 +144,9 @@ def load_rotation_adapter(
             f"`model` must be a {config['base_model_class']}, of which {folder} is an adapter, got a "
             f"{type(model).__name__}."
         )
-    base, given = config["base_model_name_or_path"], model.config.get("_name_or_path")
-    if base and given and base != str(given):
+    base, given = config["base_model_name_or_path"], str(model.config.get("_name_or_path"))
+    # Of a transformer that came with its pipeline, only the folder is known that the Hub's client keeps it in.
+    if is_repo_id(base) and is_repo_id(given) and base != given:
         logger.warning("The adapter in %s was made for %s, the model came from %s", folder, base, given)
     options = {name: config[name] for name in ("sublayers", "keep_shift", "mean_shift", "rank")}
     sites = find_sites(model, options["sublayers"])
