@@ -70,7 +70,7 @@ def start_of(data, output_dir, monkeypatch, *more, source=TINY):
     """The run as it stands before its first update."""
     runs = []
     with monkeypatch.context() as patch:
-        patch.setattr(train_mpdit, "train", lambda args, run, stop: runs.append(run))
+        patch.setattr(train_mpdit, "train", lambda args, run, stop, at_end: runs.append(run))
         train(data, output_dir, *more, source=source)
     return runs[0]
 
