@@ -509,6 +509,10 @@ def report(args, facts):
         settings={name: getattr(args, name) for name in SETTINGS},
         num_planned=sum(len(sweep) + len(args.seeds) - 1 for sweep in sweeps.values()),
     )
+    if args.report.is_file():
+        # With the report goes what it was made of.
+        folder = args.report.with_name(f"{args.report.stem}_records")
+        shutil.copytree(args.output_dir / "records", folder, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -349,6 +349,7 @@ def write_report(file, command, sweeps, results, facts, settings, num_planned):
         magnitudes=magnitudes_table(results),
         levels=levels_table(results),
         pictures=pictures,
+        records=f"{file.stem}_records",
         **settings,
         **facts,
     )
@@ -363,6 +364,7 @@ TEMPLATE = (
 - machine: {machine}, shared with other work
 - versions: {versions}
 - date: {dates}
+- records of all runs, these and others that were tried: `{records}/`
 - {hours:.1f} core hours for {num_runs} of {num_planned} runs, of which {num_failed} became not finite
 
 Real digits of 8×8 pixels, {num_layers} blocks of width {width}, patches of 2×2, {max_train_steps} updates of

@@ -243,6 +243,8 @@ def test_killed_run_went_on_at_its_checkpoint(finished):
 
 def test_every_run_has_a_record_with_all_measures(finished):
     found = records(finished)
+    copies = (finished / "docs" / "ablation_records").glob("*")
+    assert {path.stem: json.loads(path.read_text()) for path in copies} == found
     assert len(found) == 6  # two arms at two rates, then each at its best with the other seed
     assert set(RUNS) < set(found)
     for name, record in found.items():
