@@ -76,7 +76,8 @@ class _NormalizedRows(nn.Module):
     def _relative_row_norms(self) -> torch.Tensor:
         weight = _rows_here(self.weight)
         weight = weight.to(functional.compute_dtype(weight.dtype))
-        return torch.linalg.vector_norm(weight, dim=-1, keepdim=True).div_(self.row_norm)
+        norm = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
+        return norm if self.row_norm == 1 else norm.div_(self.row_norm)
 
     @torch.no_grad()
     def _normalize_rows_(self) -> None:
