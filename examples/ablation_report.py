@@ -350,6 +350,7 @@ def write_report(file, command, sweeps, results, facts, settings, num_planned):
         levels=levels_table(results),
         pictures=pictures,
         records=f"{file.stem}_records",
+        perfect=facts["floor"] * (1 / settings["num_samples"] + 1 / facts["num_real"]) / (4 / facts["num_real"]),
         **settings,
         **facts,
     )
@@ -379,7 +380,8 @@ Mean ± 95 % interval (Student's t) over seeds. Three seeds make these wide: 2.5
 - Fréchet: distance between {num_samples} samples and all {num_real} real digits that the judge has not seen, in the 32
   features below the logits of a small convolutional network, the judge. Samples are of the digits in proportion to the
   data, {num_inference_steps} steps of DPM-Solver without guidance; "guided" with a scale of 2. Two random halves of
-  the real digits are {floor:.1f} apart, which is about where a perfect model would be. These numbers compare with
+  the real digits are {floor:.1f} apart; as a finite number of pictures adds to the distance in inverse proportion, a
+  perfect model would be at about {perfect:.1f} here. These numbers compare with
   nothing but each other: an FID is of Inception features.
 - Recognised: samples in which the judge reads the digit asked for (real digits: {accuracy:.1%}).
 - Nearest: mean distance of samples to the nearest training image, relative to that of held-out digits; below 1 the
