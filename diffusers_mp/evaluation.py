@@ -267,11 +267,10 @@ def sampler_for(scheduler: "SchedulerMixin", name: str) -> "SchedulerMixin":
     """
     import diffusers
 
+    from .pipeline_mpdit import FLOW_SCHEDULERS
+
     scheduler_class, options = getattr(diffusers, name), {}
-    is_flow = isinstance(
-        scheduler, (diffusers.FlowMatchEulerDiscreteScheduler, diffusers.FlowMatchHeunDiscreteScheduler)
-    )
-    if is_flow and "use_flow_sigmas" in inspect.signature(scheduler_class).parameters:
+    if isinstance(scheduler, FLOW_SCHEDULERS) and "use_flow_sigmas" in inspect.signature(scheduler_class).parameters:
         shift = scheduler.config.shift
         options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
     return scheduler_class.from_config(scheduler.config, **options)

@@ -28,7 +28,7 @@ DEFAULT_GUIDANCE_SCALE = 4.0
 # The best FID of arXiv 2406.02507 on ImageNet-512 is at 2.1 for its small model, 2.05 for its largest.
 DEFAULT_AUTOGUIDANCE_SCALE = 2.0
 _LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
-_FLOW_ONLY = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
 
 
 class MPDiTPipeline(DiffusionPipeline):
@@ -701,13 +701,13 @@ def _is_interval(interval: tuple[float, float]) -> bool:
 
 def _prediction_type(scheduler) -> str:
     """What a scheduler takes the model's output for."""
-    return (
-        "flow_prediction" if isinstance(scheduler, _FLOW_ONLY) else scheduler.config.get("prediction_type", "epsilon")
-    )
+    if isinstance(scheduler, FLOW_SCHEDULERS):
+        return "flow_prediction"
+    return scheduler.config.get("prediction_type", "epsilon")
 
 
 def _is_flow(scheduler) -> bool:
-    return isinstance(scheduler, _FLOW_ONLY) or bool(scheduler.config.get("use_flow_sigmas"))
+    return isinstance(scheduler, FLOW_SCHEDULERS) or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def _noise_levels(scheduler) -> list[float]:
