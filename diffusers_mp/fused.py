@@ -3,10 +3,11 @@
 Each function here reads and writes its big tensor as few times as PyTorch's operators allow and keeps for backward
 only what is kept anyway. All can be differentiated twice, and by `torch.func`, which is given the plain formulas.
 Between two products of a model the caches are cold and a line of Python costs several times what it does in a loop of
-its own: hence few calls, and functions of the older style: without `setup_context`, `apply` inspects no signature.
+its own: hence few calls, few questions, and functions of the older style, without `setup_context`.
 docs/design/performance.md has the numbers.
 """
 
+import functools
 import math
 
 import torch
@@ -30,6 +31,11 @@ def _has_backward() -> bool:
     return torch.is_grad_enabled() and (torch.compiler.is_compiling() or not _is_transformed())
 
 
+def _eager(function: type[Function]):
+    # `Function.apply` goes on to this one after it has looked for transforms, which the callers below have done.
+    return super(Function, function).apply
+
+
 def _sums_in(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in SMALLEST_NORMS else torch.float32
 
@@ -41,23 +47,22 @@ def _across(grad: torch.Tensor, rows: torch.Tensor, norm: float) -> torch.Tensor
 
 
 def _has_kernel(grad: torch.Tensor, rows: torch.Tensor) -> bool:
-    # It has no derivative and no rules for subclasses, takes factors of half-precision rows in half precision, and
-    # cannot be fused with what surrounds it.
+    # PyTorch's derivative of weight normalisation does in one operator what `_across` does in four. It has no
+    # derivative of its own and no rules for subclasses, takes factors of half-precision rows in half precision, and
+    # does not look at strides.
     return (
-        not torch.compiler.is_compiling()
-        and type(grad) is torch.Tensor
-        and grad.device.type == "cpu"
+        grad.is_cpu
+        and grad.dtype is rows.dtype
         and grad.dtype in SMALLEST_NORMS
-        and grad.dtype == rows.dtype
+        and type(grad) is torch.Tensor
         and rows.is_contiguous()
         and not torch.is_grad_enabled()
     )
 
 
-def _across_kernel(grad: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    # PyTorch's derivative of weight normalisation does in one operator what `_across` does in four, times
-    # factors / norms. It does not look at the strides of its inputs.
-    return _derivative_of_weight_norm(grad.contiguous(), rows, factors, norms, 0)[0]
+@functools.cache
+def _ones(rows: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.ones(rows, 1, dtype=dtype, device="cpu")
 
 
 def _scale_rows(x: torch.Tensor, norm: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,9 +90,11 @@ class _ScaleRows(Function):
         grad_x = None
         if grad is not None:
             if _has_kernel(grad, y):
+                # What it takes for the length of a row is that of y, and for its factor, r times that.
                 rows, factors = y.view(-1, y.shape[-1]), factor.view(-1, 1)
-                norms = torch.full_like(factors, ctx.norm)
-                grad_x = _across_kernel(grad.reshape(rows.shape), rows, factors * ctx.norm, norms).view_as(y)
+                norms, grad = torch.full_like(factors, ctx.norm), grad.contiguous().view(rows.shape)
+                grad_x = _derivative_of_weight_norm(grad, rows, factors * ctx.norm, norms, 0)[0]
+                grad_x = grad_x.view_as(y)
             else:
                 grad_x = (_across(grad, y, ctx.norm) * factor).to(y.dtype)
         if grad_factor is not None:
@@ -97,7 +104,8 @@ class _ScaleRows(Function):
 
 
 class _CompiledScaleRows(Function):
-    # With one result, since a compiled backward would be given zeros for the factor and go on with them.
+    # With one result, since a compiled backward would be given zeros for the factor and go on with them; and without
+    # the kernel, which cannot be fused with what surrounds it.
 
     @staticmethod
     def forward(ctx, x, norm):
@@ -110,6 +118,9 @@ class _CompiledScaleRows(Function):
     def backward(ctx, grad):
         y, factor = ctx.saved_tensors
         return (_across(grad, y, ctx.norm) * factor).to(y.dtype), None
+
+
+_eager_scale_rows = _eager(_ScaleRows)
 
 
 def scale_rows(x: torch.Tensor, norm: float) -> torch.Tensor:
@@ -125,10 +136,29 @@ def scale_rows(x: torch.Tensor, norm: float) -> torch.Tensor:
     """
     if not _has_backward():
         return _scale_rows(x, norm)[0]
-    return _CompiledScaleRows.apply(x, norm) if torch.compiler.is_compiling() else _ScaleRows.apply(x, norm)[0]
+    return _CompiledScaleRows.apply(x, norm) if torch.compiler.is_compiling() else _eager_scale_rows(x, norm)[0]
 
 
 class _UnitRows(Function):
+    @staticmethod
+    def forward(ctx, weight):
+        ctx.save_for_backward(weight)
+        return weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        if _has_kernel(grad, weight):
+            ones = _ones(len(weight), weight.dtype)
+            return _derivative_of_weight_norm(grad.contiguous(), weight, ones, ones, 0)[0]
+        if not torch.is_grad_enabled():
+            return _across(grad, weight, 1.0)
+        # A second derivative needs the norm that is taken for granted here.
+        rows, factor = _ScaleRows.apply(weight, 1.0)
+        return (_across(grad, rows, 1.0) * factor).to(weight.dtype)
+
+
+class _CompiledUnitRows(Function):
     @staticmethod
     def forward(ctx, weight):
         ctx.save_for_backward(weight)
@@ -137,14 +167,10 @@ class _UnitRows(Function):
     @staticmethod
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        if _has_kernel(grad, weight):
-            ones = weight.new_ones(len(weight), 1)
-            return _across_kernel(grad, weight, ones, ones)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return _across(grad, weight, 1.0)
-        # A second derivative needs the norm that is taken for granted here.
-        rows, factor = _ScaleRows.apply(weight, 1.0)
-        return (_across(grad, rows, 1.0) * factor).to(weight.dtype)
+        return _across(grad, weight, 1.0)
+
+
+_eager_unit_rows = _eager(_UnitRows)
 
 
 def unit_rows(weight: torch.Tensor) -> torch.Tensor:
@@ -157,22 +183,26 @@ def unit_rows(weight: torch.Tensor) -> torch.Tensor:
     Returns:
         torch.Tensor: the same values; under `torch.func`'s transforms and in forward mode to rounding.
     """
-    if _has_backward():
-        return _UnitRows.apply(weight)
-    return _scale_rows(weight, 1.0)[0] if torch.is_grad_enabled() else weight
+    if not torch.is_grad_enabled():
+        return weight
+    if torch.compiler.is_compiling():
+        return _CompiledUnitRows.apply(weight)
+    return _scale_rows(weight, 1.0)[0] if _is_transformed() else _eager_unit_rows(weight)
 
 
 def _factors(scale, angle):
+    # As wide as a token: cosines, sines, and both times the scale.
     angle = angle.to(_sums_in(angle.dtype))
+    angle = torch.cat([angle, angle], -1)
     cos, sin = angle.cos(), angle.sin()
     if scale is None:
-        return cos, sin, torch.cat([cos, cos], -1), sin, sin
-    first, second = (1 + scale).chunk(2, -1)
-    return cos, sin, torch.cat([first * cos, second * cos], -1), first * sin, second * sin
+        return cos, sin, cos, sin
+    scale = 1 + scale
+    return cos, sin, scale * cos, scale * sin
 
 
 def _turn(x, direct, first_sin, second_sin, sign):
-    if direct.dtype != x.dtype:
+    if direct.dtype is not x.dtype:
         direct, first_sin, second_sin = direct.to(x.dtype), first_sin.to(x.dtype), second_sin.to(x.dtype)
     y = x * direct
     (x_first, x_second), (y_first, y_second) = x.chunk(2, -1), y.chunk(2, -1)
@@ -182,52 +212,61 @@ def _turn(x, direct, first_sin, second_sin, sign):
 
 
 def _scale_rotate(x, scale, angle):
-    return _turn(x, *_factors(scale, angle)[2:], 1)
+    _, _, direct, cross = _factors(scale, angle)
+    return _turn(x, direct, *cross.chunk(2, -1), 1)
 
 
 class _ScaleRotate(Function):
     @staticmethod
     def forward(ctx, x, scale, angle):
-        factors = _factors(scale, angle)
-        ctx.save_for_backward(x, scale, angle, *factors)
-        return _turn(x, *factors[2:], 1)
+        cos, sin, direct, cross = _factors(scale, angle)
+        ctx.save_for_backward(x, scale, angle, cos, sin, direct, cross)
+        return _turn(x, direct, *cross.chunk(2, -1), 1)
 
     @staticmethod
     def backward(ctx, grad):
-        x, scale, angle, cos, sin, direct, first_sin, second_sin = ctx.saved_tensors
+        x, scale, angle, cos, sin, direct, cross = ctx.saved_tensors
         if torch.is_grad_enabled():
             # Other names for the same values: a scale that is made of the tokens is not to be followed back to them.
             aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in (x, scale, angle)]
             inputs = [tensor for tensor in aliases if tensor is not None and tensor.requires_grad]
             grads = iter(torch.autograd.grad(_plain_scale_rotate(*aliases), inputs, grad, create_graph=True))
             return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
+        needs_x, needs_scale, needs_angle = ctx.needs_input_grad
         grad_x = grad_scale = grad_angle = None
-        if ctx.needs_input_grad[0]:
+        first_sin, second_sin = cross.chunk(2, -1)
+        if needs_x:
             # The rotation back, then the scale.
             grad_x = _turn(grad, direct, second_sin, first_sin, -1)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dtype, shape = cos.dtype, first_sin.shape
+        if needs_scale or needs_angle:
+            # Sums over tokens: of g x, and of [g_2 x_1, -g_1 x_2].
             (g_first, g_second), (x_first, x_second) = grad.chunk(2, -1), x.chunk(2, -1)
-            first, second = (grad * x).sum_to_size(direct.shape).to(dtype).chunk(2, -1)
-            to_first = (g_first * x_second).sum_to_size(shape).to(dtype)
-            to_second = (g_second * x_first).sum_to_size(shape).to(dtype)
-            if ctx.needs_input_grad[1]:
-                grad_first = (cos * first).addcmul_(sin, to_second)
-                grad_second = (cos * second).addcmul_(sin, to_first, value=-1)
-                grad_scale = torch.cat([grad_first, grad_second], -1).sum_to_size(scale.shape).to(scale.dtype)
-            if ctx.needs_input_grad[2]:
-                direct_first, direct_second = direct.chunk(2, -1)
-                grad_angle = (direct_first * to_second).addcmul_(direct_second, to_first, value=-1)
-                grad_angle.addcmul_(first_sin, first, value=-1).addcmul_(second_sin, second, value=-1)
-                grad_angle = grad_angle.sum_to_size(angle.shape).to(angle.dtype)
+            along, half = (grad * x).sum_to_size(direct.shape), first_sin.shape
+            across = (g_second * x_first).sum_to_size(half), -(g_first * x_second).sum_to_size(half)
+            across = torch.cat(across, -1)
+            if along.dtype is not cos.dtype:
+                along, across = along.to(cos.dtype), across.to(cos.dtype)
+            if needs_scale:
+                grad_scale = (cos * along).addcmul_(sin, across)
+                grad_scale = grad_scale.sum_to_size(scale.shape).to(scale.dtype)
+            if needs_angle:
+                first, second = (direct * across).addcmul_(cross, along, value=-1).chunk(2, -1)
+                grad_angle = (first + second).sum_to_size(angle.shape).to(angle.dtype)
         return grad_x, grad_scale, grad_angle
 
 
+_eager_scale_rotate = _eager(_ScaleRotate)
+
+
 def _plain_scale_rotate(x, scale, angle):
-    # One loop that vectorises when compiled: a rotation as x direct + flipped x cross.
-    _, _, direct, first_sin, second_sin = _factors(scale, angle)
-    cross = torch.stack([-second_sin, first_sin], dim=-2).to(x.dtype)
-    return x * direct.to(x.dtype) + (x.unflatten(-1, (2, -1)).flip(-2) * cross).flatten(-2)
+    # One loop that vectorises when compiled: a rotation as x direct + flipped x cross. Cosines and sines of the angles
+    # once, not twice as in `_factors`, since the loop may compute them anew for each token.
+    angle = angle.to(_sums_in(angle.dtype))
+    cos, sin = angle.cos(), angle.sin()
+    first, second = (1, 1) if scale is None else (1 + scale).chunk(2, -1)
+    direct = torch.cat([first * cos, second * cos], -1).to(x.dtype)
+    cross = torch.stack([-second * sin, first * sin], -2).to(x.dtype)
+    return x * direct + (x.unflatten(-1, (2, -1)).flip(-2) * cross).flatten(-2)
 
 
 def scale_rotate(x: torch.Tensor, scale: torch.Tensor | None, angle: torch.Tensor) -> torch.Tensor:
@@ -245,7 +284,7 @@ def scale_rotate(x: torch.Tensor, scale: torch.Tensor | None, angle: torch.Tenso
     """
     if torch.compiler.is_compiling() or _is_transformed():
         return _plain_scale_rotate(x, scale, angle)
-    return (_ScaleRotate.apply if torch.is_grad_enabled() else _scale_rotate)(x, scale, angle)
+    return (_eager_scale_rotate if torch.is_grad_enabled() else _scale_rotate)(x, scale, angle)
 
 
 class _ScaledSiLU(Function):
@@ -266,6 +305,9 @@ class _ScaledSiLU(Function):
         return torch.ops.aten.silu_backward(grad, x).mul_(ctx.scale), None
 
 
+_eager_scaled_silu = _eager(_ScaledSiLU)
+
+
 def scaled_silu(x: torch.Tensor, scale: float) -> torch.Tensor:
     """SiLU times a constant.
 
@@ -277,4 +319,6 @@ def scaled_silu(x: torch.Tensor, scale: float) -> torch.Tensor:
     Returns:
         torch.Tensor: shape and dtype of `x`.
     """
-    return _ScaledSiLU.apply(x, scale) if _has_backward() else F.silu(x).mul_(scale)
+    if not _has_backward():
+        return F.silu(x).mul_(scale)
+    return (_ScaledSiLU.apply if torch.compiler.is_compiling() else _eager_scaled_silu)(x, scale)

@@ -72,16 +72,15 @@ class _NormalizedRows(nn.Module):
     forced_weight_normalization: bool
     row_norm: float
 
-    @torch.no_grad()
-    def _relative_row_norms(self) -> torch.Tensor:
-        weight = _rows_here(self.weight)
-        weight = weight.to(functional.compute_dtype(weight.dtype))
-        norm = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
+    def _relative_row_norms(self, rows: torch.Tensor) -> torch.Tensor:
+        rows = rows.to(functional.compute_dtype(rows.dtype))
+        norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
         return norm if self.row_norm == 1 else norm.div_(self.row_norm)
 
     @torch.no_grad()
     def _normalize_rows_(self) -> None:
-        rows, norm = _rows_here(self.weight), self._relative_row_norms()
+        rows = _rows_here(self.weight)
+        norm = self._relative_row_norms(rows)
         # Rows that are there already are left alone to the bit, without asking the device how many that are.
         settled = (norm - 1).abs_() <= _row_tolerance(rows.dtype)
         # Rows too long for a norm become NaN, which is noticed, rather than zeros, which are not.
@@ -92,11 +91,12 @@ class _NormalizedRows(nn.Module):
         else:
             rows.div_(norm)
 
+    @torch.no_grad()
     def _settle_rows(self) -> None:
         """Normalise rows of a training module that is about to be read as it is stored."""
         if not (self.training and self.forced_weight_normalization) or self.weight.is_meta or _loading.get():
             return
-        norm = self._relative_row_norms()
+        norm = self._relative_row_norms(_rows_here(self.weight))
         if not norm.numel():
             return  # More processes than rows: this one holds none.
         drift = (norm - 1).abs().masked_fill(norm == 0, 0).max().item()
@@ -181,12 +181,11 @@ class MPLinear(_NormalizedRows, nn.Linear):
         Returns:
             torch.Tensor: shape (..., out_features).
         """
-        if not self._normalize_on_use():
-            weight = self.weight
-        elif self.rows_are_trusted:
-            weight = fused.unit_rows(self.weight)
-        else:
-            weight = functional.unit_norm(self.weight)
+        weight = self.weight
+        if self.training and self.rows_are_trusted:
+            weight = fused.unit_rows(weight)
+        elif self._normalize_on_use():
+            weight = functional.unit_norm(weight)
         return F.linear(hidden_states, weight)
 
 
