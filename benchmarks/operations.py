@@ -3,15 +3,16 @@
     python benchmarks/operations.py
 
 Tensors of S/2 with 16 latents of 4x16x16: 1024 tokens of 384 channels, 6 heads. "inference" is a forward without
-gradient, "training" a forward and a backward with all gradients. Both take turns; times are medians in microseconds,
-the ratio is the median of the ratios within a round. The second table leaves parts of E out of whole steps. Prints
-Markdown; asserts nothing.
+gradient, "forward" one with, "backward" gives all gradients; each comes after a matrix product, as in a model, which
+leaves the caches full of other things. Both take turns; times are medians in microseconds, the ratio is the median of
+the ratios within a round. The second table leaves parts of E out of whole steps. Prints Markdown; asserts nothing.
 """
 
 import argparse
 import contextlib
 import copy
 import datetime
+import functools
 import math
 import os
 import platform
@@ -79,8 +80,13 @@ OPERATIONS = {
 }
 
 
-def compare(before: Callable[[], object], after: Callable[[], object], rounds: int) -> tuple[float, float, float]:
-    times = take_turns({"before": before, "after": after}, rounds)
+def compare(
+    before: Callable[..., object],
+    after: Callable[..., object],
+    rounds: int,
+    prepare: Callable[[str], object] | None = None,
+) -> tuple[float, float, float]:
+    times = take_turns({"before": before, "after": after}, rounds, prepare=prepare)
     return (
         *(spread(times[name])["median"] * 1e6 for name in ("before", "after")),
         ratio(times, "after", "before")["median"],
@@ -88,21 +94,26 @@ def compare(before: Callable[[], object], after: Callable[[], object], rounds: i
 
 
 def rows_of_operations(rounds: int):
+    tokens, weight = torch.randn(B * N, D), torch.randn(4 * D, D) / math.sqrt(D)
     for name, (plain, ours, shapes) in OPERATIONS.items():
         inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
         grad = torch.randn_like(plain(*inputs))
 
-        def infer(function, inputs=inputs):
-            with torch.no_grad():
-                return function(*inputs)
+        def forward(turn, plain=plain, ours=ours, inputs=inputs):
+            return (plain if turn == "before" else ours)(*inputs)
 
-        def train(function, inputs=inputs, grad=grad):
-            return torch.autograd.grad(function(*inputs), inputs, grad)
+        def prepare(turn, forward=forward, backward=False):
+            output = forward(turn) if backward else turn
+            F.linear(tokens, weight)
+            return output
 
-        for mode, run in (("inference", infer), ("training", train)):
-            numbers = compare(lambda: run(plain), lambda: run(ours), rounds)  # noqa: B023
-            yield f"{name}, {mode}", *numbers
-    tokens, weight = torch.randn(B * N, D), torch.randn(4 * D, D) / math.sqrt(D)
+        def backward(output, inputs=inputs, grad=grad):
+            torch.autograd.grad(output, inputs, grad)
+
+        with torch.no_grad():
+            yield f"{name}, inference", *compare(forward, forward, rounds, prepare)
+        yield f"{name}, forward", *compare(forward, forward, rounds, prepare)
+        yield f"{name}, backward", *compare(backward, backward, rounds, functools.partial(prepare, backward=True))
 
     def feed(inplace):
         # With the map: what is overwritten has to be new each time.

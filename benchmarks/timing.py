@@ -7,13 +7,20 @@ from collections.abc import Callable
 import torch
 
 
-def take_turns(functions: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def take_turns(
+    functions: dict[str, Callable[..., object]],
+    rounds: int,
+    warmup: int = 2,
+    prepare: Callable[[str], object] | None = None,
+) -> dict[str, list[float]]:
     """Seconds of each call. Every round calls each function once, beginning with another one each time.
 
     Args:
         functions (dict): name to function; what it starts on a CUDA device is waited for.
         rounds (int): calls of each that are timed.
         warmup (int): calls of each before that.
+        prepare (callable, optional): called with the name before each call, in no one's time; what it returns is what
+            the function is called with, which takes nothing otherwise.
     Returns:
         dict: name to one time for each round.
     """
@@ -22,9 +29,10 @@ def take_turns(functions: dict[str, Callable[[], object]], rounds: int, warmup: 
     for turn in range(warmup + rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            arguments = () if prepare is None else (prepare(name),)
             _wait()
             start = time.perf_counter()
-            functions[name]()
+            functions[name](*arguments)
             _wait()
             if turn >= warmup:
                 times[name].append(time.perf_counter() - start)

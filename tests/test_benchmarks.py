@@ -62,7 +62,7 @@ def test_speed_writes_its_table(tmp_path):
 
 def test_operations_prints_a_row_for_each_trick():
     rows = [line for line in run("operations.py", "--rounds", "3", "--size", "XS/8").splitlines() if line[:2] == "| "]
-    operations, steps = rows[: 1 + 6 * 2 + 4], rows[1 + 6 * 2 + 4 :]
+    operations, steps = rows[: 1 + 6 * 3 + 4], rows[1 + 6 * 3 + 4 :]
     assert all(line.count("|") == 5 for line in operations)
     assert [line.split(" | ")[0] for line in steps[1:]] == [
         "| whole",
