@@ -176,7 +176,7 @@ def pairs_table(results):
     """Changes from E with DiT's modulation; of an arm without gate also from the same with one."""
     rows = []
     for arm, records in results.items():
-        for reference in (ADALN, f"{arm}+gate"):
+        for reference in dict.fromkeys((ADALN, f"{arm}+gate")):  # once where both are the same
             if arm != reference and records and results.get(reference):
                 measures = ("frechet", "loss", "update_cpu_ms")
                 columns = [changes(records, results[reference], name) for name in measures]

@@ -92,6 +92,20 @@ def test_changes_are_paired_by_seed():
     assert ablation_report.changes(records, references, "update_cpu_ms") == pytest.approx([20.0])
 
 
+def test_each_change_stands_in_its_table_once(monkeypatch):
+    monkeypatch.setattr(ablation_report, "title", str)
+    monkeypatch.setattr(ablation_report, "changes", lambda records, references, name: [1.0, 2.0])
+    arms = ("A_scale+shift+gate", "E_scale+shift+gate", "E_scale+gate", "E_scale+shift", "E_scale")
+    rows = ablation_report.pairs_table({arm: [record_of(0, 1.0)] for arm in arms}).splitlines()[2:]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == [
+        "A_scale+shift+gate from E_scale+shift+gate",
+        "E_scale+gate from E_scale+shift+gate",
+        "E_scale+shift from E_scale+shift+gate",
+        "E_scale from E_scale+shift+gate",
+        "E_scale from E_scale+gate",
+    ]
+
+
 @pytest.mark.parametrize(
     "values, claimed, expected",
     [
