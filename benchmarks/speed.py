@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 from PIL import Image
-from timing import ratio, spread, take_turns
+from timing import keep_memory, ratio, spread, take_turns
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -62,6 +62,7 @@ def parse_args():
     parser.add_argument("--num_inference_steps", type=int, default=4, help="of the pipeline, in each round")
     parser.add_argument("--num_images", type=int, default=512, help="encoded to measure the loading of latents")
     parser.add_argument("--no_compile", action="store_true", help="eager mode only")
+    parser.add_argument("--keep_memory", action="store_true", help="glibc returns no freed memory to the system")
     parser.add_argument("--output", type=Path, help="where to write, without a suffix; standard output by default")
     return parser.parse_args()
 
@@ -388,6 +389,8 @@ def table(results: dict) -> str:
 
 def main():
     args = parse_args()
+    if args.keep_memory:
+        keep_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     models = build_models(args.size, args.sample_size, device)
@@ -413,7 +416,8 @@ def main():
     facts = "\n".join(f"- {name}: {results[name]}" for name in ("machine", "device", "versions", "date"))
     facts = f"- command: `{results['command']}`\n{facts}"
     text = (
-        f"# Speed of {args.size}, {args.batch_size} latents of 4x{args.sample_size}x{args.sample_size}\n\n"
+        f"# Speed of {args.size}, {args.batch_size} latents of 4x{args.sample_size}x{args.sample_size}"
+        f"{', freed memory kept' if args.keep_memory else ''}\n\n"
         f"{facts}\n- {args.rounds} rounds, {results['threads']} threads; medians of the ratios within a round\n\n"
         f"{table(results)}\n"
     )
