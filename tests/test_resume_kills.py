@@ -36,7 +36,7 @@ OPTIONS = [
 
 # argv: number of kills, seed, the trainer's arguments. Prints JSON: how many kills, how many of them while saving.
 HARNESS = """
-import os, random, signal, sys, time
+import contextlib, os, random, signal, sys, time
 sys.path.insert(0, {examples!r})
 import torch, train_mpdit, training_arguments
 from pathlib import Path
@@ -49,10 +49,15 @@ rng = random.Random(seed)
 kills = while_saving = tries = 0
 
 def unfinished():
-    # A checkpoint, or a snapshot.
-    return [*output_dir.glob("*.unfinished"), *output_dir.glob("ema_snapshots/*.unfinished")]
+    # A checkpoint or a snapshot, and when it was last written to: what an earlier kill has left is no save.
+    found = set()
+    for path in [*output_dir.glob("*.unfinished"), *output_dir.glob("ema_snapshots/*.unfinished")]:
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path, path.stat().st_ctime_ns))
+    return found
 
 while True:
+    left = unfinished()
     child = os.fork()
     if child == 0:
         log = os.open(str(output_dir) + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -62,9 +67,9 @@ while True:
     tries += 1
     if kills < num_kills:
         deadline, at_save = time.monotonic() + rng.uniform(0.1, 0.8), kills % 2 == 1
-        while time.monotonic() < deadline and os.waitpid(child, os.WNOHANG) == (0, 0):
-            saving = unfinished()
-            if at_save and saving and time.monotonic() > deadline - 0.4:
+        # A save is waited for, however slow the machine is; not always the first one.
+        while time.monotonic() < deadline + 60 * at_save and os.waitpid(child, os.WNOHANG) == (0, 0):
+            if at_save and time.monotonic() > deadline - 0.4 and unfinished() - left:
                 time.sleep(rng.uniform(0, 0.005))
                 break
             time.sleep(0.001)
@@ -75,7 +80,7 @@ while True:
             raise SystemExit("the run ended before it could be killed often enough")
         if os.WIFSIGNALED(status):
             kills += 1
-            while_saving += bool(unfinished())
+            while_saving += bool(unfinished() - left)
     else:
         _, status = os.waitpid(child, 0)
         if status:
