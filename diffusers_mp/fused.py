@@ -32,7 +32,9 @@ def _has_backward() -> bool:
 
 
 def _eager(function: type[Function]):
-    # `Function.apply` goes on to this one after it has looked for transforms, which the callers below have done.
+    # Each without a layer of Python: forward looks for transforms, as the callers below have done; backward looks for
+    # another form of itself.
+    function._backward_cls.apply = function.backward
     return super(Function, function).apply
 
 
@@ -52,7 +54,6 @@ def _has_kernel(grad: torch.Tensor, rows: torch.Tensor) -> bool:
     # does not look at strides.
     return (
         grad.is_cpu
-        and grad.dtype is rows.dtype
         and grad.dtype in SMALLEST_NORMS
         and type(grad) is torch.Tensor
         and rows.is_contiguous()
@@ -201,19 +202,19 @@ def _factors(scale, angle):
     return cos, sin, scale * cos, scale * sin
 
 
-def _turn(x, direct, first_sin, second_sin, sign):
+def _turn(x, x_halves, direct, first_sin, second_sin, sign):
     if direct.dtype is not x.dtype:
         direct, first_sin, second_sin = direct.to(x.dtype), first_sin.to(x.dtype), second_sin.to(x.dtype)
     y = x * direct
-    (x_first, x_second), (y_first, y_second) = x.chunk(2, -1), y.chunk(2, -1)
-    y_first.addcmul_(x_second, second_sin, value=-sign)
-    y_second.addcmul_(x_first, first_sin, value=sign)
+    y_first, y_second = y.chunk(2, -1)
+    y_first.addcmul_(x_halves[1], second_sin, value=-sign)
+    y_second.addcmul_(x_halves[0], first_sin, value=sign)
     return y
 
 
 def _scale_rotate(x, scale, angle):
     _, _, direct, cross = _factors(scale, angle)
-    return _turn(x, direct, *cross.chunk(2, -1), 1)
+    return _turn(x, x.chunk(2, -1), direct, *cross.chunk(2, -1), 1)
 
 
 class _ScaleRotate(Function):
@@ -221,7 +222,7 @@ class _ScaleRotate(Function):
     def forward(ctx, x, scale, angle):
         cos, sin, direct, cross = _factors(scale, angle)
         ctx.save_for_backward(x, scale, angle, cos, sin, direct, cross)
-        return _turn(x, direct, *cross.chunk(2, -1), 1)
+        return _turn(x, x.chunk(2, -1), direct, *cross.chunk(2, -1), 1)
 
     @staticmethod
     def backward(ctx, grad):
@@ -235,12 +236,13 @@ class _ScaleRotate(Function):
         needs_x, needs_scale, needs_angle = ctx.needs_input_grad
         grad_x = grad_scale = grad_angle = None
         first_sin, second_sin = cross.chunk(2, -1)
+        g_first, g_second = halves = grad.chunk(2, -1)
         if needs_x:
             # The rotation back, then the scale.
-            grad_x = _turn(grad, direct, second_sin, first_sin, -1)
+            grad_x = _turn(grad, halves, direct, second_sin, first_sin, -1)
         if needs_scale or needs_angle:
             # Sums over tokens: of g x, and of [g_2 x_1, -g_1 x_2].
-            (g_first, g_second), (x_first, x_second) = grad.chunk(2, -1), x.chunk(2, -1)
+            x_first, x_second = x.chunk(2, -1)
             along, half = (grad * x).sum_to_size(direct.shape), first_sin.shape
             across = (g_second * x_first).sum_to_size(half), -(g_first * x_second).sum_to_size(half)
             across = torch.cat(across, -1)
