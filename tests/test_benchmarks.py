@@ -51,14 +51,31 @@ def test_speed_writes_its_table(tmp_path):
     assert saved["E shift"] < saved["A"]  # no LayerNorm keeps its result
     # Half as many angles as shifts; E has gains that A has not.
     assert results["parameters"]["E rotate"] < results["parameters"]["A"] < results["parameters"]["E shift"]
-    # FLOPs of S/2 and its kin are those of its maps: 2 for each weight and token, 6 blocks of 12 D^2, and the rest.
-    num_tokens, width = 2 * 2 * 2, 256
-    assert results["inference"]["eager"]["flops_of_E"] > 2 * num_tokens * 6 * 12 * width**2
+    # Two for each weight and token, or weight and image in what makes modulations, and two products of attention.
+    images, tokens, width, blocks = 2, 4, 256, 6
+    of_tokens = blocks * 12 * width**2 + (8 * 8 * 4 + 1) * width + width * 8 * 8 * 8
+    of_images = 256 * width + width**2 + (blocks * 2 * 2.5 + 1.5) * width**2
+    attention = blocks * 2 * tokens**2 * width
+    assert results["inference"]["eager"]["flops_of_E"] == 2 * images * (tokens * of_tokens + of_images + attention)
     table = (tmp_path / "speed.md").read_text()
     for row in ("inference, E / A", "training step, E / A", "share of a step", "images/s"):
         assert row in table
     assert results["date"] in table
     assert results["versions"] in table
+
+
+@pytest.mark.slow  # compiles three models
+def test_compiled_parts_prints_its_table():
+    printed = run("compiled_parts.py", "--size", "XS/8", "--batch_size", "2", "--rounds", "3")
+    rows = {row.split(" | ")[0]: row.split(" | ")[1:] for row in printed.splitlines() if row[:2] == "| "}
+    assert list(rows) == [
+        *("| part", "| products of tokens", "| products of the conditioning", "| attention", "| compiled kernels"),
+        *("| copies, allocation, calls", "| products and attention", "| all"),
+    ]
+    times = [[float(cell.split()[0]) for cell in row] for row in list(rows.values())[1:]]
+    assert all(time > 0 for row in times for time in row)
+    # Each row is a decile of its own, and so they add up roughly.
+    assert sum(map(sum, times[:5])) == pytest.approx(sum(times[-1]), rel=0.3)
 
 
 def test_operations_prints_a_row_for_each_trick():
