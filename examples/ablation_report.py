@@ -332,6 +332,7 @@ def write_report(file, command, sweeps, results, facts, settings, num_planned):
     versions = {", ".join(f"{name} {value}" for name, value in record["versions"].items()) for record in records}
     dates = sorted(record["date"] for record in records)
     former = file.read_text() if file.is_file() else ""
+    quality = quality_table(results, sweeps)
     filled = TEMPLATE.format(
         command=command,
         machine=all_of("machine"),
@@ -343,7 +344,10 @@ def write_report(file, command, sweeps, results, facts, settings, num_planned):
         num_failed=sum(len(record["failed_seeds"]) for record in of_sweeps),
         width=settings["num_attention_heads"] * settings["attention_head_dim"],
         claims=claims_table(results, sweeps),
-        quality=quality_table(results, sweeps),
+        quality=quality,
+        edges='"(edge)" above says that it is the first or last of them, so that there may be a better one beyond.'
+        if "(edge)" in quality
+        else "No arm has it at the end of those that it tried.",
         pairs=pairs_table(results),
         tried=sweep_table(sweeps),
         magnitudes=magnitudes_table(results),
@@ -409,8 +413,8 @@ Paired by seed:
 
 ## Rates
 
-Validation loss, and Fréchet distance, of the first seed at every rate that was tried. In bold the one that was taken;
-"(edge)" above says that it is the first or last of them, so that the arm may have a better one beyond.
+Validation loss, and Fréchet distance, of the first seed at every rate that was tried. In bold the one that was taken.
+{edges}
 
 {tried}
 
