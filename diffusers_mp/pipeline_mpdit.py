@@ -16,6 +16,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     ImagePipelineOutput,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance, MagnitudeAwareGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -50,8 +51,9 @@ class MPDiTPipeline(DiffusionPipeline):
         guider (BaseGuidance, optional): a guider of `diffusers.guiders` that makes one prediction of two, in place of
             `guidance_scale`: it brings its own scale, start and stop.
         prediction_type (str, optional): what the transformer predicts, as schedulers name it: "epsilon",
-            "v_prediction", "sample", or "flow_prediction". By default what `scheduler` takes it for. A scheduler that
-            takes it for something else, put in later or on loading, is refused.
+            "v_prediction", "sample", or "flow_prediction"; "edm_epsilon" and "edm_v_prediction" for one trained with
+            EDM's preconditioning. By default what `scheduler` takes it for. A scheduler that takes it for something
+            else, put in later or on loading, is refused.
     Raises:
         TypeError: if a transformer is not of this package, or the guider not of diffusers.
         ValueError: if the components do not fit each other, or the guider needs more than two predictions.
@@ -434,17 +436,27 @@ class MPDiTPipeline(DiffusionPipeline):
                 "prediction_type='flow_prediction', flow_shift=config.shift)`, got a "
                 f"{type(self.scheduler).__name__} for {taken_for!r} with use_flow_sigmas {_is_flow(self.scheduler)}."
             )
-        if taken_for != wanted:
+        if taken_for is None or taken_for != wanted:
             raise ValueError(
                 f"`scheduler` must have prediction_type {wanted!r}, which is what the transformer predicts, got a "
                 f"{type(self.scheduler).__name__} for {taken_for!r}."
+            )
+        if _is_flow(self.scheduler) != (wanted == "flow_prediction"):
+            raise ValueError(
+                f"`scheduler` must have the noise levels of a diffusion for a transformer that predicts {wanted!r}, "
+                f"got a {type(self.scheduler).__name__} with use_flow_sigmas True."
+            )
+        if _option(self.scheduler, "use_dynamic_shifting"):
+            raise ValueError(
+                "`scheduler` must have use_dynamic_shifting False: the shift by image size is for a `mu` that this "
+                f"pipeline does not give, got a {type(self.scheduler).__name__} with True."
             )
 
     def _sampler(self):
         """The registered scheduler, or a copy that does not look for a variance it will not get."""
         self._check_scheduler()
         scheduler = self.scheduler
-        expects_variance = scheduler.config.get("variance_type") in _LEARNED_VARIANCE_TYPES
+        expects_variance = _option(scheduler, "variance_type") in _LEARNED_VARIANCE_TYPES
         if isinstance(scheduler, DDPMScheduler):
             if expects_variance and not self._variance_is_learned():
                 raise ValueError(
@@ -518,7 +530,7 @@ class MPDiTPipeline(DiffusionPipeline):
             callback_on_step_end (callable, optional): called after each step as
                 `callback(pipe, step, timestep, tensors)`; "latents" in the dict it returns replace those of the loop.
             callback_on_step_end_tensor_inputs (list of str, optional): tensors for the callback, out of "latents"
-                (the default) and "noise_pred".
+                (the default) and "noise_pred". A `PipelineCallback` of diffusers brings its own.
         Returns:
             ImagePipelineOutput or tuple: `images`.
         Raises:
@@ -534,6 +546,8 @@ class MPDiTPipeline(DiffusionPipeline):
             guidance_scale = DEFAULT_GUIDANCE_SCALE if self._can_guide else 1.0
             if self.guidance_transformer is not None:
                 guidance_scale = DEFAULT_AUTOGUIDANCE_SCALE
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         if isinstance(generator, tuple):
             generator = list(generator)  # diffusers' randn_tensor knows lists only
@@ -699,15 +713,22 @@ def _is_interval(interval: tuple[float, float]) -> bool:
     )
 
 
-def _prediction_type(scheduler) -> str:
-    """What a scheduler takes the model's output for."""
+def _prediction_type(scheduler) -> str | None:
+    """What a scheduler takes the model's output for; None if it does not say."""
     if isinstance(scheduler, FLOW_SCHEDULERS):
         return "flow_prediction"
-    return scheduler.config.get("prediction_type", "epsilon")
+    prediction_type = _option(scheduler, "prediction_type")
+    # EDM's samplers scale what goes into the model and what comes out of it, for a model trained in that way.
+    return f"edm_{prediction_type}" if hasattr(scheduler, "precondition_inputs") else prediction_type
 
 
 def _is_flow(scheduler) -> bool:
-    return isinstance(scheduler, FLOW_SCHEDULERS) or bool(scheduler.config.get("use_flow_sigmas"))
+    return isinstance(scheduler, FLOW_SCHEDULERS) or bool(_option(scheduler, "use_flow_sigmas"))
+
+
+def _option(scheduler, name: str):
+    # `from_config` leaves in the config what another class had there and this one does not look at.
+    return scheduler.config.get(name) if name in inspect.signature(type(scheduler)).parameters else None
 
 
 def _noise_levels(scheduler) -> list[float]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import DDIMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from helpers import run_python, tiny_model, tiny_vae
 from peft import LoraConfig
 
@@ -203,3 +204,19 @@ def test_a_callback_that_changes_latents():
     plain = sample(pipe, output_type="latent")
     mirrored = sample(pipe, output_type="latent", callback_on_step_end=mirror)
     assert torch.equal(mirrored, plain.flip(-1))
+
+
+class Halve(PipelineCallback):
+    tensor_inputs = ["noise_pred", "latents"]
+
+    def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+        assert callback_kwargs["noise_pred"].shape == callback_kwargs["latents"].shape
+        return {"latents": callback_kwargs["latents"] / 2} if step_index == 2 else callback_kwargs
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_callbacks_of_diffusers_bring_their_tensors(several):
+    callback = MultiPipelineCallbacks([Halve()]) if several else Halve()
+    pipe = tiny_pipeline()
+    plain = sample(pipe, output_type="latent")
+    assert torch.equal(sample(pipe, output_type="latent", callback_on_step_end=callback), plain / 2)

@@ -108,7 +108,17 @@ def test_exact_predictions_of_gaussian_data_return_its_mean_and_std(name, kind, 
         (
             "v_prediction",
             "EDMEulerScheduler",
-            "must have prediction_type 'v_prediction', .* EDM.* for 'epsilon'",
+            "must have prediction_type 'v_prediction', .* EDM.* for 'edm_epsilon'",
+        ),
+        (
+            "epsilon",
+            "EDMEulerScheduler",
+            "must have prediction_type 'epsilon', .* EDM.* for 'edm_epsilon'",
+        ),
+        (
+            "epsilon",
+            "FlowMatchLCMScheduler",
+            "must have prediction_type 'epsilon', .* got a FlowMatchLCMScheduler for None",
         ),
     ],
 )
@@ -132,3 +142,28 @@ def test_a_flow_at_the_noise_levels_of_a_diffusion_is_refused():
     pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(flow.config, prediction_type="flow_prediction")
     with pytest.raises(ValueError, match="for 'flow_prediction' with use_flow_sigmas False"):
         pipe(num_inference_steps=2)
+
+
+def test_a_diffusion_at_the_noise_levels_of_a_flow_is_refused():
+    pipe = MPDiTPipeline(tiny_model("A", out_channels=4, num_classes=None), DDPMScheduler(**DDPM))
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_flow_sigmas=True)
+    with pytest.raises(ValueError, match="must have the noise levels of a diffusion .* DPMSolver.* True"):
+        pipe(num_inference_steps=2)
+
+
+def test_a_shift_by_image_size_is_refused():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match="must have use_dynamic_shifting False: .* got a FlowMatchEuler.* with True"):
+        MPDiTPipeline(tiny_model("A", out_channels=4, num_classes=None), scheduler)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DDIMScheduler"])
+def test_the_scheduler_that_runs_is_the_one_that_callbacks_see(name):
+    """Made from a scheduler that expects a learned variance, of which these two know nothing."""
+    learned = DDPMScheduler(**DDPM, variance_type="learned_range")
+    pipe = MPDiTPipeline(tiny_model("A", num_classes=None), learned)
+    pipe.scheduler = getattr(diffusers, name).from_config(learned.config)
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+    pipe(num_inference_steps=2, callback_on_step_end=lambda pipe, *_: seen.append(len(pipe.scheduler.timesteps)) or {})
+    assert seen == [2, 2]
