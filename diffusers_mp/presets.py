@@ -43,8 +43,8 @@ def get_preset(
 
     Args:
         size (str): "XS", "S", "B", "L" or "XL", a slash, and a patch size of 2, 4 or 8, as in "S/2".
-        configuration (str): "A" (DiT's baseline) to "E" (magnitude preserving, no normalisation layer), Table 1 of
-            arXiv 2505.19122.
+        configuration (str): "A" (DiT's norms and plain weights; with `modulation` "scale", "shift" and "gate", DiT) to
+            "E" (magnitude preserving, no normalisation layer), Table 1 of arXiv 2505.19122.
         modulation (sequence of str): subset of "scale", "shift", "rotate", "gate".
         **overrides: any other argument of the model, such as `sample_size` or `num_classes`; wins over the preset.
     Returns:
@@ -65,7 +65,8 @@ def get_preset(
         "num_attention_heads": num_attention_heads,
         "attention_head_dim": width // num_attention_heads,
         "patch_size": int(patch_size),
-        "modulation": list(modulation),
+        # A string is left for the model to refuse.
+        "modulation": modulation if isinstance(modulation, str) else list(modulation),
         **CONFIGURATIONS[configuration],
         **overrides,
     }

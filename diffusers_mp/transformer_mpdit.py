@@ -29,6 +29,10 @@ _ACTIVATIONS = {
 }
 
 
+# Ways to start a LoRA that change the weight beside it, by the beginning of their names in PEFT.
+_CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq")
+
+
 class MPDiTAttnProcessor:
     """Self-attention over all tokens; with `cosine_attention`, of queries and keys at RMS 1.
 
@@ -518,6 +522,7 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAd
         config: str | Path,
         subfolder: str | None = None,
         dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
         **hub_options,
     ) -> "MPDiTTransformer2DModel":
         """Load from one safetensors file, apart from its folder.
@@ -529,6 +534,7 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAd
             config (str or Path): folder or Hub id with the `config.json` of the model.
             subfolder (str, optional): where it lies in there, such as "transformer".
             dtype (torch.dtype, optional): of the model; that of the file by default.
+            torch_dtype (torch.dtype, optional): another name for `dtype`, as in diffusers.
             hub_options: `token`, `cache_dir`, `local_files_only`, `revision`, `force_download`, as in
                 `from_pretrained`.
         Returns:
@@ -540,7 +546,44 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAd
         with init_empty_weights():
             model = cls.from_config(cls.load_config(config, subfolder=subfolder, **hub_options))
         model.eval().load_state_dict(state_dict, assign=True)
+        dtype = torch_dtype if dtype is None else dtype
         return model if dtype is None else model.to(dtype)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As `ModelMixin.from_pretrained`, with the rows exactly as they were saved.
+
+        Raises:
+            ValueError: if a model whose rows are normalised on use (`weight_normalization` without
+                `forced_weight_normalization`) is quantised: quantised maps use rows as they are stored.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # `output_loading_info`
+        if getattr(model, "hf_quantizer", None) is not None and model._normalizes_on_use():
+            raise ValueError(
+                "`quantization_config` must be None for a model with `forced_weight_normalization=False`, whose rows "
+                "are normalised on use, which quantised maps do not do; got "
+                f"{type(model.hf_quantizer.quantization_config).__name__}."
+            )
+        return loaded
+
+    def _normalizes_on_use(self) -> bool:
+        return self.config.weight_normalization and not self.config.forced_weight_normalization
+
+    def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
+        """As in diffusers; refuses the kinds of LoRA that move part of a weight into the adapter.
+
+        Raises:
+            ValueError: if `init_lora_weights` is "pissa", "olora", "corda" or "loftq", for a model whose rows have a
+                fixed norm: they leave shorter rows, which training would bring back to it.
+        """
+        kind = getattr(adapter_config, "init_lora_weights", None)
+        if self.config.weight_normalization and isinstance(kind, str) and kind.startswith(_CHANGES_WEIGHTS):
+            raise ValueError(
+                "`init_lora_weights` must leave the weights as they are, since training normalises their rows: True, "
+                f"False, 'gaussian', 'orthogonal' or 'eva'; got {kind!r}."
+            )
+        super().add_adapter(adapter_config, adapter_name)
 
     def train(self, mode: bool = True):
         """As `torch.nn.Module.train`; refuses training mode while attention maps are fused or a LoRA is.
@@ -564,7 +607,7 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAd
         """
         if self.training:
             raise ValueError("`fuse_lora` is for inference: call `model.eval()` first.")
-        if self.config.weight_normalization and not self.config.forced_weight_normalization:
+        if self._normalizes_on_use():
             raise ValueError(
                 "`fuse_lora` needs rows that are used as they are stored; with `forced_weight_normalization=False` "
                 "they are normalised on use: keep the LoRA unfused."
@@ -637,8 +680,10 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAd
                 f"`class_labels` must be integers (int64 or int32) of shape ({batch_size},), got {class_labels.dtype} "
                 f"of shape {tuple(class_labels.shape)}."
             )
-        # Reading values off an accelerator would stall it, and breaks a compiled graph: there ids are checked outside.
-        if batch_size and class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Reading values off an accelerator would stall it and breaks a compiled graph, and fake tensors and those of
+        # `torch.func` have none: there ids are checked outside.
+        has_values = type(class_labels) is torch.Tensor and not torch._C._are_functorch_transforms_active()
+        if batch_size and has_values and class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
             lowest, highest = class_labels.min().item(), class_labels.max().item()
             if lowest < 0 or highest > config.num_classes:
                 raise ValueError(

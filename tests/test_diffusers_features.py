@@ -8,6 +8,9 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
+from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin, QuantizationMethod
 from helpers import NOT_IN_DEV, run_processes, tiny_inputs, tiny_model
 from peft import LoraConfig
 from torch import nn
@@ -107,6 +110,42 @@ def test_fused_attention_maps_are_not_saved(tmp_path):
     assert not any("to_qkv" in name for name in model.state_dict())
 
 
+# Quantisation
+
+
+@pytest.fixture
+def no_op_quantizer(monkeypatch):
+    """One that diffusers takes for a backend, and that leaves maps alone: none of theirs is installed."""
+
+    class Quantizer(DiffusersQuantizer):
+        is_serializable = is_trainable = True
+
+        def _process_model_before_weight_loading(self, model, **kwargs):
+            pass
+
+        def _process_model_after_weight_loading(self, model, **kwargs):
+            return model
+
+    class QuantizationConfig(QuantizationConfigMixin):
+        to_diff_dict = QuantizationConfigMixin.to_dict
+
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "quanto", Quantizer)
+    return QuantizationConfig(quant_method=QuantizationMethod.QUANTO)
+
+
+@pytest.mark.parametrize("configuration", "AE")
+def test_quantised_rows_are_used_as_stored(configuration, tmp_path, no_op_quantizer):
+    tiny_model(configuration).eval().save_pretrained(tmp_path)
+    model = MPDiTTransformer2DModel.from_pretrained(tmp_path, quantization_config=no_op_quantizer)
+    assert model.hf_quantizer is not None
+
+
+def test_quantising_rows_that_are_normalised_on_use_is_refused(tmp_path, no_op_quantizer):
+    tiny_model("C").eval().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`quantization_config` must be None .* got QuantizationConfig"):
+        MPDiTTransformer2DModel.from_pretrained(tmp_path, quantization_config=no_op_quantizer)
+
+
 # LoRA through PEFT
 
 
@@ -115,6 +154,17 @@ def with_lora(configuration="E", **options):
     torch.manual_seed(4)
     model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=ALL_MAPS, init_lora_weights=False, **options))
     return model
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
+def test_a_lora_that_takes_part_of_the_weights_is_refused(kind):
+    """Its rows would be shorter until training brings them back to their norm: another function."""
+    model = tiny_model().eval()
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=f"`init_lora_weights` must leave the weights .* got '{kind}'"):
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=kind))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    tiny_model("A").add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=kind))
 
 
 @pytest.mark.parametrize("configuration", "ABDE")
@@ -265,6 +315,8 @@ def test_a_single_file(configuration, tmp_path):
     assert not loaded.training
     assert torch.equal(forward(loaded), forward(model))
     half = MPDiTTransformer2DModel.from_single_file(file, dtype=torch.bfloat16, **options)
+    assert half.dtype == torch.bfloat16
+    half = MPDiTTransformer2DModel.from_single_file(file, torch_dtype=torch.bfloat16, **options)
     assert half.dtype == torch.bfloat16
     other = tiny_model(configuration, num_layers=1).eval()
     other.save_config(tmp_path / "other")

@@ -35,6 +35,11 @@ def test_configurations_are_those_of_table_1(configuration):
     assert {key for key, value in config.items() if value is False} == FLAGS_ON["D"] - FLAGS_ON[configuration]
 
 
+def test_a_string_is_no_list_of_kinds():
+    with pytest.raises(ValueError, match="must be a non-empty list of distinct names .*, got 'rotate'"):
+        MPDiTTransformer2DModel(**get_preset("XS/2", modulation="rotate"))
+
+
 def test_default_is_configuration_e_with_rotation():
     config = get_preset("S/2")
     assert config == get_preset("S/2", configuration="E", modulation=("scale", "rotate", "gate"))

@@ -740,6 +740,23 @@ def test_errors_of_the_constructor(overrides, message):
         MPDiTTransformer2DModel(**{**tiny_config("E"), **overrides})
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_gradients_of_each_sample_by_torch_func():
+    model, inputs = tiny_model().train(), tiny_inputs()
+    samples = inputs["hidden_states"], inputs["timestep"], inputs["class_labels"]
+
+    def loss(parameters, hidden_states, timestep, label):
+        inputs = {"hidden_states": hidden_states[None], "timestep": timestep[None], "class_labels": label[None]}
+        return torch.func.functional_call(model, parameters, (), inputs).sample.square().mean()
+
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(parameters, *samples)
+    for number, sample in enumerate(zip(*samples, strict=True)):
+        alone = torch.autograd.grad(loss(dict(model.named_parameters()), *sample), list(model.parameters()))
+        for of_all, of_one in zip(together.values(), alone, strict=True):
+            torch.testing.assert_close(of_all[number], of_one, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
