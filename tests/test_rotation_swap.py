@@ -713,6 +713,12 @@ def test_native_without_shift_or_with_rotation(modulation):
     assert_refused(tiny_model("E", modulation), message)
 
 
+def test_native_with_a_lora_in_the_maps():
+    model = tiny_model("E", ["scale", "shift", "gate"])
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["attn_modulation.proj"]))
+    assert_refused(model, "must have plain modulation maps: .* is a Linear of Tensor")
+
+
 def test_native_swapped_twice():
     model = tiny_model("E", ["scale", "shift", "gate"])
     swap_adaln_for_rotation(model)

@@ -1,7 +1,9 @@
 """The swap in this package's own model: another configuration of it, with the weights that carry over."""
 
 import torch
+from torch import nn
 
+from ..layers import MPLinear
 from ..modulation import Modulation
 from ..transformer_mpdit import MPDiTTransformer2DModel
 
@@ -20,12 +22,20 @@ def swap_native(model: MPDiTTransformer2DModel, keep_shift: bool) -> dict[str, t
     Returns:
         dict: path of each map → its kinds.
     Raises:
-        ValueError: if there is no shift, or there is rotation already.
+        ValueError: if there is no shift, or there is rotation already, or maps have a LoRA or are quantised; nothing
+            has been changed then.
     """
     kinds = list(model.config.modulation)
     if "shift" not in kinds or "rotate" in kinds:
         raise ValueError(f"`model` must have shift and no rotation among its modulations, it has {kinds}.")
     sites = {name: site for name, site in model.named_modules() if isinstance(site, Modulation)}
+    for name, site in sites.items():
+        # Of a wrapped map only the rows would be kept.
+        if type(site.proj) not in (MPLinear, nn.Linear) or type(site.proj.weight.data) is not torch.Tensor:
+            raise ValueError(
+                "`model` must have plain modulation maps: merge and unload a LoRA before, and swap before quantising; "
+                f"`{name}.proj` is a {type(site.proj).__name__} of {type(site.proj.weight.data).__name__}."
+            )
     swapped = {name: _with_rotation(site, keep_shift) for name, site in sites.items() if "shift" in site.kinds}
     for name, site in swapped.items():
         model.set_submodule(name, site)
