@@ -24,7 +24,7 @@ from . import __version__
 CARD_NAME, GRID_NAME, CURVE_NAME = "README.md", "sample_grid.png", "training_curve.png"
 HEAT_MAP_NAME = "evaluation.png"
 WEIGHTS = "diffusion_pytorch_model*.safetensors"
-_WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
+_WEIGHTS_INDEX = f"{WEIGHTS}.index*.json"  # of a variant, its name stands before the last dot
 _MODEL_FILES = ("config.json", WEIGHTS, _WEIGHTS_INDEX)
 # Components of a pipeline.
 _MODELS = ("transformer", "vae", "guidance_transformer")
@@ -201,6 +201,13 @@ def files_to_publish(folder: str | Path) -> list[str]:
     found = sorted({path.relative_to(folder).as_posix() for pattern in _PUBLISHED for path in folder.glob(pattern)})
     if "model_index.json" not in found:
         raise ValueError(f"`folder` must hold a saved pipeline, {folder} has no model_index.json.")
+    known = (*_MODELS, "scheduler", "guider")
+    others = [name for name in _components(folder) if name not in known]
+    if others:
+        raise ValueError(
+            f"`folder` must hold a pipeline of {', '.join(known)}: of these alone it is known which files belong on "
+            f"the Hub; {folder} has {', '.join(others)} as well."
+        )
     if has_component(folder, "guider") and _GUIDER_CONFIG not in found:
         raise ValueError(f"`folder` must hold a complete pipeline, {folder} lacks {_GUIDER_CONFIG}.")
     components = [name for name in _MODELS if has_component(folder, name)]
@@ -326,7 +333,17 @@ def _belongs(name: str) -> bool:
 
 def has_component(folder: Path, name: str) -> bool:
     """Whether the pipeline in a folder has a component of this name."""
-    return (json.loads((folder / "model_index.json").read_text()).get(name) or [None])[0] is not None
+    return name in _components(folder)
+
+
+def _components(folder: Path) -> list[str]:
+    # Of a part: its library and its class, both null if it was left out.
+    index = json.loads((folder / "model_index.json").read_text())
+    return [
+        name
+        for name, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    ]
 
 
 def _content(folder: Path, name: str, names: list[str]) -> Path | bytes:

@@ -546,6 +546,26 @@ def test_parts_that_guide_are_published(name, tmp_path):
         hub.files_to_publish(tmp_path / "run")
 
 
+def test_shards_of_a_variant_are_published_with_their_index(tmp_path):
+    pipe = MPDiTPipeline(tiny_model().eval(), DDIMScheduler(clip_sample=False))
+    pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
+    (index,) = (tmp_path / "transformer").glob("*.index*.json")
+    assert f"transformer/{index.name}" in hub.files_to_publish(tmp_path)
+    shard = next((tmp_path / "transformer").glob("*-00002-of-*"))
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"lacks transformer/{shard.name}"):
+        hub.files_to_publish(tmp_path)
+
+
+def test_a_pipeline_with_other_parts_is_refused(tmp_path):
+    MPDiTPipeline(tiny_model().eval(), DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["text_encoder"] = ["transformers", "CLIPTextModel"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="must hold a pipeline of transformer, .* has text_encoder as well"):
+        hub.files_to_publish(tmp_path)
+
+
 # Rotation swaps
 
 
