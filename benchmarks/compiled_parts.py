@@ -70,7 +70,8 @@ def main():
         first = turn % len(names)
         rounds.append({name: profiled(functions[name], args.batch_size) for name in names[first:] + names[:first]})
 
-    facts = {**machine(device), "command": shlex.join(["python", "benchmarks/compiled_parts.py", *sys.argv[1:]])}
+    command = shlex.join(["python", "benchmarks/compiled_parts.py", *sys.argv[1:]])
+    facts = {**machine(device), "command": f"`{command}`"}
     rows = [*((part, (part,)) for part in PARTS), ("products and attention", PARTS[:3]), ("all", PARTS)]
     columns = {
         name: [statistics.quantiles([sum(map(of[name].get, parts)) for of in rounds], n=10)[0] for _, parts in rows]

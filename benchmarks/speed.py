@@ -355,10 +355,13 @@ ROWS = [
 ]
 
 
-LEGEND = """Ratios of time: below 1 is faster. E is magnitude preserving, with rotation unless it says shift; A is DiT in this
-package, with shift; diffusers' DiT has their depth and width, and more parameters, since each of its blocks embeds time
-and class anew. A share of the matrix rate is that of the best matrix product of the same round. Bytes are what eager
-autograd keeps, beside the weights. What the targets are, and why some are missed: performance, in the documentation."""
+LEGEND = """\
+Ratios of time: below 1 is faster. E is magnitude preserving, with rotation unless it says shift; A is DiT in this
+package, with shift; diffusers' DiT has their depth and width, and more parameters, since each of its blocks embeds
+time and class anew. A share of the matrix rate is that of the best matrix product of the same round. Bytes are what
+eager autograd keeps, beside the weights. What the targets are, and why some are missed:
+[performance](../design/performance.md).
+"""
 
 
 def table(results: dict) -> str:
@@ -424,7 +427,7 @@ def main():
         f"# Speed of {args.size}, {args.batch_size} latents of 4x{args.sample_size}x{args.sample_size}"
         f"{', freed memory kept' if args.keep_memory else ''}\n\n"
         f"{facts}\n- {args.rounds} rounds, {results['threads']} threads; medians of the ratios within a round\n\n"
-        f"{LEGEND}\n\n"
+        f"{LEGEND}\n"
         f"{table(results)}\n"
     )
     if args.output is None:
