@@ -85,8 +85,8 @@ def main():
         f"- first decile of {args.rounds} rounds in ms, and in percent of all that A takes; {facts['threads']} "
         "threads, freed memory kept",
         "",
-        "By the profiler, which takes time itself, mostly in the row of copies and calls. Products and attention come from",
-        "the libraries under PyTorch: no model that makes these products can take less. What follows from it:",
+        "By the profiler, which takes time itself, mostly in the row of copies and calls. Products and attention come",
+        "from the libraries under PyTorch: no model that makes these products can take less. What follows from it:",
         "[performance](../design/performance.md).",
         "",
         f"| part | {' | '.join(LABELS[name] for name in names)} |",
