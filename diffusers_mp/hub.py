@@ -206,8 +206,8 @@ def files_to_publish(folder: str | Path) -> list[str]:
     if others:
         raise ValueError(
             f"`folder` must hold a pipeline of {', '.join(known)}: of these alone it is known which files belong on "
-            f"the Hub; {folder} has {', '.join(others)} as well. Of a swapped transformer in another pipeline publish the "
-            "adapter (`save_rotation_adapter`)."
+            f"the Hub; {folder} has {', '.join(others)} as well. Of a swapped transformer in another pipeline "
+            "publish the adapter (`save_rotation_adapter`)."
         )
     if has_component(folder, "guider") and _GUIDER_CONFIG not in found:
         raise ValueError(f"`folder` must hold a complete pipeline, {folder} lacks {_GUIDER_CONFIG}.")
