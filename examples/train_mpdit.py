@@ -12,10 +12,12 @@ the number of processes, workers and micro batches does not change the run.
 
 import contextlib
 import copy
+import fcntl
 import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import time
 import warnings
@@ -24,10 +26,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
@@ -35,7 +37,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from training_arguments import DEFAULT_VAE, OBJECTIVE_FLAGS, latents_folder, model_config, parse_args
+from training_arguments import DEFAULT_VAE, LOCK_NAME, OBJECTIVE_FLAGS, latents_folder, model_config, parse_args
 
 from diffusers_mp import (
     MagnitudeRecorder,
@@ -108,36 +110,32 @@ def main(args):
         repo_id = check_hub_access(
             args.hub_model_id or args.output_dir.name, token=args.hub_token, private=args.hub_private_repo or None
         )
-    checkpoint = None
-    if args.resume_from_checkpoint is not None:
-        checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
-        if checkpoint is None:
-            logger.info("No checkpoint in %s yet, starting from the beginning", args.output_dir)
     if args.vae is None:
         args.vae = vae_of_pretrained(args)
     vae = load_vae(args.vae, args.cache_dir)
     pretrained = None if args.pretrained_model_name_or_path is None else load_pretrained(args, vae)
-    latents = load_latents(args, vae, accelerator)
-
-    run = set_up(args, accelerator, curve, vae, latents, pretrained, checkpoint)
-    if checkpoint is not None:
-        resume(args, run, checkpoint)
-    clear_what_comes_again(args, run)
-    accelerator.print(
-        f"{sum(p.numel() for p in run.transformer.parameters()):,} parameters, {len(run.samples):,} training images, "
-        f"{len(run.held_out):,} held out, {run.max_train_steps:,} updates of {run.total_batch_size} from update "
-        f"{run.step:,}"
-    )
-    with StopRequest() as stop, contextlib.ExitStack() as at_end:
-        train(args, run, stop, at_end)
-    if run.step < run.max_train_steps:
+    with lock(args.output_dir, accelerator):
+        checkpoint = checkpoint_to_resume(args, accelerator)
+        latents = load_latents(args, vae, accelerator, pretrained)
+        run = set_up(args, accelerator, curve, vae, latents, pretrained, checkpoint)
+        if checkpoint is not None:
+            resume(args, run, checkpoint)
+        clear_what_comes_again(args, run)
         accelerator.print(
-            f"{stop.received or 'A signal'}: stopped after update {run.step:,}; "
-            "--resume_from_checkpoint latest goes on"
+            f"{sum(p.numel() for p in run.transformer.parameters()):,} parameters, {len(run.samples):,} training "
+            f"images, {len(run.held_out):,} held out, {run.max_train_steps:,} updates of {run.total_batch_size} from "
+            f"update {run.step:,}"
         )
-    else:
-        finish(args, run, repo_id)
-    accelerator.end_training()
+        with StopRequest() as stop, contextlib.ExitStack() as at_end:
+            train(args, run, stop, at_end)
+        if run.step < run.max_train_steps:
+            accelerator.print(
+                f"{stop.received or 'A signal'}: stopped after update {run.step:,}; "
+                "--resume_from_checkpoint latest goes on"
+            )
+        else:
+            finish(args, run, repo_id)
+        accelerator.end_training()
 
 
 def start(args):
@@ -158,6 +156,49 @@ def start(args):
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
     return accelerator, curve
+
+
+@contextlib.contextmanager
+def lock(output_dir, accelerator):
+    """The folder for this run alone, until the block ends or the process does, however it does; or all are refused."""
+    refusal = [None]
+    with contextlib.ExitStack() as held:
+        if accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((output_dir / LOCK_NAME).open("a+"))
+            try:
+                # Not flock, whose lock workers inherit: they outlive a trainer that is killed by some seconds.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                refusal = [
+                    f"`--output_dir` must be a folder that no other trainer is at work in, {output_dir} is in use by "
+                    f"{file.read().strip() or 'another process'}: give another folder, or end that process first."
+                ]
+            except OSError as error:
+                accelerator.print(f"{output_dir} cannot be locked ({error}): start no second trainer in it")
+            else:
+                file.truncate(0)
+                print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+        if broadcast_object_list(refusal)[0] is not None:
+            raise RuntimeError(refusal[0])
+        yield
+
+
+def checkpoint_to_resume(args, accelerator) -> Path | None:
+    """What the run is to go on from; None for a new run, which says so where one was to be resumed."""
+    if args.resume_from_checkpoint is None:
+        return None
+    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    if checkpoint is None:
+        if (args.output_dir / "model_index.json").is_file():
+            raise ValueError(
+                f"`--resume_from_checkpoint latest` must find a checkpoint where a run has ended: {args.output_dir} "
+                "has its pipeline (model_index.json) but no checkpoint, and a new run would delete its log and its "
+                "snapshots. Give another `--output_dir`."
+            )
+        accelerator.print(f"No checkpoint in {args.output_dir} yet, starting from the beginning")
+    return checkpoint
 
 
 @dataclass
@@ -636,15 +677,35 @@ def validate_pipeline(args, run, pipeline):
             tracker.log_images({"validation/samples": images}, step=run.step)
 
 
-def load_latents(args, vae, accelerator) -> LatentDataset:
+def check_model(args, vae, pretrained):
+    """Refuse a model that latents of this size will not fit, before they are downloaded and encoded for hours."""
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    channels, size = args.image_channels if vae is None else vae.config.latent_channels, args.resolution // factor
+    known = {"num_classes": None, "pooled_projection_dim": None}  # the data will tell; until then, as the config says
+    if pretrained is not None:
+        known |= pretrained.transformer.config
+    elif args.model_config_name_or_path is not None:
+        known |= MPDiTTransformer2DModel.load_config(args.model_config_name_or_path, cache_dir=args.cache_dir)
+    conditions = known["num_classes"], known["pooled_projection_dim"]
+    source = known if pretrained is not None or args.model_config_name_or_path is not None else None
+    try:
+        with init_empty_weights():
+            MPDiTTransformer2DModel(**model_config(args, (channels, size, size), *conditions, source))
+    except ValueError as error:
+        raise ValueError(
+            f"`--resolution {args.resolution}` with this `--vae` makes latents of {channels} x {size} x {size}, which "
+            f"the model must take: {error}"
+        ) from error
+
+
+def load_latents(args, vae, accelerator, pretrained=None) -> LatentDataset:
     """The encoded data set, checked for alterations; made by all processes together if it is not there yet."""
     folder = latents_folder(args)
     processes = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
-    if (folder / "index.json").is_file():
-        LatentDataset(folder).validate(vae=vae, resolution=args.resolution, random_flip=args.random_flip)
     if args.train_data_dir is None and args.dataset_name is None:
         latents = LatentDataset(folder)
     else:
+        check_model(args, vae, pretrained)
         dataset, id2label = load_image_dataset(
             args.train_data_dir,
             dataset_name=args.dataset_name,
@@ -659,8 +720,8 @@ def load_latents(args, vae, accelerator) -> LatentDataset:
         )
         if vae is not None:
             vae.to(accelerator.device).eval()
-        # Encodes what is missing, and refuses a folder of other data. No barriers here: they time out long before a
-        # large data set is downloaded and encoded.
+        # Encodes what is missing, damaged shards that were deleted among it, and refuses a folder of other data. No
+        # barriers here: they time out long before a large data set is downloaded and encoded.
         latents = encode_dataset(
             dataset,
             folder,
@@ -678,6 +739,7 @@ def load_latents(args, vae, accelerator) -> LatentDataset:
             skip_corrupt=args.skip_corrupt,
             **processes,
         )
+    latents.validate(vae=vae, resolution=args.resolution, random_flip=args.random_flip)
     latents.verify(**processes)
     return latents
 

@@ -16,6 +16,7 @@ from diffusers_mp.presets import CONFIGURATIONS
 
 MODEL_FLAGS = tuple(CONFIGURATIONS["E"])
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
+LOCK_NAME = ".lock"
 AT_LEAST_1 = (
     "checkpointing_steps",
     "checkpoints_total_limit",
@@ -38,10 +39,18 @@ PRESET_DEFAULTS = {
 OBJECTIVE_FLAGS = ("prediction_type", "variance_type", "snr_gamma", "logit_mean", "logit_std")
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says no "(default: None)", beside which help in brackets says what is done."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Train a magnitude-preserving diffusion transformer on images.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a magnitude-preserving diffusion transformer on images. What stands in [] holds if the "
+        "flag is not given.",
+        formatter_class=_HelpFormatter,
     )
 
     group = parser.add_argument_group("data")
@@ -76,7 +85,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("model")
     group.add_argument("--preset", help="XS, S, B, L or XL, a slash, and a patch size of 2, 4 or 8 [S/2]")
-    group.add_argument("--configuration", help="A (DiT) to E (magnitude preserving) [E]")
+    group.add_argument(
+        "--configuration", help="A (DiT, if --modulation is scale shift gate) to E (magnitude preserving) [E]"
+    )
     group.add_argument("--modulation", nargs="+", help="kinds of modulation [scale rotate gate]")
     group.add_argument("--activation_fn", choices=("silu", "leaky_relu"), help="activation [silu]")
     group.add_argument(
@@ -123,7 +134,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=["inverse_sqrt", *(kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT)],
         help="inverse_sqrt is the paper's; the others are those of diffusers",
     )
-    group.add_argument("--lr_warmup_steps", type=int, help="updates of linear warm-up [max_train_steps / 150]")
+    group.add_argument(
+        "--lr_warmup_steps", type=int, help="updates of linear warm-up [max_train_steps / 150; none for constant]"
+    )
     group.add_argument("--lr_constant_steps", type=int, help="inverse_sqrt decays after it [max_train_steps / 10]")
     group.add_argument("--adam_beta1", type=float, default=0.9, help="Adam's first decay rate")
     group.add_argument("--adam_beta2", type=float, default=0.99, help="Adam's second decay rate")
@@ -168,7 +181,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--report_to", default="none", help="tensorboard, wandb, … or none; metrics.jsonl is always kept"
     )
-    group.add_argument("--logging_dir", default="logs", help="folder for logs in output_dir")
+    group.add_argument("--logging_dir", default="logs", help="folder for logs inside output_dir")
 
     group = parser.add_argument_group("publishing")
     group.add_argument("--push_to_hub", action="store_true", help="publish the pipeline with a model card at the end")
@@ -224,11 +237,19 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.num_train_epochs is not None and not args.num_train_epochs > 0:
         parser.error(f"--num_train_epochs must be positive, got {args.num_train_epochs}")
+    if args.learning_rate is not None and not args.learning_rate > 0:
+        parser.error(f"--learning_rate must be positive, got {args.learning_rate}")
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps:
+        parser.error("--lr_warmup_steps has no meaning for --lr_scheduler constant: use constant_with_warmup")
+    if args.lr_scheduler != "inverse_sqrt" and args.lr_constant_steps is not None:
+        parser.error(f"--lr_constant_steps has no meaning for --lr_scheduler {args.lr_scheduler}")
     for std in args.ema_stds:
         try:
             exponent_of_std(std)
         except ValueError as error:
             parser.error(f"--ema_stds: {error}")
+    if len(set(args.ema_stds)) < len(args.ema_stds):
+        parser.error(f"--ema_stds must differ from each other, got {args.ema_stds}")
     _check_model_flags(args, parser)
     if args.max_train_steps is not None and args.ema_update_steps > args.max_train_steps:
         parser.error(
@@ -242,9 +263,12 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         )
     if args.record_magnitudes_steps < 0:
         parser.error(f"--record_magnitudes_steps must not be negative, got {args.record_magnitudes_steps}")
+    if not (args.output_dir / args.logging_dir).resolve().is_relative_to(args.output_dir.resolve()):
+        # Elsewhere the log of another run could be taken for this one's, and be shortened.
+        parser.error(f"--logging_dir must lie inside --output_dir ({args.output_dir}), got {args.logging_dir}")
     # Encoded images alone are what a run leaves that stopped before its first update: nothing to lose, much to keep.
     found = [path.name for path in args.output_dir.iterdir()] if args.output_dir.is_dir() else []
-    if args.resume_from_checkpoint is None and set(found) - {"latents"}:
+    if args.resume_from_checkpoint is None and set(found) - {"latents", LOCK_NAME}:
         parser.error(
             f"--output_dir must be new or empty, {args.output_dir} is not: choose another, or go on with "
             "--resume_from_checkpoint latest"

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -115,6 +116,10 @@ def stored(checkpoint):
 
 def raw_weights(checkpoint):
     return stored(checkpoint)["model"]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_same_weights(first, second):
@@ -273,6 +278,72 @@ def test_all_checkpoints_damaged_is_no_fresh_start(data, tmp_path):
         train(data, output_dir, "--resume_from_checkpoint", "latest")
 
 
+def test_latest_is_no_fresh_start_in_the_folder_of_a_run_that_has_ended(data, tmp_path, capfd):
+    more = ("--resume_from_checkpoint", "latest", "--ema_snapshot_steps", "6")
+    output_dir = train(data, tmp_path / "run", *more)
+    assert f"No checkpoint in {output_dir} yet, starting from the beginning" in capfd.readouterr().out
+    for checkpoint in output_dir.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    before = contents(output_dir)
+    with pytest.raises(ValueError, match=r"`--resume_from_checkpoint latest` must .* has its pipeline .* but no"):
+        train(data, output_dir, *more)
+    assert contents(output_dir) == before
+
+
+# argv: a file. Locks it for as long as its input lasts, or says what is in it.
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+try:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    raise SystemExit(open(sys.argv[1]).read().strip())
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_trainer_in_the_same_folder_is_refused(data, tmp_path, monkeypatch):
+    import train_mpdit
+
+    output_dir, answers, update = tmp_path / "run", [], train_mpdit.PowerFunctionEMA.update
+    command = [sys.executable, "-c", HOLDER, str(output_dir / ".lock")]
+
+    def update_and_ask(self, step):
+        update(self, step)
+        answers.append(subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL).stderr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mpdit.PowerFunctionEMA, "update", update_and_ask)
+        train(data, output_dir, "--max_train_steps", "2")
+    assert answers == [f"process {os.getpid()} on {platform.node()}\n"] * 2
+
+    more = ("--resume_from_checkpoint", "latest", "--max_train_steps", "4")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        before = contents(output_dir)
+        with pytest.raises(RuntimeError, match=f"`--output_dir` must .*, {output_dir} is in use by process"):
+            train(data, output_dir, *more)
+        assert contents(output_dir) == before
+        holder.kill()
+    reset_accelerate()
+    train(data, output_dir, *more)
+    assert (output_dir / "checkpoint-4").is_dir()
+
+
+@pytest.mark.slow
+def test_a_second_trainer_of_two_processes_is_refused_in_both(data, tmp_path):
+    output_dir = tmp_path / "run"
+    output_dir.mkdir()
+    command = [sys.executable, "-c", HOLDER, str(output_dir / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(AssertionError, match="RuntimeError: `--output_dir` must be a folder"):
+            run_processes(EXAMPLES / "train_mpdit.py", *arguments(data, output_dir, "--train_batch_size", "2"))
+        holder.kill()
+    assert [path.name for path in output_dir.iterdir()] == [".lock"]
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_signal_saves_a_checkpoint_and_leaves_with_0(data, tmp_path, monkeypatch, capfd, name):
     import train_mpdit
@@ -317,7 +388,7 @@ train_mpdit.main(training_arguments.parse_args(sys.argv[1:]))
 
 
 def test_signal_to_all_processes_of_a_group_does_not_end_the_workers(data, tmp_path):
-    """As torchrun and `accelerate launch` pass it on."""
+    """As a cluster's scheduler sends it to all processes of a job."""
     argv = arguments(data, tmp_path / "run", "--checkpointing_steps", "100", "--dataloader_num_workers", "2")
     command = [sys.executable, "-c", SIGNAL_TO_THE_GROUP, *argv]
     done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
@@ -484,6 +555,20 @@ def test_encoded_images_of_other_data_are_refused(data, tmp_path):
     with pytest.raises(ValueError, match="num_rows 40"):
         train(data, tmp_path / "second", *more)
     assert (first / "latents" / "index.json").is_file()
+
+
+def test_a_damaged_shard_of_latents_can_be_made_again_as_its_message_says(data, tmp_path):
+    more = ("--max_train_steps", "1", "--latents_dir", str(tmp_path / "latents"))
+    train(data, tmp_path / "first", *more)
+    shard = tmp_path / "latents" / "shard-00000.safetensors"
+    before = shard.read_bytes()
+    damage(shard)
+    with pytest.raises(ValueError, match="shard-00000.safetensors: delete the file and encode again"):
+        train(data, tmp_path / "second", *more)
+    reset_accelerate()
+    shard.unlink()
+    train(data, tmp_path / "third", *more)
+    assert shard.read_bytes() == before
 
 
 def test_two_workers_do_not_change_the_run(data, tmp_path):
@@ -668,6 +753,16 @@ def test_every_scheduler_trains(data, tmp_path):
         assert rates[4] == pytest.approx(1e-2 if name == "constant_with_warmup" else 0.0, abs=1e-9)
 
 
+def test_help_says_no_second_default(capsys):
+    import training_arguments
+
+    with pytest.raises(SystemExit):
+        training_arguments.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert "default: None" not in shown
+    assert "(default: 256)" in shown
+
+
 @pytest.mark.parametrize("page", ["resume.md", "scale_out.md"])
 def test_every_command_of_the_docs_is_understood(page, tmp_path, monkeypatch):
     import training_arguments
@@ -715,9 +810,24 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"`num_classes` of .*model\.json must be 2 .* got 5"):
             train(data, tmp_path / "run", "--model_config_name_or_path", str(tmp_path / "model.json"))
 
+    @pytest.mark.parametrize(
+        "model, more, message",
+        [
+            ({}, ("--vae", "none", "--resolution", "9"), r"`--resolution 9` .* 3 x 9 x 9, .*`patch_size` \(2\)"),
+            # The VAE has a factor of 4.
+            ({}, ("--resolution", "20"), r"`--resolution 20` .* 4 x 5 x 5, .*`patch_size` \(2\)"),
+            ({"in_channels": 3}, (), r"latents of 4 x 4 x 4, .*`in_channels` of .* must be 4 .* got 3"),
+        ],
+    )
+    def test_model_that_does_not_fit_the_latents_before_they_are_made(self, data, tmp_path, model, more, message):
+        (tmp_path / "model.json").write_text(json.dumps({**MODEL, **model}))
+        with pytest.raises(ValueError, match=message):
+            train(data, tmp_path / "run", *more, "--model_config_name_or_path", str(tmp_path / "model.json"))
+        assert not (tmp_path / "run" / "latents").exists()
+
     def test_latents_of_another_vae(self, data, tmp_path):
         train(data, tmp_path / "run")
-        with pytest.raises(ValueError, match="do not fit"):
+        with pytest.raises(ValueError, match="holds an encoding with vae .* Take another folder"):
             train(data, tmp_path / "other", "--vae", "none", "--latents_dir", str(tmp_path / "run" / "latents"))
 
     def test_averages_that_would_never_move(self, data, tmp_path):
@@ -770,6 +880,19 @@ class TestErrors:
             # Noticed by the first validation otherwise, before the first checkpoint.
             (("--validation_inference_steps", "0"), "--validation_inference_steps must be at least 1, got 0"),
             (("--ema_stds", "0.5"), "--ema_stds: `std` must lie in"),
+            (("--ema_stds", "0.1", "0.05", "0.1"), "--ema_stds must differ from each other, got [0.1, 0.05, 0.1]"),
+            (("--learning_rate", "0"), "--learning_rate must be positive, got 0.0"),
+            (("--learning_rate", "nan"), "--learning_rate must be positive, got nan"),
+            (
+                ("--lr_scheduler", "constant", "--lr_warmup_steps", "5"),
+                "--lr_warmup_steps has no meaning for --lr_scheduler constant",
+            ),
+            (
+                ("--lr_scheduler", "cosine", "--lr_constant_steps", "5"),
+                "--lr_constant_steps has no meaning for --lr_scheduler cosine",
+            ),
+            (("--logging_dir", "../other/logs"), "got ../other/logs"),
+            (("--logging_dir", "/dev/null/logs"), "--logging_dir must lie inside --output_dir"),
             (("--ema_update_steps", "7"), "--ema_update_steps must be at most --max_train_steps (6), got 7"),
             (("--preset", "B/2", "--no-mp_silu"), "--model_config_name_or_path stands instead of --preset, --mp_silu"),
         ],

@@ -7,8 +7,9 @@ class StopRequest:
     """Notes SIGTERM and SIGUSR1, which schedulers of clusters send before they kill, for the loop to act on.
 
     A context manager for the main thread: it listens inside of the `with` block, after which the former handlers are
-    back, whatever ended it. Launchers signal all processes of a group: workers of a `DataLoader` take
-    `leave_signals_to_main_process`, or they die and the run with them.
+    back, whatever ended it. The signal has to reach the process that trains: launchers need not pass it on. Where all
+    processes of a job are signalled, workers of a `DataLoader` take `leave_signals_to_main_process`, or they die and
+    the run with them.
 
     Attributes:
         received (str or None): name of the first signal that came.
