@@ -74,7 +74,10 @@ def main():
     facts = {**machine(device), "command": f"`{command}`"}
     rows = [*((part, (part,)) for part in PARTS), ("products and attention", PARTS[:3]), ("all", PARTS)]
     columns = {
-        name: [statistics.quantiles([sum(map(of[name].get, parts)) for of in rounds], n=10)[0] for _, parts in rows]
+        name: [
+            statistics.quantiles([sum(map(of[name].get, parts)) for of in rounds], n=10, method="inclusive")[0]
+            for _, parts in rows
+        ]
         for name in names
     }
     lines = [

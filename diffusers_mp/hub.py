@@ -338,12 +338,12 @@ def has_component(folder: Path, name: str) -> bool:
 
 
 def _components(folder: Path) -> list[str]:
-    # Of a part: its library and its class, both null if it was left out.
+    # Of a part: its library and its class, both null if it was left out. What begins with "_" is about the index.
     index = json.loads((folder / "model_index.json").read_text())
     return [
         name
         for name, value in index.items()
-        if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+        if name[0] != "_" and isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
     ]
 
 
