@@ -15,12 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from .functional import compute_dtype
-from .layers import return_to_shards
+from .layers import return_to_shards, unwrapped
 from .modulation import Modulation
 
 
@@ -101,7 +99,7 @@ class MagnitudeRecorder:
         self.stride = stride
         self.num_updates = num_updates
         self.history: list[dict] = []
-        self._model = _unwrapped(model)
+        self._model = unwrapped(model)
         self._modules = _chosen(self._model, modules)
         optimizers = optimizer if isinstance(optimizer, Sequence) else [] if optimizer is None else [optimizer]
         # Hooks of Accelerate's wrapper would never run.
@@ -341,18 +339,12 @@ def load_history(path: str | Path) -> list[dict]:
     return history
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(model, (DistributedDataParallel, OptimizedModule)):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
-    return model
-
-
 def _chosen(model: nn.Module, modules: str | Callable[[str, nn.Module], bool] | None) -> dict[str, nn.Module]:
     """The modules to be recorded by their names, in which compilation leaves no trace."""
     named = {
         name.replace("._orig_mod", ""): module
         for name, module in model.named_modules()
-        if name and not isinstance(module, OptimizedModule)
+        if name and not hasattr(module, "_orig_mod")
     }
     if modules is None:
         blocks = getattr(model, "_repeated_blocks", None) or []

@@ -18,6 +18,8 @@ import torch
 import transformers
 from PIL import Image
 
+from .hashing import sha256_of_weights
+
 
 INCEPTION = "torch-fidelity"
 # Entries of a description that name the model; the others are what its features depend on.
@@ -165,7 +167,7 @@ def transformers_extractor(
             f"{sorted(loading['missing_keys'])[:5]}: features would come from random ones."
         )
     preprocessing = _preprocessing(str(name), processor)
-    weights_hash = _weights_hash(model)
+    weights_hash = sha256_of_weights(model.state_dict())
     model = model.to(device).eval()
 
     def function(images: torch.Tensor) -> torch.Tensor:
@@ -191,13 +193,6 @@ def transformers_extractor(
         "transformers": transformers.__version__,
     }
     return FeatureExtractor(function, description)
-
-
-def _weights_hash(model: torch.nn.Module) -> str:
-    weights = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        weights.update(key.encode() + tensor.cpu().numpy().tobytes())
-    return weights.hexdigest()
 
 
 def _preprocessing(name: str, processor: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,7 +253,7 @@ def inception_extractor(device: str | torch.device = "cpu") -> FeatureExtractor:
         "id": f"{INCEPTION} inception-v3-compat",
         "revision": __version__,
         "class": "FeatureExtractorInceptionV3",
-        "weights_sha256": _weights_hash(model),
+        "weights_sha256": sha256_of_weights(model.state_dict()),
         "output": "2048",
         "preprocessing": "torch-fidelity's: bilinear to 299x299 as in TensorFlow 1",
     }

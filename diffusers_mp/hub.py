@@ -202,7 +202,7 @@ def files_to_publish(folder: str | Path) -> list[str]:
     if "model_index.json" not in found:
         raise ValueError(f"`folder` must hold a saved pipeline, {folder} has no model_index.json.")
     known = (*_MODELS, "scheduler", "guider")
-    others = [name for name in _components(folder) if name not in known]
+    others = [name for name in component_names(folder) if name not in known]
     if others:
         raise ValueError(
             f"`folder` must hold a pipeline of {', '.join(known)}: of these alone it is known which files belong on "
@@ -334,10 +334,11 @@ def _belongs(name: str) -> bool:
 
 def has_component(folder: Path, name: str) -> bool:
     """Whether the pipeline in a folder has a component of this name."""
-    return name in _components(folder)
+    return name in component_names(folder)
 
 
-def _components(folder: Path) -> list[str]:
+def component_names(folder: Path) -> list[str]:
+    """Names of the parts that the pipeline in a folder has."""
     # Of a part: its library and its class, both null if it was left out. What begins with "_" is about the index.
     index = json.loads((folder / "model_index.json").read_text())
     return [

@@ -20,6 +20,8 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import Dataset
 
+from .hashing import sha256_of_file, sha256_of_weights
+
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -42,11 +44,8 @@ def vae_fingerprint(vae: "AutoencoderKL") -> dict[str, str]:
     if vae.dtype != torch.float32:
         raise ValueError(f"`vae` must be in float32 to encode, received {vae.dtype}: load it with torch.float32.")
     config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-    config_hash = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    weights_hash = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        weights_hash.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return {"config_hash": config_hash.hexdigest(), "weights_hash": weights_hash.hexdigest()}
+    config_hash = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+    return {"config_hash": config_hash, "weights_hash": sha256_of_weights(vae.state_dict())}
 
 
 def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
@@ -165,8 +164,7 @@ class LatentDataset(Dataset):
         """
 
         def is_altered(shard: dict[str, Any]) -> bool:
-            with open(self.folder / shard["name"], "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]
+            return sha256_of_file(self.folder / shard["name"]) != shard["sha256"]
 
         shards = self.index["shards"][process_index::num_processes]
         with ThreadPoolExecutor(4) as pool:  # hashing and reading release Python's lock

@@ -26,6 +26,7 @@ from contextvars import ContextVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import functional, fused
 
@@ -354,6 +355,13 @@ def return_to_shards(module: nn.Module) -> None:
         # Of the class, because a module looks long for what it has not.
         if hasattr(type(submodule), "reshard"):
             submodule.reshard()
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module within its wrappers: DistributedDataParallel's, and that of compilation."""
+    while isinstance(module, DistributedDataParallel) or hasattr(module, "_orig_mod"):
+        module = module.module if isinstance(module, DistributedDataParallel) else module._orig_mod
+    return module
 
 
 def trust_rows_(module: nn.Module) -> nn.Module:

@@ -8,7 +8,6 @@ Snapshots hold averages as they are, with rows shorter than 1, since only those 
 a model calls `normalize_weights_` on it.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -22,6 +21,8 @@ from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from .ema import PowerFunctionEMA, whole
+from .hashing import sha256_of_file
+from .hub import component_names
 
 
 SNAPSHOT_NAME = re.compile(r"step-(\d+)_std-(\d+(?:\.\d+)?(?:e-\d+)?)")
@@ -95,7 +96,7 @@ def _save_snapshot(folder: Path, step: int, std: float, tensors: dict, transform
     transformer.save_config(unfinished)
     weights = unfinished / SAFETENSORS_WEIGHTS_NAME
     save_file(tensors, weights, metadata={"format": "pt"})
-    record = {"step": step, "std": std, "sha256": _sha256(weights)}
+    record = {"step": step, "std": std, "sha256": sha256_of_file(weights)}
     (unfinished / SNAPSHOT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if folder.exists():
         _discard(folder)
@@ -156,7 +157,7 @@ def check_snapshots(snapshots: Sequence[Snapshot]) -> dict:
             raise ValueError(
                 f"{snapshot.path} must be the average of its name, received one of std {facts[1]} at step {facts[0]}"
             )
-        if _sha256(snapshot.path / SAFETENSORS_WEIGHTS_NAME) != facts[2]:
+        if sha256_of_file(snapshot.path / SAFETENSORS_WEIGHTS_NAME) != facts[2]:
             raise ValueError(
                 f"{snapshot.path / SAFETENSORS_WEIGHTS_NAME} is damaged: it is not the file that {SNAPSHOT_FILE} was "
                 "written for; to rebuild without it, remove the folder"
@@ -184,8 +185,7 @@ def pipeline_parts(directory: Path) -> list[Path]:
     index = directory / PIPELINE_FILE
     if not index.is_file():
         raise FileNotFoundError(f"{directory} must hold {PIPELINE_FILE} and the parts it names, beside the snapshots")
-    named = [name for name, value in json.loads(index.read_text(encoding="utf-8")).items() if _is_component(value)]
-    parts = [directory / name for name in named if name != "transformer"]
+    parts = [directory / name for name in component_names(directory) if name != "transformer"]
     for part in parts:
         if not part.is_dir():
             raise FileNotFoundError(f"{directory} must hold the folder {part.name}, which {PIPELINE_FILE} names")
@@ -227,13 +227,3 @@ def _comparable(config: Path | str) -> dict:
     """Entries of a config that must agree."""
     text = config.read_text(encoding="utf-8") if isinstance(config, Path) else config
     return {name: value for name, value in json.loads(text).items() if name not in _OF_THE_FILE}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_component(value) -> bool:
-    """Whether an entry of a pipeline's index is [library, class] of a part that is there."""
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)

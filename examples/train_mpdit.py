@@ -13,7 +13,6 @@ the number of processes, workers and micro batches does not change the run.
 import contextlib
 import copy
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -50,6 +49,7 @@ from diffusers_mp import (
     trust_rows_,
 )
 from diffusers_mp.encoding import encode_dataset, load_vae
+from diffusers_mp.hashing import sha256_of_weights
 from diffusers_mp.hub import check_hub_access, public_arguments, publish
 from diffusers_mp.images import load_image_dataset
 from diffusers_mp.latents import LatentDataset, vae_fingerprint
@@ -308,7 +308,7 @@ def set_up(args, accelerator, curve, vae, latents, pretrained, checkpoint):
             f"the initial weights, and so does the pipeline; got {args.ema_update_steps}."
         )
     facts = run_facts(args, model, learning_rate, len(samples), total_batch_size, max_train_steps)
-    facts["pretrained_weights_sha256"] = None if pretrained is None else sha256_of(model)
+    facts["pretrained_weights_sha256"] = None if pretrained is None else sha256_of_weights(model.state_dict())
     if checkpoint is not None:
         facts = resumed_facts(checkpoint, facts, args)
     lr_scheduler = learning_rate_schedule(args, optimizer, facts, max_train_steps)
@@ -742,14 +742,6 @@ def load_latents(args, vae, accelerator, pretrained=None) -> LatentDataset:
     latents.validate(vae=vae, resolution=args.resolution, random_flip=args.random_flip)
     latents.verify(**processes)
     return latents
-
-
-def sha256_of(model) -> str:
-    """Identity of weights, wherever they lie."""
-    content = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        content.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
-    return content.hexdigest()
 
 
 def resumed_facts(checkpoint: Path, facts: dict, args) -> dict:

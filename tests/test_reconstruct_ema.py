@@ -323,7 +323,7 @@ def test_a_kill_while_saving_leaves_no_snapshot(tmp_path, monkeypatch):
     def die(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffusers_mp.snapshots._sha256", die)
+    monkeypatch.setattr("diffusers_mp.snapshots.sha256_of_file", die)
     with pytest.raises(KeyboardInterrupt):
         save_snapshots(ema, tmp_path, pipeline)
     assert [snapshot.step for snapshot in find_snapshots(tmp_path)] == [1, 1]

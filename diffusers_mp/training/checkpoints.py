@@ -11,7 +11,6 @@ of processes or another engine. The folder must be one that all of them see.
 """
 
 import contextlib
-import hashlib
 import json
 import re
 import shutil
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..ema import PowerFunctionEMA
+from ..hashing import sha256_of_file
 from ..layers import return_to_shards
 from .watchdog import NonFiniteError, all_finite
 
@@ -76,7 +76,7 @@ def check_checkpoint(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != num_bytes:
             return f"{name} has {path.stat().st_size} bytes instead of {num_bytes}"
-        if _sha256(path) != sha256:
+        if sha256_of_file(path) != sha256:
             return f"{name} has other content than was written"
     return None
 
@@ -164,7 +164,7 @@ def save_checkpoint(
         (unfinished / STATE_FILE).write_text(json.dumps({"step": step, **facts}, indent=2) + "\n")
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())
         manifest = {
-            path.relative_to(unfinished).as_posix(): {"num_bytes": path.stat().st_size, "sha256": _sha256(path)}
+            path.relative_to(unfinished).as_posix(): {"num_bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
             for path in files
         }
         (unfinished / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -240,8 +240,3 @@ def _one_process_is_no_mistake() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
         yield
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

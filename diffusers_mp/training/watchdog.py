@@ -24,6 +24,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only
 
+from ..layers import unwrapped
+
 
 REPORT_FILE = "report.json"
 # Evidence of this many failures is kept: a run that skips one update in a thousand must not fill the disk.
@@ -195,7 +197,7 @@ class Watchdog:
         self.num_skipped += 1
 
     def _state_of_tensors(self) -> dict[str, list[str]]:
-        model = _unwrapped(self.model)
+        model = unwrapped(self.model)
         gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
         return {
             "gradients_not_finite": [name for name, grad in gradients if grad is not None and not _is_finite(grad)],
@@ -205,7 +207,7 @@ class Watchdog:
 
     def _find_first(self, batches) -> dict[str, Any] | None:
         """Run the batches again and return what is known of the first value that is not finite; clears gradients."""
-        model = _unwrapped(self.model)
+        model = unwrapped(self.model)
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         no_sync = self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else contextlib.nullcontext()
         first = None
@@ -234,7 +236,7 @@ class Watchdog:
         process = dist.get_rank() if _num_processes() > 1 else 0
         weights = {}
         if self.save_weights:
-            model = _unwrapped(self.model)
+            model = unwrapped(self.model)
             # Not `state_dict`, which may put rows back to their norm: evidence is what was there.
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 # Of shards all processes gather one tensor at a time, and the first one keeps it.
@@ -396,16 +398,6 @@ def _message(step: int, report: dict[str, Any]) -> str:
     if inputs:
         text += f"; the batch itself is not finite in {inputs}"
     return f"{start}{text} (process {report['process']}, micro batch {first['micro_batch']})"
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
 
 
 def _not_compiled() -> contextlib.AbstractContextManager:
