@@ -13,6 +13,7 @@ import argparse
 import os
 
 from accelerate import Accelerator
+from training_arguments import HelpFormatter
 
 from diffusers_mp.encoding import encode_dataset, load_vae
 from diffusers_mp.images import load_image_dataset
@@ -22,7 +23,7 @@ from diffusers_mp.latents import LatentDataset
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Encode images into latents that the trainer reads.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--latents_dir", required=True, help="where encoded images are kept")
     parser.add_argument("--train_data_dir", help="folder of images, one sub-folder for each class")

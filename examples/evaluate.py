@@ -36,6 +36,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
+from training_arguments import HelpFormatter
 
 import diffusers_mp
 from diffusers_mp import MPDiTPipeline, reconstruct_ema
@@ -64,7 +65,7 @@ NUM_SHOWN = 16
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Measure generated images against real ones.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     group = parser.add_argument_group("model")
     group.add_argument(

@@ -40,6 +40,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from train_mpdit import check_engine
+from training_arguments import HelpFormatter
 
 from diffusers_mp import drop_shift_, save_rotation_adapter, set_shift_scale, swap_adaln_for_rotation
 from diffusers_mp.encoding import encode_dataset
@@ -354,9 +355,7 @@ def save(args, pipeline, id2label, repo_id, record):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="folder or Hub id of a DiTPipeline")
     add("--revision", help="branch, tag or commit of it")

@@ -39,7 +39,7 @@ PRESET_DEFAULTS = {
 OBJECTIVE_FLAGS = ("prediction_type", "variance_type", "snr_gamma", "logit_mean", "logit_std")
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Says no "(default: None)", beside which help in brackets says what is done."""
 
     def _get_help_string(self, action):
@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a magnitude-preserving diffusion transformer on images. What stands in [] holds if the "
         "flag is not given.",
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
     )
 
     group = parser.add_argument_group("data")
