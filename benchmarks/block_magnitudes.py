@@ -10,14 +10,9 @@ feed-forwards. Prints Markdown; asserts nothing.
 """
 
 import argparse
-import datetime
-import os
-import platform
-import shlex
-import sys
 
-import diffusers
 import torch
+from facts import facts_of_run, head
 
 from diffusers_mp import MPDiTTransformer2DModel, MPLeakyReLU, functional, get_preset
 from diffusers_mp.transformer_mpdit import MPDiTAttnProcessor
@@ -126,12 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     print("# Magnitude after each block at initialisation\n")
-    print(f"- command: `{shlex.join(['python', *sys.argv])}`")
-    print(f"- machine: {platform.machine()}, {os.cpu_count()} cores")
-    print(
-        f"- versions: Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
-    )
-    print(f"- date: {datetime.date.today().isoformat()}")
+    print(head(facts_of_run()))
     print(f"- {arguments.batch_size} Gaussian latents of {'x'.join(map(str, LATENT_SHAPE))} for each seed, gains at 0")
     for size in arguments.sizes:
         print(f"\n## {size}\n")

@@ -9,20 +9,16 @@ small and runs short, so that only the kind of picture is the same.
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils.logging import disable_progress_bar
+from facts import facts_of_run, head
 from torch.utils.data import DataLoader
 
 from diffusers_mp import MagnitudeRecorder, MPDiTPipeline, plots, reconstruct_ema
@@ -162,12 +158,7 @@ def main():
         )
     folders = {configuration: train(args, configuration) for configuration in args.configurations}
     records = {name: folder / "logs" / "magnitudes.json" for name, folder in folders.items()}
-    print(f"- command: `{shlex.join(['python', *sys.argv])}`")
-    print(f"- machine: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    print(
-        f"- versions: Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
-    )
-    print(f"- date: {datetime.date.today().isoformat()}")
+    print(head(facts_of_run()))
     first, last = args.configurations[0], args.configurations[-1]
     print_branches(folders[last], args.seed)
     figures = {

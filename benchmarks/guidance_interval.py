@@ -8,14 +8,10 @@ which no time depends on. Prints Markdown; asserts nothing.
 """
 
 import argparse
-import datetime
-import os
-import platform
-import shlex
-import sys
 
 import diffusers
 import torch
+from facts import facts_of_run, head
 from timing import ratio, spread, take_turns
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, get_preset
@@ -70,15 +66,9 @@ def main() -> None:
             num_steps = len(rows)
     times = take_turns(samplers, arguments.rounds, warmup=1)
 
-    device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine()
     low, high = arguments.guidance_interval
     print("# Time of guidance\n")
-    print(f"- command: `{shlex.join(['python', *sys.argv])}`")
-    print(f"- machine: {device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch")
-    print(
-        f"- versions: Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
-    )
-    print(f"- date: {datetime.date.today().isoformat()}")
+    print(head(facts_of_run(arguments.device)))
     print(
         f"- {arguments.preset}, {arguments.batch_size} images of {arguments.sample_size}x{arguments.sample_size} "
         f"latents, {num_steps} steps of DDIM, float32; {num_guided} of them at noise levels in ({low:g}, {high:g}]"

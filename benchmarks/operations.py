@@ -11,16 +11,14 @@ the ratios within a round. The second table leaves parts of E out of whole steps
 import argparse
 import contextlib
 import copy
-import datetime
 import functools
 import math
-import os
-import platform
 from collections.abc import Callable
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from facts import facts_of_run, head
 from speed import A, E, build_inputs, build_models
 from timing import ratio, spread, take_turns
 
@@ -199,8 +197,7 @@ def main():
     parser.add_argument("--size", default="S/2", help="of the models whose steps are timed")
     args = parser.parse_args()
     torch.manual_seed(0)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"{platform.machine()}, {cores} cores, torch {torch.__version__}, {datetime.date.today()}\n")
+    print(f"{head(facts_of_run())}\n")
     print("| what | plain, µs | now, µs | ratio |\n|---|---|---|---|")
     for name, before, after, of_both in (*rows_of_operations(args.rounds), *rows_of_upkeep(max(args.rounds // 5, 3))):
         print(f"| {name} | {before:.0f} | {after:.0f} | {of_both:.2f} |")

@@ -8,14 +8,10 @@ training with it. Prints Markdown; asserts nothing.
 """
 
 import argparse
-import datetime
-import os
-import platform
-import shlex
 import statistics
-import sys
 
 import torch
+from facts import facts_of_run, head
 from timing import spread, take_turns
 
 from diffusers_mp import MagnitudeRecorder, MPDiTTransformer2DModel, get_preset, normalize_weights_, parameter_groups
@@ -64,10 +60,7 @@ def main() -> None:
     )
     without = statistics.median(times["without"])
     print("# Cost of recording magnitudes\n")
-    print(f"- command: `{shlex.join(['python', *sys.argv])}`")
-    print(f"- machine: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {device.type}")
-    print(f"- versions: Python {platform.python_version()}, torch {torch.__version__}")
-    print(f"- date: {datetime.date.today().isoformat()}")
+    print(head(facts_of_run(device)))
     print(
         f"- {arguments.size} in {arguments.configuration}, batches of {arguments.batch_size} latents of 4x16x16, "
         f"{arguments.rounds} rounds; an update without takes {without * 1000:.1f} ms (median)\n"

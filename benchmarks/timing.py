@@ -1,6 +1,7 @@
 """Times of functions that take turns in one process, so that a machine's moods meet all of them alike."""
 
 import ctypes
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -28,7 +29,9 @@ def take_turns(
     warmup: int = 2,
     prepare: Callable[[str], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call. Every round calls each function once, beginning with another one each time.
+    """Seconds of each call. Every round calls each function once, in an order drawn anew.
+
+    In one order only turned round, each would follow the same other one, and meet the caches and the clock it leaves.
 
     Args:
         functions (dict): name to function; what it starts on a CUDA device is waited for.
@@ -39,11 +42,10 @@ def take_turns(
     Returns:
         dict: name to one time for each round.
     """
-    names = list(functions)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warmup + rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(list(functions), len(functions)):
             arguments = () if prepare is None else (prepare(name),)
             _wait()
             start = time.perf_counter()

@@ -1,7 +1,7 @@
 """The model: golden numbers, counts, every configuration, and what PyTorch and diffusers do with a model."""
 
 import copy
-import importlib.util
+import importlib
 import inspect
 import itertools
 import json
@@ -347,11 +347,9 @@ def test_initial_rows_and_tables():
 
 @pytest.fixture(scope="module")
 def block_magnitudes():
-    path = Path(__file__).parents[1] / "benchmarks" / "block_magnitudes.py"
-    spec = importlib.util.spec_from_file_location("block_magnitudes", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        return importlib.import_module("block_magnitudes")
 
 
 def test_block_magnitudes_of_s2_stay_bounded_and_fall_by_averaging_alone(block_magnitudes):
