@@ -39,6 +39,7 @@ SECTIONS = {
     "Images": ["images"],
     "Images to latents": ["encoding"],
     "Latents on disk": ["latents"],
+    "Hashes": ["hashing"],
     "Hub and trackers": ["hub"],
     "Model cards": ["model_card"],
 }
