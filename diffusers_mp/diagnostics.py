@@ -270,11 +270,16 @@ class MagnitudeRecorder:
 
     @torch.no_grad()
     def _before_update(self, optimizer, args, kwargs) -> None:
+        # A GradScaler leaves to a fused optimiser to divide its gradients, and to do nothing where they overflow.
+        scale, overflow = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        if overflow is not None and overflow.item():
+            return
         watched = {id(parameter) for parameters in self._parameters.values() for parameter in parameters}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if id(parameter) in watched and parameter.grad is not None:
-                    self._gradients[id(parameter)] = _norm(parameter.grad)
+                    norm = _norm(parameter.grad)
+                    self._gradients[id(parameter)] = norm if scale is None else norm / scale.to(norm.device)
                     self._old[id(parameter)] = parameter.detach().clone()
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .functional import compute_dtype
-from .layers import normalize_weights_, return_to_shards
+from .layers import normalize_weights_, return_to_shards, settle_rows_
 
 
 # The width of γ = 0, the plain mean of all weights so far: no power function that grows is wider.
@@ -184,7 +184,8 @@ class PowerFunctionEMA:
     def averaged(self, model: nn.Module, std: float) -> Iterator[nn.Module]:
         """Run a block with the average of one width in the model; the raw weights return bit for bit.
 
-        They return when the block raises, too. Costs one copy of the parameters on their device.
+        They return when the block raises, too. Layers that the block takes out of training mode come back with rows at
+        their norm, as from `eval()`. Costs one copy of the parameters on their device.
 
         Args:
             model (nn.Module): as in `copy_to`.
@@ -195,12 +196,15 @@ class PowerFunctionEMA:
             ValueError: as in `copy_to`.
         """
         raw = [parameter.clone() for parameter in self._parameters_of(model)]
+        trained = [module for module in model.modules() if module.training]
         try:
             self.copy_to(model, std)
             yield model
         finally:
             with torch.no_grad():
                 _copy_each(self._parameters_of(model), raw)
+            # Who leaves training mode within the block settles rows of the average: these are to be settled as well.
+            settle_rows_(module for module in trained if not module.training)
 
     def state_dict(self) -> dict:
         """Step, widths and averages. Tensors are the live ones, as in `nn.Module.state_dict`: copy them to keep them.

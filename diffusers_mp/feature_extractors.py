@@ -22,8 +22,9 @@ from .hashing import sha256_of_weights
 
 
 INCEPTION = "torch-fidelity"
-# Entries of a description that name the model; the others are what its features depend on.
+# Entries of a description that name the model, and those that identify it wherever it lies.
 _NAMES = ("id", "revision", "transformers")
+_CONTENTS = ("weights_sha256", "source_sha256")
 
 
 class FeatureExtractor:
@@ -46,10 +47,10 @@ class FeatureExtractor:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what the features depend on: the description without names of places."""
-        content = {key: value for key, value in self.description.items() if key not in _NAMES}
-        if not content:  # of a function that is described by its name alone
-            content = self.description
+        """SHA-256 of the description, without names of places if it has the hash of a content."""
+        content = self.description
+        if any(name in content for name in _CONTENTS):
+            content = {key: value for key, value in content.items() if key not in _NAMES}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @torch.no_grad()

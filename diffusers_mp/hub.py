@@ -222,6 +222,16 @@ def files_to_publish(folder: str | Path) -> list[str]:
             missing.append(f"{component}/{WEIGHTS}")
         if missing:
             raise ValueError(f"`folder` must hold a complete pipeline, {folder} lacks {', '.join(missing)}.")
+    index = json.loads((folder / "model_index.json").read_text())
+    for component in components:
+        told = index[component][1]
+        saved = json.loads((folder / component / "config.json").read_text()).get("_class_name", told)
+        if told != saved:
+            raise ValueError(
+                f"`folder` must hold a pipeline that names its classes, model_index.json of {folder} has {told} as "
+                f"the {component} and {component}/config.json has {saved}. After a swap in a pipeline assign the "
+                f"{component} anew (`pipe.{component} = pipe.{component}`), and save once more."
+            )
     return found
 
 

@@ -20,7 +20,7 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 
 import torch
@@ -398,7 +398,12 @@ def normalize_weights_(module: nn.Module) -> nn.Module:
         ValueError: if a weight is sharded through its rows.
     """
     return_to_shards(module)
-    for submodule in module.modules():
-        if isinstance(submodule, _NormalizedRows) and submodule.forced_weight_normalization:
-            submodule._normalize_rows_()
+    settle_rows_(module.modules())
     return module
+
+
+def settle_rows_(modules: Iterable[nn.Module]) -> None:
+    """As `normalize_weights_` of these modules themselves, without those within them; others pass."""
+    for module in modules:
+        if isinstance(module, _NormalizedRows) and module.forced_weight_normalization:
+            module._normalize_rows_()

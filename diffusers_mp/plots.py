@@ -7,6 +7,7 @@ matplotlib is not among the package's requirements: it is imported when the firs
 of a file that `MagnitudeRecorder.save` has written, or a recorder's `history`.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -173,7 +174,7 @@ def plot_ema_widths(curves: Mapping[str, Mapping[float, float]], ylabel: str) ->
     figure, axes = _figure()
     for name, scores in curves.items():
         widths = sorted(scores)
-        best = min(widths, key=scores.__getitem__)
+        best = min(widths, key=lambda width: (math.isnan(scores[width]), scores[width]))
         (line,) = axes.plot(widths, [scores[width] for width in widths], marker="o", ms=4)
         line.set_label(f"{name}, best {scores[best]:.4g} at {best:g}")
         axes.plot(best, scores[best], marker="*", ms=14, color=line.get_color())

@@ -8,6 +8,7 @@ Snapshots hold averages as they are, with rows shorter than 1, since only those 
 a model calls `normalize_weights_` on it.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -119,16 +120,26 @@ def discard_snapshots_after(directory: str | Path, step: int) -> None:
     """Remove snapshots past a step, and what a kill left half written: the run goes on from there.
 
     Args:
-        directory (str or Path): folder of the run's snapshots; it need not exist, and goes too if none stays.
+        directory (str or Path): folder of the run's snapshots; it need not exist. If none stays, what was saved beside
+            them goes too, and the folder if nothing else is in it.
         step (int): the last step that stays.
     """
+    directory = Path(directory)
     for snapshot in find_snapshots(directory):
         if snapshot.step > step:
             _discard(snapshot.path)
-    for path in Path(directory).glob(f"*{UNFINISHED}"):
+    for path in directory.glob(f"*{UNFINISHED}"):
         shutil.rmtree(path)
-    if not find_snapshots(directory):
-        shutil.rmtree(directory, ignore_errors=True)
+    # Nothing that `save_snapshots` has not written: it may be the folder of a run. A pipeline has a transformer.
+    if find_snapshots(directory) or (directory / "transformer").exists():
+        return
+    index = directory / PIPELINE_FILE
+    if index.is_file():
+        for name in component_names(directory):
+            shutil.rmtree(directory / name, ignore_errors=True)
+        index.unlink()
+    with contextlib.suppress(OSError):  # other things are in it, or it is not there
+        directory.rmdir()
 
 
 def check_snapshots(snapshots: Sequence[Snapshot]) -> dict:

@@ -156,6 +156,24 @@ class TestValues:
         )
         recorder.close()
 
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_gradients_under_a_scaler_are_unscaled_and_absent_where_they_overflow(self, fused):
+        values = []
+        for factor in (1.0, math.inf):
+            model = Stack(nn.Linear(2, 1))
+            optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            recorder = MagnitudeRecorder(model, optimizer)
+            scaler.scale(factor * model(torch.tensor([[3.0, 4.0]])).sum()).backward()
+            if not fused:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            assert recorder.step()
+            values.append(recorder.values())
+        assert values[0]["magnitude/gradients/blocks.0"] == pytest.approx(math.sqrt(26 / 3))
+        assert values[0]["relative_update/blocks.0"] > 0
+        assert not [name for name in values[1] if "gradients" in name or "update" in name]
+
     def test_gradients_are_those_that_the_optimizer_receives(self):
         model = Stack(nn.Linear(3, 3))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -877,6 +895,8 @@ class TestPlots:
         assert list(axes.get_lines()[0].get_ydata()) == [2.0, 1.5, 3.0]
         assert axes.get_legend().get_texts()[0].get_text() == "E, best 1.5 at 0.1"
         assert list(axes.get_lines()[1].get_xdata()) == [0.1]
+        axes = plots.plot_ema_widths({"E": {0.03: math.nan, 0.05: 2.0, 0.1: 3.0}}, ylabel="held-out loss").axes[0]
+        assert axes.get_legend().get_texts()[0].get_text() == "E, best 2 at 0.05"
 
     def test_samples(self):
         images = [Image.new("L", (8, 8), 40 * index) for index in range(5)]

@@ -429,3 +429,17 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing(change, message):
     assert ema.step == 0
     for now, then in zip(ema.state_dict()["averages"], before["averages"], strict=True):
         assert bits(now) == bits(then)
+
+
+def test_a_model_put_to_evaluation_while_averaged_is_left_settled():
+    torch.manual_seed(0)
+    model = MPLinear(8, 4)
+    ema = PowerFunctionEMA(model, (0.1,))
+    with torch.no_grad():
+        model.weight.mul_(torch.tensor([[0.5], [1.0], [2.0], [3.0]]))
+    ema.update(1)
+    x = torch.randn(5, 8)
+    in_training = model(x)
+    with ema.averaged(model, 0.1):
+        model.eval()
+    torch.testing.assert_close(model.eval()(x), in_training)

@@ -532,3 +532,17 @@ def test_metrics_of_a_set_against_itself_and_others(reference_of, pictures):
     assert other["frechet_distance"] > 1
     assert other.keys() == {"frechet_distance", "warnings"}
     assert other["warnings"] == []
+
+
+def test_extractors_of_another_name_or_revision_share_no_statistics():
+    of_name, of_revision, of_content = (
+        [FeatureExtractor(lambda images: images, {**plain, **facts}).fingerprint for facts in ({}, {changed: "other"})]
+        for plain, changed in (
+            ({"id": "net", "size": 224}, "id"),
+            ({"id": "net", "size": 224}, "revision"),
+            ({"id": "folder", "weights_sha256": "0"}, "id"),  # the same weights in another place
+        )
+    )
+    assert of_name[0] != of_name[1]
+    assert of_revision[0] != of_revision[1]
+    assert of_content[0] == of_content[1]

@@ -569,6 +569,20 @@ def test_a_pipeline_with_other_parts_is_refused(tmp_path):
 # Rotation swaps
 
 
+def test_a_pipeline_that_does_not_name_its_swapped_class_is_refused(tmp_path):
+    transformer = DiTTransformer2DModel(**DIT_OPTIONS, out_channels=8, num_embeds_ada_norm=3)
+    pipe = DiTPipeline(transformer, tiny_vae(), DDIMScheduler(clip_sample=False))
+    swap_adaln_for_rotation(pipe.transformer)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="DiTTransformer2DModel as the transformer .* RotationDiTTransformer2DModel"):
+        hub.files_to_publish(tmp_path)
+    pipe.transformer = pipe.transformer  # as the message says
+    pipe.save_pretrained(tmp_path)
+    assert "transformer/config.json" in hub.files_to_publish(tmp_path)
+    again = DiTPipeline.from_pretrained(tmp_path)
+    assert type(again.transformer).__name__ == "RotationDiTTransformer2DModel"
+
+
 RECORD = {
     "arguments": {"swap": "mean", "max_train_steps": 3, "learning_rate": 1e-4, "dataset_name": None},
     "num_parameters": {"before": 2000, "after": 1900},

@@ -604,3 +604,19 @@ class TestTrainer:
         with pytest.raises(SystemExit):
             train(tmp_path / "run", *more)
         assert message in capsys.readouterr().err
+
+
+def test_discarding_removes_nothing_that_saving_has_not_written(tmp_path):
+    model = tiny_model()
+    ema, pipeline = PowerFunctionEMA(model), MPDiTPipeline(model, DDPMScheduler())
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "checkpoint-500" / "state.pt").write_text("weeks of work")
+    ema.update(1000)
+    save_snapshots(ema, tmp_path, pipeline)
+    discard_snapshots_after(tmp_path, 500)
+    assert [path.name for path in tmp_path.rglob("*")] == ["checkpoint-500", "state.pt"]
+    # The pipeline of a run, taken for the folder of its snapshots.
+    pipeline.save_pretrained(tmp_path / "run")
+    files = sorted(tmp_path.rglob("*"))
+    discard_snapshots_after(tmp_path / "run", 0)
+    assert sorted(tmp_path.rglob("*")) == files
