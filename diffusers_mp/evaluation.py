@@ -337,7 +337,7 @@ class ReferenceStatistics:
         description (dict): extractor, resolution, channels, number and content hash of the images, warnings.
         mean (torch.Tensor): float64, shape (D,).
         covariance (torch.Tensor): float64, shape (D, D).
-        features (torch.Tensor): float32, shape (N, D), N at most `MAX_FEATURES`, evenly spread over the images.
+        features (torch.Tensor): float32, shape (N, D), N at most `MAX_FEATURES`, drawn from all images.
     """
 
     description: dict[str, Any]
@@ -416,16 +416,18 @@ def _sha256_of(tensors: dict[str, torch.Tensor]) -> str:
     return content.hexdigest()
 
 
-def spread(num_images: int, num_kept: int) -> list[int]:
-    """Numbers of `num_kept` images, or of all if there are no more, evenly spread: sources are often sorted by class.
+def drawn(num_images: int, num_kept: int) -> list[int]:
+    """Numbers of `num_kept` images drawn with a fixed seed, or of all if there are no more.
+
+    Sources are often sorted by class, and as often have classes in turn: evenly spaced numbers can be all of one.
 
     Args:
         num_images, num_kept (int): at least 1.
     Returns:
         list of int: ascending, without repetition.
     """
-    num_kept = min(num_images, num_kept)
-    return [index * num_images // num_kept for index in range(num_kept)]
+    # The older generator's numbers are the same in every version of NumPy.
+    return sorted(np.random.RandomState(0).permutation(num_images)[:num_kept].tolist())
 
 
 def reference_statistics(
@@ -480,7 +482,7 @@ def reference_statistics(
     if all(gather(path.is_file())):
         return ReferenceStatistics.load(path)
 
-    statistics, kept = RunningStatistics(), set(spread(len(dataset), MAX_FEATURES))
+    statistics, kept = RunningStatistics(), set(drawn(len(dataset), MAX_FEATURES))
     features = {}
     starts = range(0, len(own), batch_size)
     for start in tqdm(starts, desc="Reference", unit="batch", disable=process_index != 0):
@@ -576,7 +578,7 @@ def image_metrics(
         reference (ReferenceStatistics): of real images.
         statistics (RunningStatistics): of all generated images.
         features (torch.Tensor): of the first generated images, up to `MAX_FEATURES`, for precision and recall: as many
-            as the reference has kept, or that many of the reference.
+            as the reference has kept, or that many drawn from the reference.
         k (int): neighbour of precision and recall; 0 leaves them out.
         device (str or torch.device): as in `precision_recall`.
     Returns:
@@ -590,7 +592,7 @@ def image_metrics(
     metrics = {"frechet_distance": distance, "warnings": [] if warning is None else [warning]}
     if k:
         num_compared = min(len(reference.features), len(features))
-        real = reference.features[spread(len(reference.features), num_compared)]
+        real = reference.features[drawn(len(reference.features), num_compared)]
         precision, recall = precision_recall(real, features[:num_compared], k, device)
         metrics |= {"precision": precision, "recall": recall, "num_images_compared": num_compared}
     return metrics

@@ -98,7 +98,9 @@ def load_extractor(
 
     Args:
         name (str): a vision model of `transformers` by id or path; "module:function", something importable that takes
-            pictures as in `FeatureExtractor`; or "torch-fidelity", the Inception network of FID.
+            pictures as in `FeatureExtractor`; or "torch-fidelity", the Inception network of FID. A function is known
+            by the source of its module; what else it depends on, such as a file of weights, it must tell in a mapping
+            `description` of its own (`function.description = {"weights_sha256": ...}`).
         revision, output, cache_dir: as in `transformers_extractor`.
         device (str or torch.device): where it computes, and where a function of one's own gets pictures.
     Returns:
@@ -118,7 +120,8 @@ def load_extractor(
                 f"{module_name} must have a function {function_name!r}, named by the extractor {name!r}."
             )
         source_hash = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
-        description = {"id": name, "function": function_name, "source_sha256": source_hash}
+        description = {**getattr(function, "description", {}), "id": name, "function": function_name}
+        description["source_sha256"] = source_hash
         return FeatureExtractor(lambda images: function(images.to(device)), description)
     return transformers_extractor(name, revision=revision, output=output, device=device, cache_dir=cache_dir)
 

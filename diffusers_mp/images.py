@@ -25,7 +25,7 @@ def load_image_dataset(
     split: str = "train",
     cache_dir: str | None = None,
     image_column: str = "image",
-    label_column: str = "label",
+    label_column: str | None = "label",
     max_train_samples: int | None = None,
     seed: int = 0,
     streaming: bool = False,
@@ -38,6 +38,7 @@ def load_image_dataset(
         dataset_name, dataset_config_name, split (str): what `datasets.load_dataset` is asked for instead.
         cache_dir (str): where `datasets` keeps its tables.
         image_column, label_column (str): names of the columns. The default `label` may be missing: unlabelled data.
+            With None, labels are neither looked for nor checked.
         max_train_samples (int): keep only so many, drawn with `seed`, because sources are often sorted by class. A
             stream is drawn from `SHUFFLE_BUFFER_SIZE` pictures at a time.
         streaming (bool): read the source as it comes instead of keeping a copy of it in `cache_dir`.
@@ -57,13 +58,13 @@ def load_image_dataset(
         raise ValueError(f"`train_data_dir` must be a folder of pictures, received {str(train_data_dir)!r}.")
     else:
         dataset = _load_image_folder(train_data_dir, options)
-        if "label" not in dataset.column_names:
+        if label_column is not None and "label" not in dataset.column_names:
             _check_one_folder(dataset, train_data_dir)
 
     columns = dataset.column_names
     if image_column not in columns:
         raise ValueError(f"`image_column` must be one of {columns}, received {image_column!r}.")
-    if label_column not in columns and label_column != "label":
+    if label_column not in (None, "label", *columns):
         raise ValueError(f"`label_column` must be one of {columns}, received {label_column!r}.")
     kind = dataset.features[image_column]
     if not isinstance(kind, datasets.Image) and kind not in STRINGS:

@@ -163,15 +163,14 @@ def plan_reconstruction(snapshots: Sequence[Snapshot], std: float, step: int | N
     step = steps[-1] if step is None else operator.index(step)
     if not steps[0] <= step <= steps[-1]:
         raise ValueError(f"`step` must lie between the snapshots of {steps[0]} and {steps[-1]}, received {step}")
-    last_step = next(stored for stored in steps if stored >= step)
-    used = [snapshot for snapshot in snapshots if snapshot.step <= last_step]
+    used = snapshots_up_to(snapshots, step)
     names = [snapshot.path.name for snapshot in used]
     wanted = [(snapshot.step, snapshot.std) == (step, std) for snapshot in used]
     if any(wanted):
         name = names[wanted.index(True)]
         return Reconstruction(step, std, {name: 1.0}, 0.0, name, 0.0, 1.0)
     if len(used) < 2:
-        raise ValueError(f"`snapshots` must hold two snapshots or more up to step {last_step}, received {names}")
+        raise ValueError(f"`snapshots` must hold two snapshots or more up to step {used[-1].step}, received {names}")
     profiles = [snapshot.step for snapshot in used], [snapshot.std for snapshot in used], step, std
     weights = reconstruction_weights(*profiles)
     error = profile_fit_error(weights, *profiles)
@@ -185,6 +184,19 @@ def plan_reconstruction(snapshots: Sequence[Snapshot], std: float, step: int | N
         fit_error_to_nearest=float(error / errors_alone.min()),
         amplification=float(np.abs(weights).sum()),
     )
+
+
+def snapshots_up_to(snapshots: Sequence[Snapshot], step: int) -> list[Snapshot]:
+    """Snapshots that take part in an average: up to the first step that is `step` or later.
+
+    Args:
+        snapshots (sequence of Snapshot): as `find_snapshots` gives them, with a step from `step` on.
+        step (int): step of the wanted average.
+    Returns:
+        list of Snapshot: in the same order.
+    """
+    last_step = min(snapshot.step for snapshot in snapshots if snapshot.step >= step)
+    return [snapshot for snapshot in snapshots if snapshot.step <= last_step]
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,7 +32,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -39,7 +40,7 @@ from tqdm.auto import tqdm
 from training_arguments import HelpFormatter
 
 import diffusers_mp
-from diffusers_mp import MPDiTPipeline, reconstruct_ema
+from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, reconstruct_ema
 from diffusers_mp.evaluation import (
     MAX_FEATURES,
     NonFiniteImageError,
@@ -52,10 +53,17 @@ from diffusers_mp.evaluation import (
     sampler_for,
 )
 from diffusers_mp.feature_extractors import load_extractor
-from diffusers_mp.hub import HEAT_MAP_NAME, check_hub_access, download_pipeline, files_to_publish, publish
+from diffusers_mp.hub import (
+    HEAT_MAP_NAME,
+    check_hub_access,
+    download_pipeline,
+    files_to_publish,
+    has_component,
+    publish,
+)
 from diffusers_mp.images import load_image_dataset
 from diffusers_mp.model_card import write_evaluation, write_model_card
-from diffusers_mp.reconstruction import plan_reconstruction
+from diffusers_mp.reconstruction import plan_reconstruction, snapshots_up_to
 from diffusers_mp.snapshots import check_snapshots, find_snapshots, pipeline_parts
 
 
@@ -168,6 +176,7 @@ def main(args):
             private=args.hub_private_repo or None,
         )
     folder, snapshots_dir = find_model(args, accelerator)
+    check_pipeline(args, folder, snapshots_dir)
     extractors = [
         load_extractor(name, output=args.extractor_output, device=accelerator.device, cache_dir=args.cache_dir)
         for name in args.extractors
@@ -234,21 +243,64 @@ def find_model(args, accelerator) -> tuple[Path, Path | None]:
             f"--ema_stds needs the snapshots of a run (--ema_snapshot_steps of the trainer), {folder} has no "
             "ema_snapshots"
         )
+    # Once for all widths and processes: a run that still trains adds snapshots meanwhile.
+    (args.step,) = broadcast_object_list([snapshots[-1].step if args.step is None else args.step])
     for std in args.ema_stds:
         plan = plan_reconstruction(snapshots, std, args.step)
         accelerator.print(f"Width {std:g}: fit error {plan.fit_error:.2e} of the profile's norm at step {plan.step}")
     return folder, snapshots_dir
 
 
-def image_shape(folder: Path, snapshots_dir: Path | None) -> tuple[int, int]:
-    """Side in pixels and number of channels of the images that a pipeline generates."""
-    parts, transformer = folder, folder / "transformer"
-    if snapshots_dir is not None:
-        parts, transformer = snapshots_dir, find_snapshots(snapshots_dir)[0].path
+def parts_and_transformer(folder: Path, snapshots_dir: Path | None) -> tuple[Path, Path]:
+    """Where the pipeline's parts lie, and its transformer."""
+    if snapshots_dir is None:
+        return folder, folder / "transformer"
+    return snapshots_dir, find_snapshots(snapshots_dir)[0].path
+
+
+def check_pipeline(args, folder: Path, snapshots_dir: Path | None) -> None:
+    """Refuse by its configs, without weights, what would be refused once the reference has been measured."""
+    parts, transformer = parts_and_transformer(folder, snapshots_dir)
+    index = read_json(parts / "model_index.json")
+    name = index.get("_class_name")
+    if name != MPDiTPipeline.__name__:
+        raise ValueError(f"--pretrained_model_name_or_path must be an MPDiTPipeline, {parts} holds a {name}")
+    if has_component(parts, "guider"):
+        raise ValueError(
+            "--pretrained_model_name_or_path must be a pipeline without a `guider`, which has a scale of its own, "
+            f"{parts} has a {index['guider'][1]}; after `pipe.guider = None` save it to another folder"
+        )
     config = read_json(transformer / "config.json")
     if config.get("pooled_projection_dim") is not None:
         raise ValueError("the pipeline must be class-conditional or unconditional; this one takes condition vectors")
-    if not (parts / "vae").is_dir():
+    _, num_channels = image_shape(folder, snapshots_dir)
+    if num_channels not in (1, 3):
+        raise ValueError(
+            f"the pipeline must generate pictures of 1 or 3 channels, it has {num_channels}"
+            + ("" if has_component(parts, "vae") else " and no VAE")
+        )
+    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(parts, subfolder="scheduler")
+    options = {name: index.get(name) for name in ("id2label", "prediction_type")}
+    with init_empty_weights():
+        if has_component(parts, "guidance_transformer"):
+            weak = read_json(parts / "guidance_transformer" / "config.json")
+            options["guidance_transformer"] = MPDiTTransformer2DModel.from_config(weak)
+        pipe = MPDiTPipeline(
+            MPDiTTransformer2DModel.from_config(config),
+            scheduler if args.scheduler is None else sampler_for(scheduler, args.scheduler),
+            **options,
+        )
+    for scale in args.guidance_scales:
+        pipe.check_guidance(scale)
+    if args.class_labels is not None:
+        pipe.get_label_ids(args.class_labels)
+
+
+def image_shape(folder: Path, snapshots_dir: Path | None) -> tuple[int, int]:
+    """Side in pixels and number of channels of the images that a pipeline generates."""
+    parts, transformer = parts_and_transformer(folder, snapshots_dir)
+    config = read_json(transformer / "config.json")
+    if not has_component(parts, "vae"):
         return config["sample_size"], config["in_channels"]
     vae = read_json(parts / "vae" / "config.json")
     return config["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1), vae["out_channels"]
@@ -299,6 +351,7 @@ def open_reference(args):
             split=args.dataset_split,
             cache_dir=args.cache_dir,
             image_column=args.image_column,
+            label_column=None,
             max_train_samples=args.max_reference_images,
         )[0]
     except ValueError as error:
@@ -307,13 +360,12 @@ def open_reference(args):
 
 def describe(args, folder, snapshots_dir, extractors, references) -> dict:
     """All that the numbers of a cell depend on, beside the cell itself."""
+    parts, transformer = parts_and_transformer(folder, snapshots_dir)
     if snapshots_dir is None:
-        parts, transformer = folder, folder / "transformer"
         paths = [folder / name for name in files_to_publish(folder) if not name.startswith("transformer_ema_")]
     else:
-        parts, snapshots = snapshots_dir, find_snapshots(snapshots_dir)
+        snapshots = snapshots_up_to(find_snapshots(snapshots_dir), args.step)
         check_snapshots(snapshots)  # against the hashes of weights in their JSON files, which are hashed here instead
-        transformer = snapshots[0].path
         paths = [path for snapshot in snapshots for path in sorted(snapshot.path.glob("*.json"))]
         for part in pipeline_parts(snapshots_dir):
             paths += sorted(part.glob("*")) if part.is_dir() else [part]
@@ -355,6 +407,7 @@ def keep_settings(path: Path, settings: dict) -> None:
                 + "; ".join(
                     f"{name}: {shortened(stored.get(name))} and {shortened(settings[name])}" for name in different
                 )
+                + (f". `--step {stored['step']}` goes on with its cells" if stored.get("step") is not None else "")
             )
     write_json(path, settings)
 
@@ -364,19 +417,22 @@ def keep_settings(path: Path, settings: dict) -> None:
 
 def load_pipeline(args, accelerator, folder, snapshots_dir, std) -> MPDiTPipeline:
     if std is not None:
-        folder = args.output_dir / "rebuilt"
-        if accelerator.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)
+        # Of its own: another sweep may share the output folder.
+        is_main = accelerator.is_main_process
+        (folder,) = broadcast_object_list(
+            [tempfile.mkdtemp(prefix="rebuilt-", dir=args.output_dir) if is_main else None]
+        )
+    try:
+        if std is not None and accelerator.is_main_process:
             reconstruct_ema(snapshots_dir, folder, std, args.step)
         accelerator.wait_for_everyone()
-    pipe = MPDiTPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype))
-    accelerator.wait_for_everyone()
-    if std is not None and accelerator.is_main_process:
-        shutil.rmtree(folder)
+        pipe = MPDiTPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype))
+        accelerator.wait_for_everyone()
+    finally:
+        if std is not None and accelerator.is_main_process:
+            shutil.rmtree(folder)
     if args.scheduler is not None:
         pipe.scheduler = sampler_for(pipe.scheduler, args.scheduler)
-    for scale in args.guidance_scales:
-        pipe.check_guidance(scale)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(accelerator.device)
 
@@ -620,7 +676,7 @@ def read_json(path: Path) -> dict:
 def write_json(path: Path, content: dict) -> None:
     """Whole or not at all, whenever a kill comes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)
 

@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.guiders import ClassifierFreeGuidance
 from helpers import random_picture, run_processes, tiny_model, tiny_vae
 from hub_server import HubServer
 from PIL import Image
@@ -19,7 +22,7 @@ from test_evaluation import dinov2  # noqa: F401
 from test_hub import TOKEN, client
 
 from diffusers_mp import MPDiTPipeline, PowerFunctionEMA, frechet_distance, normalize_weights_, reconstruct_ema
-from diffusers_mp.evaluation import RunningStatistics, generate_images, precision_recall
+from diffusers_mp.evaluation import RunningStatistics, drawn, generate_images, precision_recall
 from diffusers_mp.feature_extractors import transformers_extractor
 from diffusers_mp.images import prepare_image
 from diffusers_mp.snapshots import save_snapshots
@@ -94,8 +97,7 @@ def test_the_numbers_are_those_of_the_library(arguments, folder, photos, dinov2,
     (metrics,) = cell["metrics"]
     assert metrics["frechet_distance"] == pytest.approx(expected, rel=1e-3)
     assert metrics["num_images_compared"] == 12
-    # Every second of the real images.
-    assert (metrics["precision"], metrics["recall"]) == precision_recall(real[::2], made)
+    assert (metrics["precision"], metrics["recall"]) == precision_recall(real[drawn(NUM_PHOTOS, 12)], made)
     settings = results["settings"]
     assert settings["scheduler"] == "DDPMScheduler"
     assert settings["class_labels"] == [0, 1, 2]
@@ -171,17 +173,24 @@ def test_images_that_are_not_finite_fail_their_cell_alone(arguments, tmp_path):
     assert len(evaluate(arguments, "--guidance_scales", 1, 2)["cells"]) == 2
 
 
-def test_sweep_over_widths(arguments, folder, tmp_path, capsys):
-    run, model = tmp_path / "run", make_pipeline(tiny_vae())
+def train(folder, last_step):
+    """Snapshots of a run, step by step: the next call of the generator trains on."""
+    model = make_pipeline(tiny_vae())
     ema = PowerFunctionEMA(model.transformer, (0.05, 0.10))
-    for step in range(1, 7):
+    for step in range(1, last_step + 1):
         with torch.no_grad():
             for parameter in model.transformer.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
         normalize_weights_(model.transformer)
         ema.update(step)
         if step % 2 == 0:
-            save_snapshots(ema, run / "ema_snapshots", model)
+            save_snapshots(ema, folder / "ema_snapshots", model)
+            yield step
+
+
+def test_sweep_over_widths(arguments, folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert list(train(run, 6)) == [2, 4, 6]
     (run / "training_arguments.json").write_text(json.dumps({"learning_rate": 0.01, "ema_stds": [0.05, 0.1]}))
     (run / "logs").mkdir()
     (run / "logs" / "metrics.jsonl").write_text('{"step": 6, "train/loss": 0.5}\n')
@@ -207,7 +216,7 @@ def test_sweep_over_widths(arguments, folder, tmp_path, capsys):
     assert best["metrics"][0]["frechet_distance"] == min(
         cell["metrics"][0]["frechet_distance"] for cell in results["cells"]
     )
-    assert not (evaluation / "rebuilt").exists()
+    assert list(evaluation.glob("rebuilt*")) == []
     reconstruct_ema(run / "ema_snapshots", tmp_path / "best", best["ema_std"])
     weights = "transformer/diffusion_pytorch_model.safetensors"
     assert (evaluation / "best" / weights).read_bytes() == (tmp_path / "best" / weights).read_bytes()
@@ -221,6 +230,49 @@ def test_sweep_over_widths(arguments, folder, tmp_path, capsys):
     assert (evaluation / "best" / "evaluation.png").read_bytes() == (evaluation / "heat_map.png").read_bytes()
     with pytest.raises(FileNotFoundError, match="--ema_stds needs the snapshots of a run"):
         evaluate(arguments, "--ema_stds", 0.05)
+
+
+def test_a_sweep_has_one_step_though_training_goes_on(arguments, tmp_path, monkeypatch):
+    import evaluate as script
+
+    training = train(tmp_path / "run", 8)
+    assert (next(training), next(training)) == (2, 4)
+    rebuild, steps = script.reconstruct_ema, []
+
+    def rebuild_and_train_on(*arguments, **options):
+        steps.append(rebuild(*arguments, **options).step)
+        next(training, None)
+
+    monkeypatch.setattr(script, "reconstruct_ema", rebuild_and_train_on)
+    sweep = [*arguments, "--pretrained_model_name_or_path", tmp_path / "run", "--ema_stds", 0.05]
+    results = evaluate(sweep, 0.075)
+    # Both widths, and the best of them.
+    assert steps == [4, 4, 4]
+    assert results["settings"]["step"] == 4
+    assert list(training) == []
+    with pytest.raises(ValueError, match="differs in model_sha256: .*; step: 4 and 8. `--step 4` goes on with its"):
+        evaluate(sweep, 0.1)
+    assert len(evaluate(sweep, 0.1, "--step", 4)["cells"]) == 3
+
+
+def test_two_sweeps_at_once_measure_their_own_weights(arguments, tmp_path, monkeypatch):
+    import evaluate as script
+
+    list(train(tmp_path / "run", 4))
+    sweep = [*arguments, "--pretrained_model_name_or_path", tmp_path / "run", "--ema_stds"]
+    alone = evaluate([*sweep, 0.05, 0.1], "--output_dir", tmp_path / "alone")
+    rebuild = script.reconstruct_ema
+
+    def rebuild_then_let_the_other_run(*arguments, **options):
+        plan = rebuild(*arguments, **options)
+        monkeypatch.setattr(script, "reconstruct_ema", rebuild)
+        evaluate([*sweep, 0.1])
+        return plan
+
+    monkeypatch.setattr(script, "reconstruct_ema", rebuild_then_let_the_other_run)
+    together = evaluate([*sweep, 0.05])
+    for one, other in zip(together["cells"], alone["cells"], strict=True):
+        assert without_circumstances(one) == without_circumstances(other)
 
 
 def test_a_grey_unconditional_model_of_pixels(arguments, tmp_path):
@@ -287,10 +339,6 @@ def test_bad_input_is_refused_before_anything_is_generated(arguments, tmp_path, 
     random_picture(np.random.default_rng(0)).save(tmp_path / "empty" / "b.png")
     with pytest.raises(ValueError, match=r"must be readable, number 0 \(a.png\) is not"):
         evaluate(arguments, "--reference_dir", tmp_path / "empty")
-    make_pipeline(tiny_vae(), class_dropout_prob=0.0).save_pretrained(tmp_path / "unguided")
-    with pytest.raises(ValueError, match="`guidance_scale` must be 1 for a transformer trained without dropping"):
-        evaluate(arguments, "--pretrained_model_name_or_path", tmp_path / "unguided", "--guidance_scales", 1, 2)
-    assert not (tmp_path / "evaluation" / "cells").exists()
     with pytest.raises(ValueError, match="must hold a saved pipeline"):
         evaluate(arguments, "--pretrained_model_name_or_path", tmp_path / "empty")
     for more, message in (
@@ -302,6 +350,47 @@ def test_bad_input_is_refused_before_anything_is_generated(arguments, tmp_path, 
         with pytest.raises(SystemExit):
             evaluate(arguments, *more)
         assert message.split(".*")[0] in capsys.readouterr().err
+
+
+def test_pipelines_that_cannot_be_measured_are_refused_before_the_reference_is(arguments, folder, tmp_path):
+    make_pipeline(tiny_vae(), class_dropout_prob=0.0).save_pretrained(tmp_path / "unguided")
+    make_pipeline().save_pretrained(tmp_path / "latents")
+    guided = make_pipeline(tiny_vae())
+    # Not by assignment: in place of None, diffusers does not write it to the index.
+    guided.register_modules(guider=ClassifierFreeGuidance(guidance_scale=2.0))
+    guided.save_pretrained(tmp_path / "guided")
+    stock = DiTTransformer2DModel(2, 8, num_layers=1, in_channels=4, sample_size=8, num_embeds_ada_norm=3)
+    DiTPipeline(stock, tiny_vae(), DDPMScheduler()).save_pretrained(tmp_path / "stock")
+    for name, more, message in (
+        ("unguided", ["--guidance_scales", 1, 2], "`guidance_scale` must be 1 for a transformer trained without drop"),
+        ("latents", [], "must generate pictures of 1 or 3 channels, it has 4 and no VAE"),
+        ("guided", [], "must be a pipeline without a `guider`, .* has a ClassifierFreeGuidance; after"),
+        ("stock", [], "must be an MPDiTPipeline, .* holds a DiTPipeline"),
+        ("model", ["--class_labels", "cow"], "got the unknown name 'cow'"),
+        ("model", ["--class_labels", 3], r"must be ids in \[0, 2\] or names, got 3"),
+        ("model", ["--scheduler", "FlowMatchEulerDiscreteScheduler"], "flow"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(arguments, "--pretrained_model_name_or_path", tmp_path / name, *more)
+        assert not (tmp_path / "evaluation").exists(), name
+    guided.guider = None
+    guided.save_pretrained(tmp_path / "unguided")
+    evaluate(arguments, "--pretrained_model_name_or_path", tmp_path / "unguided")
+
+
+def test_the_reference_needs_no_labels(arguments, photos, tmp_path):
+    # Folders of unequal depth are no classes: training refuses them.
+    (tmp_path / "deep" / "b" / "c").mkdir(parents=True)
+    for number, photo in enumerate(sorted(photos.iterdir())):
+        shutil.copy(photo, tmp_path / "deep" / ("b" if number < 12 else "b/c"))
+    # Labels that tell nothing, as those of ImageNet's test split.
+    rows = {"image": sorted(map(str, photos.iterdir())), "label": [-1] * NUM_PHOTOS}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "table" / "data.parquet")
+    expected = evaluate(arguments)["best"]["metrics"]
+    for place, source in (("deep", "--reference_dir"), ("table", "--dataset_name")):
+        start = arguments.index("--reference_dir")
+        call = [*arguments[:start], *arguments[start + 2 :], source, tmp_path / place]
+        assert evaluate(call, "--output_dir", tmp_path / f"by-{place}")["best"]["metrics"] == expected
 
 
 PUSH = """

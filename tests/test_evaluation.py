@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +21,7 @@ from diffusers_mp.evaluation import (
     NonFiniteImageError,
     ReferenceStatistics,
     RunningStatistics,
+    drawn,
     generate_images,
     image_generator,
     image_metrics,
@@ -300,6 +302,21 @@ def test_a_function_of_one_s_own(tmp_path, monkeypatch):
     assert len(extractor.description["source_sha256"]) == 64
     with pytest.raises(ImportError, match="my_features must have a function 'number'"):
         load_extractor("my_features:number")
+    # What its source does not tell.
+    before = load_extractor("my_features:colours").fingerprint
+    sys.modules["my_features"].colours.description = {"weights_sha256": "0123"}
+    told = load_extractor("my_features:colours")
+    assert told.description["weights_sha256"] == "0123"
+    assert told.fingerprint != before
+
+
+def test_images_compared_are_drawn_from_all_classes():
+    # Of classes in turn, evenly spaced numbers are all of one.
+    numbers = drawn(1000, 100)
+    assert numbers == sorted(set(numbers))
+    assert np.bincount(np.array(numbers) % 10).min() >= 4
+    assert np.bincount(np.array(numbers) // 100).min() >= 4
+    assert drawn(7, 50_000) == list(range(7))
 
 
 @pytest.mark.parametrize(
