@@ -240,7 +240,11 @@ def position_table(
         magnitude_preserving (bool): centre and scale the rows.
     Returns:
         torch.Tensor: shape (height * width, D).
+    Raises:
+        ValueError: if `dim` is not divisible by 4.
     """
+    if dim < 4 or dim % 4:
+        raise ValueError(f"`dim` must be divisible by 4, got {dim}.")
     quarter = dim // 4
     index = torch.arange(quarter, device=device, dtype=compute_dtype(dtype))
     frequency = torch.exp(index * (-math.log(MAX_PERIOD) / quarter))

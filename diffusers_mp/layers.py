@@ -329,6 +329,7 @@ class MPPatchEmbed(nn.Module):
     ):
         super().__init__()
         self.patch_size = patch_size
+        self.in_channels = in_channels
         self.proj = linear(patch_size * patch_size * in_channels + 1, dim)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -338,7 +339,15 @@ class MPPatchEmbed(nn.Module):
             hidden_states (torch.Tensor): shape (B, C, H, W), H and W divisible by the patch size.
         Returns:
             torch.Tensor: shape (B, H W / p^2, D).
+        Raises:
+            ValueError: if the image is of another shape.
         """
+        p, shape = self.patch_size, hidden_states.shape
+        if len(shape) != 4 or shape[1] != self.in_channels or shape[2] % p or shape[3] % p:
+            raise ValueError(
+                f"`hidden_states` must have shape (B, {self.in_channels}, H, W), H and W divisible by {p}, got "
+                f"{tuple(shape)}."
+            )
         return self.proj(F.pad(functional.patchify(hidden_states, self.patch_size), (0, 1), value=1.0))
 
 

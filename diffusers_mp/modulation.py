@@ -132,7 +132,16 @@ class _OneModulation(Modulation, LoadsRowsAsStored, ModelMixin, ConfigMixin):
             conditioning (torch.Tensor): activated conditioning vector, shape (B, conditioning_dim).
         Returns:
             torch.Tensor: shape (B, N, D), dtype of `hidden_states`.
+        Raises:
+            ValueError: if a shape is another one: the maps would be broadcast over the wrong dimension.
         """
+        dim, conditioning_dim = self.config.dim, self.config.conditioning_dim
+        shape = hidden_states.shape
+        if len(shape) != 3 or shape[-1] != dim or conditioning.shape != (shape[0], conditioning_dim):
+            raise ValueError(
+                f"`hidden_states` must have shape (B, N, {dim}) and `conditioning` (B, {conditioning_dim}), got "
+                f"{tuple(shape)} and {tuple(conditioning.shape)}."
+            )
         hidden_states, gate = super().forward(hidden_states, conditioning)
         return hidden_states if gate is None else hidden_states * gate.to(hidden_states.dtype)
 

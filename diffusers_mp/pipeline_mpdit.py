@@ -19,7 +19,7 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance, MagnitudeAwareGuidance
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.schedulers import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from .transformer_mpdit import MPDiTTransformer2DModel
@@ -55,7 +55,7 @@ class MPDiTPipeline(DiffusionPipeline):
             EDM's preconditioning. By default what `scheduler` takes it for. A scheduler that takes it for something
             else, put in later or on loading, is refused.
     Raises:
-        TypeError: if a transformer is not of this package, or the guider not of diffusers.
+        TypeError: if a transformer is not of this package, or the scheduler or guider not of diffusers.
         ValueError: if the components do not fit each other, or the guider needs more than two predictions.
     """
 
@@ -81,6 +81,8 @@ class MPDiTPipeline(DiffusionPipeline):
     ):
         super().__init__()
         _check_transformer(transformer)
+        if not isinstance(scheduler, SchedulerMixin):
+            raise TypeError(f"`scheduler` must be a scheduler of diffusers, got a {type(scheduler).__name__}.")
         _check_guidance_transformer(guidance_transformer, transformer)
         _check_guider(guider)
         in_channels, num_classes = transformer.config.in_channels, transformer.config.num_classes
@@ -429,14 +431,20 @@ class MPDiTPipeline(DiffusionPipeline):
     def _check_scheduler(self) -> None:
         # `from_config` of another class leaves out, with no more than a line in the log, that a model predicts a flow.
         wanted, taken_for = self.config.prediction_type, _prediction_type(self.scheduler)
+        if taken_for is None:
+            raise ValueError(
+                "`scheduler` must have a prediction_type, or be one for flows: what it takes the transformer's output "
+                f"for; {type(self.scheduler).__name__} has none."
+            )
         if wanted == "flow_prediction" and not (taken_for == wanted and _is_flow(self.scheduler)):
             raise ValueError(
                 "`scheduler` must be for the flow that the transformer predicts: a FlowMatchEulerDiscreteScheduler or "
-                "FlowMatchHeunDiscreteScheduler, or a solver made by `from_config(config, use_flow_sigmas=True, "
-                "prediction_type='flow_prediction', flow_shift=config.shift)`, got a "
-                f"{type(self.scheduler).__name__} for {taken_for!r} with use_flow_sigmas {_is_flow(self.scheduler)}."
+                "FlowMatchHeunDiscreteScheduler, or a DPM-Solver, DEIS, UniPC or SA-Solver made by "
+                "`from_config(config, use_flow_sigmas=True, prediction_type='flow_prediction', "
+                f"flow_shift=config.shift)`, got a {type(self.scheduler).__name__} for {taken_for!r} with "
+                f"use_flow_sigmas {_is_flow(self.scheduler)}."
             )
-        if taken_for is None or taken_for != wanted:
+        if taken_for != wanted:
             raise ValueError(
                 f"`scheduler` must have prediction_type {wanted!r}, which is what the transformer predicts, got a "
                 f"{type(self.scheduler).__name__} for {taken_for!r}."

@@ -368,7 +368,24 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAd
         pooled_projection_dim: int | None = None,
     ):
         super().__init__()
+        counts = {
+            "num_attention_heads": num_attention_heads,
+            "attention_head_dim": attention_head_dim,
+            "num_layers": num_layers,
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "sample_size": sample_size,
+            "patch_size": patch_size,
+            "num_classes": num_classes,
+            "pooled_projection_dim": pooled_projection_dim,
+        }
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                is_optional = name in ("out_channels", "num_classes", "pooled_projection_dim")
+                raise ValueError(f"`{name}` must be at least 1{', or None' if is_optional else ''}, got {count}.")
         dim = num_attention_heads * attention_head_dim
+        if int(dim * mlp_ratio) < 1:
+            raise ValueError(f"`mlp_ratio` must give the feed-forward a width of at least 1, got {mlp_ratio}.")
         check_kinds(modulation)
         if dim % 4:
             raise ValueError(
@@ -382,16 +399,8 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAd
                 "`forced_weight_normalization=True` needs `weight_normalization=True`: rows that are not normalised "
                 "on use carry meaning in their norm. Got `weight_normalization=False`."
             )
-        if patch_size < 1 or num_layers < 1:
-            raise ValueError(f"`patch_size` and `num_layers` must be at least 1, got {patch_size} and {num_layers}.")
         if sample_size % patch_size:
             raise ValueError(f"`sample_size` must be divisible by `patch_size` ({patch_size}), got {sample_size}.")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(
-                f"`num_classes` must be at least 1, or None for an unconditional model, got {num_classes}."
-            )
-        if pooled_projection_dim is not None and pooled_projection_dim < 1:
-            raise ValueError(f"`pooled_projection_dim` must be at least 1, or None, got {pooled_projection_dim}.")
         if not 0 <= class_dropout_prob < 1:
             raise ValueError(f"`class_dropout_prob` must be in [0, 1), got {class_dropout_prob}.")
         if not 0 < residual_t < 1:
@@ -675,6 +684,8 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAd
                 f"`class_labels` must be given for a model of {config.num_classes} classes; the null id "
                 f"{config.num_classes} stands for no class."
             )
+        if not isinstance(class_labels, torch.Tensor):
+            raise ValueError(f"`class_labels` must be a tensor of shape ({batch_size},), got {class_labels!r}.")
         if class_labels.shape != (batch_size,) or class_labels.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"`class_labels` must be integers (int64 or int32) of shape ({batch_size},), got {class_labels.dtype} "

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, DiTTransformer2DModel, IPNDMScheduler
 from helpers import run_python, tiny_inputs, tiny_model, tiny_vae
 from torch import nn
 
@@ -10,10 +10,13 @@ from diffusers_mp import (
     MPDiTPipeline,
     MPDiTTransformer2DModel,
     MPLinear,
+    MPPatchEmbed,
     RotationModulation,
+    ScaleModulation,
     get_preset,
     parameter_groups,
 )
+from diffusers_mp.functional import position_table
 
 
 def model(**changes):
@@ -82,7 +85,32 @@ MISTAKES = {
         lambda: tiny_model(modulation=("scale", "rotation")),
         r"distinct names out of \['scale', 'shift', 'rotate', 'gate'\], got \['scale', 'rotation'\]",
     ),
-    "no patches": (lambda: tiny_model(patch_size=0), "`patch_size` and `num_layers` must be at least 1, got 0 and 2"),
+    "no patches": (lambda: tiny_model(patch_size=0), "`patch_size` must be at least 1, got 0"),
+    "no heads": (lambda: tiny_model(num_attention_heads=0), "`num_attention_heads` must be at least 1, got 0"),
+    "no channels": (lambda: tiny_model(out_channels=0), "`out_channels` must be at least 1, or None, got 0"),
+    "no feed-forward": (lambda: tiny_model(mlp_ratio=0), "`mlp_ratio` must give .* a width of at least 1, got 0"),
+    "labels in a list": (model(class_labels=[0, 1, 2]), r"must be a tensor of shape \(3,\), got \[0, 1, 2\]"),
+    "patches that do not fit": (
+        lambda: MPPatchEmbed(2, 3, 8)(torch.zeros(1, 3, 5, 4)),
+        r"must have shape \(B, 3, H, W\), H and W divisible by 2, got \(1, 3, 5, 4\)",
+    ),
+    "tokens without a batch": (
+        lambda: RotationModulation(8, 4)(torch.zeros(2, 8), torch.zeros(2, 4)),
+        r"must have shape \(B, N, 8\) and `conditioning` \(B, 4\), got \(2, 8\) and \(2, 4\)",
+    ),
+    "tokens in rows and columns": (
+        lambda: ScaleModulation(8, 4)(torch.zeros(2, 2, 5, 8), torch.zeros(2, 4)),
+        r"must have shape \(B, N, 8\) and `conditioning` \(B, 4\), got \(2, 2, 5, 8\)",
+    ),
+    "a position table of odd width": (
+        lambda: position_table(2, 2, 6, torch.device("cpu"), torch.float32),
+        "`dim` must be divisible by 4, got 6",
+    ),
+    "no scheduler": (lambda: MPDiTPipeline(tiny_model(), None), "must be a scheduler of diffusers, got a NoneType"),
+    "a scheduler without a prediction type": (
+        lambda: MPDiTPipeline(tiny_model(), IPNDMScheduler()),
+        "must have a prediction_type, or be one for flows: .*; IPNDMScheduler has none",
+    ),
     "a bias": (lambda: MPLinear(4, 4, bias=True), "`bias` must be False: .* append a constant 1 to the input"),
     "a bias by its place": (lambda: MPLinear(4, 4, True), "`bias` must be False"),
     "rotation of an odd width": (lambda: RotationModulation(7, 4), "must be even for rotation, .* got 7"),

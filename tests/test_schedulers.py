@@ -118,7 +118,7 @@ def test_exact_predictions_of_gaussian_data_return_its_mean_and_std(name, kind, 
         (
             "epsilon",
             "FlowMatchLCMScheduler",
-            "must have prediction_type 'epsilon', .* got a FlowMatchLCMScheduler for None",
+            "must have a prediction_type, or be one for flows: .*; FlowMatchLCMScheduler has none",
         ),
     ],
 )
