@@ -34,6 +34,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from .hashing import sha256_of_file
 from .images import read_picture
 from .latents import FORMAT_VERSION, INDEX_NAME, LatentDataset, content_hash, to_unit_range, vae_fingerprint
 
@@ -131,6 +132,28 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> "AutoencoderKL 
     ) from failures[0]
 
 
+def check_encoding(
+    vae: "AutoencoderKL | None", resolution: int, num_channels: int = 3, batch_size: int = 32, shard_size: int = 2048
+) -> None:
+    """Check the settings of `encode_dataset`, before a data set is opened.
+
+    Args:
+        vae, resolution, num_channels, batch_size, shard_size: as in `encode_dataset`.
+    Raises:
+        ValueError: if a number is less than 1, the resolution does not suit the VAE, or pictures are neither grey nor
+            RGB.
+    """
+    for name, value in (("resolution", resolution), ("batch_size", batch_size), ("shard_size", shard_size)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, received {value}.")
+    if vae is not None:
+        num_channels, factor = vae.config.in_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+        if resolution % factor:
+            raise ValueError(f"`resolution` must be a multiple of the VAE's factor {factor}, received {resolution}.")
+    if num_channels not in (1, 3):
+        raise ValueError(f"Pictures have 1 (grey) or 3 (RGB) channels, `vae` or `num_channels` wants {num_channels}.")
+
+
 @torch.no_grad()
 def encode_dataset(
     dataset: "datasets.Dataset | datasets.IterableDataset",
@@ -182,13 +205,10 @@ def encode_dataset(
             these pictures, or a folder begun with other settings or data.
     """
     folder, fingerprint = Path(folder), None
+    check_encoding(vae, resolution, num_channels, batch_size, shard_size)
     if vae is not None:
-        num_channels, factor = vae.config.in_channels, 2 ** (len(vae.config.block_out_channels) - 1)
-        if resolution % factor:
-            raise ValueError(f"`resolution` must be a multiple of the VAE's factor {factor}, received {resolution}.")
+        num_channels = vae.config.in_channels
         fingerprint = {"id": vae_id or vae.config.get("_name_or_path"), **vae_fingerprint(vae)}
-    if num_channels not in (1, 3):
-        raise ValueError(f"Pictures have 1 (grey) or 3 (RGB) channels, `vae` or `num_channels` wants {num_channels}.")
     if not 0 <= process_index < num_processes:
         raise ValueError(f"`process_index` must be in [0, {num_processes}), received {process_index}.")
 
@@ -364,7 +384,7 @@ def _encode_shard(
     statistics, parts, skipped, pooled_dim = _ChannelStatistics(), [], [], None
     pictures = iter(pictures)
     while rows := list(itertools.islice(pictures, batch_size)):
-        batch = []
+        batch, names = [], []
         for name, pixels, error, conditions in rows:
             if error is not None and not skip_corrupt:
                 raise ValueError(f"Cannot read {name}: {error}. `--skip_corrupt` leaves such pictures out.")
@@ -381,8 +401,13 @@ def _encode_shard(
                 vector = _vector(name, conditions["pooled_projections"], pooled_dim)
                 conditions["pooled_projections"], pooled_dim = vector, len(vector)
             batch.append((pixels, conditions))
+            names.append(name)
         if batch:
             parts.append(_encode_batch(torch.stack([pixels for pixels, _ in batch]), vae, random_flip, statistics))
+            finite = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in parts[-1].values()]).all(0)
+            if not finite.all():
+                name = names[finite.tolist().index(False)]
+                raise ValueError(f"`vae` must make finite latents, in {vae.dtype} those of {name} are not.")
             for role in batch[0][1]:
                 parts[-1][role] = torch.tensor([conditions[role] for _, conditions in batch])
     if not parts:
@@ -423,7 +448,7 @@ def _complete(folder: Path, settings: dict[str, Any], num_shards: int, process_i
     index = _assemble(settings, [_finished(folder, number) for number in range(num_shards)])
     if process_index == 0:
         for path in folder.glob("*.tmp"):  # what killed processes left
-            path.unlink()
+            path.unlink(missing_ok=True)
         if _read_json(folder / INDEX_NAME) != index:
             _write_json(folder / INDEX_NAME, index)
     # Its content, not its presence: it could be the one of before a repair, about to be replaced.
@@ -444,6 +469,9 @@ def _assemble(settings: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[
     latents_mean, latents_std = statistics.result()
     id2label = settings["id2label"]
     if id2label == {}:  # a stream of bare ids
+        highest, num_samples = max(map(int, counts)), sum(counts.values())
+        if highest >= num_samples:
+            raise ValueError(f"Ids must run from 0 without a gap, {num_samples} pictures have ids up to {highest}.")
         id2label = {str(id_): str(id_) for id_ in range(max(map(int, counts)) + 1)}
     index = {
         "format_version": FORMAT_VERSION,
@@ -507,8 +535,12 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> str:
     """Writes beside `path` and renames, so that a kill leaves the old file or none, never half of one; its SHA-256."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        os.replace(temporary, path)
+    except FileNotFoundError:
+        # A second encoder in this folder had all files before, this one among them, and has swept.
+        return sha256_of_file(path)
     return sha256

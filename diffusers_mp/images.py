@@ -33,20 +33,23 @@ def load_image_dataset(
     """Opens a folder of pictures, or a data set known to `datasets`, without decoding a picture.
 
     Args:
-        train_data_dir (str): folder of pictures, all that lie under it. Sub-folders are classes, ids in the order of
-            their names; without sub-folders, or with a single one, the data are unlabelled.
+        train_data_dir (str): folder of pictures, all that lie under it, but for names that begin with "." or "__",
+            which `datasets` passes over. Sub-folders are classes, ids in the order of their names; without
+            sub-folders, or with a single one, the data are unlabelled.
         dataset_name, dataset_config_name, split (str): what `datasets.load_dataset` is asked for instead.
         cache_dir (str): where `datasets` keeps its tables.
         image_column, label_column (str): names of the columns. The default `label` may be missing: unlabelled data.
             With None, labels are neither looked for nor checked.
         max_train_samples (int): keep only so many, drawn with `seed`, because sources are often sorted by class. A
             stream is drawn from `SHUFFLE_BUFFER_SIZE` pictures at a time.
+        seed (int): of that choice.
         streaming (bool): read the source as it comes instead of keeping a copy of it in `cache_dir`.
     Returns:
         tuple[datasets.Dataset | datasets.IterableDataset, dict[int, str] | None]: the data, and the names of the
         classes: None if unlabelled, empty if only the end of a stream will tell how many ids there are.
     Raises:
-        ValueError: if not exactly one source is given, or a column is missing or holds something else.
+        ValueError: if not exactly one source is given, a column is missing or holds something else, or a folder is a
+            link.
     """
     options = {"split": split, "cache_dir": cache_dir, "streaming": streaming}
     if (train_data_dir is None) == (dataset_name is None):
@@ -57,11 +60,17 @@ def load_image_dataset(
     elif not Path(train_data_dir).is_dir():
         raise ValueError(f"`train_data_dir` must be a folder of pictures, received {str(train_data_dir)!r}.")
     else:
+        _check_links(train_data_dir)
         dataset = _load_image_folder(train_data_dir, options)
         if label_column is not None and "label" not in dataset.column_names:
             _check_one_folder(dataset, train_data_dir)
 
     columns = dataset.column_names
+    if columns is None:
+        raise ValueError(
+            "`streaming=True` needs a source that tells its columns beforehand, as pictures in folders, parquet and "
+            f"JSON lines do; {dataset_name} does not."
+        )
     if image_column not in columns:
         raise ValueError(f"`image_column` must be one of {columns}, received {image_column!r}.")
     if label_column not in (None, "label", *columns):
@@ -102,10 +111,26 @@ def _load_image_folder(
         ) from error
 
 
+def _check_links(train_data_dir: str | os.PathLike) -> None:
+    # `datasets` does not follow links to folders, and says nothing: a class would be missing.
+    for folder, names, _ in os.walk(train_data_dir):
+        for name in names:
+            if os.path.islink(os.path.join(folder, name)):
+                raise ValueError(
+                    f"`train_data_dir` must hold its folders itself, {os.path.join(folder, name)!r} is a link, which "
+                    "`datasets` does not follow."
+                )
+
+
 def _check_one_folder(dataset: datasets.Dataset, train_data_dir: str | os.PathLike) -> None:
     # `datasets` takes no labels from folders of unequal depth, and says nothing: one stray picture beside the class
     # folders would train an unconditional model.
     folders = {Path(row["image"]["path"]).parent for row in dataset.cast_column("image", datasets.Image(decode=False))}
+    if len(folders) > 1 and len({len(path.parts) for path in folders}) == 1:
+        raise ValueError(
+            "`train_data_dir` must have a column `label` in its metadata file, beside which `datasets` takes no "
+            f"labels from folders; {str(train_data_dir)!r} has pictures in {len(folders)} folders."
+        )
     if len(folders) > 1:
         shallow, deep = min(folders, key=lambda path: len(path.parts)), max(folders, key=lambda path: len(path.parts))
         raise ValueError(
@@ -116,14 +141,14 @@ def _check_one_folder(dataset: datasets.Dataset, train_data_dir: str | os.PathLi
 
 def _class_names(dataset: datasets.Dataset, label_column: str) -> dict[int, str]:
     kind, ids = dataset.features[label_column], dataset.unique(label_column)
-    wrong = [id_ for id_ in ids if not isinstance(id_, int) or id_ < 0]
+    wrong = [id_ for id_ in ids if not isinstance(id_, int) or isinstance(id_, bool) or id_ < 0]
     if wrong:
         raise ValueError(f"`label_column` must hold names or ids from 0 up, {label_column!r} holds {wrong[0]!r}.")
     if isinstance(kind, datasets.ClassLabel):
         return dict(enumerate(kind.names))
-    missing = sorted(set(range(max(ids))) - set(ids))
-    if missing:
-        raise ValueError(f"Ids must run from 0 without a gap, {label_column!r} has {max(ids)} but not {missing[0]}.")
+    if max(ids) >= len(ids):
+        missing = next(id_ for id_, found in enumerate(sorted(ids)) if id_ != found)
+        raise ValueError(f"Ids must run from 0 without a gap, {label_column!r} has {max(ids)} but not {missing}.")
     return {id_: str(id_) for id_ in sorted(ids)}
 
 
@@ -181,17 +206,16 @@ def read_picture(
         resolution, num_channels (int): as in `prepare_image`.
     Returns:
         tuple: pixels and None, or None and the error in words: the caller decides what a damaged picture means.
+    Raises:
+        OSError: if a file cannot be read at all, missing ones among them.
     """
-    picture = picture or {"path": None, "bytes": b""}
+    content, path = (picture or {}).get("bytes"), (picture or {}).get("path")
+    if content is None and path is not None:
+        # Trouble of a disk or a network is no damage of a picture: it would be left out for good.
+        with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
+            content = file.read()
     try:
-        if picture["bytes"] is not None:
-            source = io.BytesIO(picture["bytes"])
-        elif "://" in picture["path"]:
-            with fsspec.open(picture["path"], "rb") as file:
-                source = io.BytesIO(file.read())
-        else:
-            source = picture["path"]
-        with Image.open(source) as image:
+        with Image.open(io.BytesIO(content or b"")) as image:
             return prepare_image(image, resolution, num_channels), None
     except MemoryError:
         raise

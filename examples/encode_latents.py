@@ -15,7 +15,7 @@ import os
 from accelerate import Accelerator
 from training_arguments import HelpFormatter
 
-from diffusers_mp.encoding import encode_dataset, load_vae
+from diffusers_mp.encoding import check_encoding, encode_dataset, load_vae
 from diffusers_mp.images import load_image_dataset
 from diffusers_mp.latents import LatentDataset
 
@@ -73,6 +73,8 @@ def main(args):
         if accelerator.is_main_process:
             latents.verify()
     else:
+        vae = load_vae(args.vae, args.cache_dir)
+        check_encoding(vae, args.resolution, args.image_channels, args.encode_batch_size, args.shard_size)
         dataset, id2label = load_image_dataset(
             args.train_data_dir,
             dataset_name=args.dataset_name,
@@ -85,7 +87,6 @@ def main(args):
             seed=args.seed,
             streaming=args.streaming,
         )
-        vae = load_vae(args.vae, args.cache_dir)
         latents = encode_dataset(
             dataset,
             args.latents_dir,

@@ -1,6 +1,7 @@
 """Opening and preparing pictures, on small real files."""
 
 import os
+import shutil
 import zipfile
 
 import datasets
@@ -53,7 +54,14 @@ def test_integer_and_string_labels(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"), [([0, 2, 2], "has 2 but not 1"), ([0, -1, 1], "holds -1"), ([0, None, 1], "holds None")]
+    ("ids", "message"),
+    [
+        ([0, 2, 2], "has 2 but not 1"),
+        ([0, 10**9, 2], "has 1000000000 but not 1"),
+        ([0, -1, 1], "holds -1"),
+        ([0, None, 1], "holds None"),
+        ([False, True, True], "holds (False|True)"),
+    ],
 )
 def test_wrong_ids_are_refused(tmp_path, ids, message):
     source = save_table(tmp_path / "a", {"image": three_pictures(), "label": ids})
@@ -148,7 +156,8 @@ def test_read_picture_from_an_address(tmp_path):
         pixels, error = read_picture({"path": path, "bytes": None}, 16, 3)
         assert error is None
         assert torch.equal(pixels, expected)
-    assert "FileNotFoundError" in read_picture({"path": f"file://{tmp_path}/b.png", "bytes": None}, 16, 3)[1]
+    with pytest.raises(FileNotFoundError, match="b.png"):
+        read_picture({"path": f"file://{tmp_path}/b.png", "bytes": None}, 16, 3)
 
 
 def test_max_train_samples_draws_over_the_classes(picture_folder, tmp_path):
@@ -202,3 +211,35 @@ def test_prepare_image_is_upright(tmp_path):
     with Image.open(tmp_path / "a.png") as image:
         pixels = prepare_image(image, 16, 1)
     assert torch.equal(pixels[0], torch.from_numpy(picture).flip(0))
+
+
+def test_links_to_folders_are_refused(picture_folder, tmp_path):
+    # `datasets` passes them over: a class would be missing.
+    shutil.copytree(picture_folder, tmp_path / "pictures")
+    (tmp_path / "pictures" / "zebra").symlink_to(next(path for path in picture_folder.iterdir() if path.is_dir()))
+    with pytest.raises(ValueError, match="must hold its folders itself, .*zebra' is a link"):
+        load_image_dataset(tmp_path / "pictures", cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_metadata_file_without_labels_is_named(picture_folder, tmp_path):
+    shutil.copytree(picture_folder, tmp_path / "pictures")
+    names = [path.relative_to(tmp_path / "pictures") for path in (tmp_path / "pictures").rglob("*.png")]
+    rows = "".join(f"{name},{number}\n" for number, name in enumerate(names))
+    (tmp_path / "pictures" / "metadata.csv").write_text("file_name,number\n" + rows)
+    with pytest.raises(ValueError, match="must have a column `label` in its metadata file"):
+        load_image_dataset(tmp_path / "pictures", cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_stream_that_does_not_tell_its_columns_is_refused(tmp_path):
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "rows.csv").write_text("image,label\na.png,0\n")
+    with pytest.raises(ValueError, match="`streaming=True` needs a source that tells its columns beforehand"):
+        load_image_dataset(dataset_name=str(tmp_path / "table"), streaming=True)
+
+
+def test_trouble_of_the_disk_is_no_damaged_picture(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="gone.png"):
+        read_picture({"bytes": None, "path": str(tmp_path / "gone.png")}, 8, 3)
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    assert read_picture({"bytes": None, "path": str(tmp_path / "a.png")}, 8, 3)[1].startswith("UnidentifiedImageError")
+    assert read_picture({"bytes": None, "path": None}, 8, 3)[1].startswith("UnidentifiedImageError")

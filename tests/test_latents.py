@@ -191,6 +191,56 @@ def test_a_corrupt_picture_without_a_path_is_named_by_its_row(tmp_path):
             encode_dataset(dataset.select([row]), tmp_path / "a", vae=None, resolution=RESOLUTION)
 
 
+def test_latents_that_are_not_finite_are_named(picture_folder, tmp_path, vae, monkeypatch):
+    dataset, _ = load_image_dataset(picture_folder, cache_dir=str(tmp_path / "cache"))
+    encode, batches = vae.encode, []
+
+    def encode_with_a_hole(pixels):
+        batches.append(len(pixels))
+        if len(batches) == 2:
+            pixels[1] = float("nan")
+        return encode(pixels)
+
+    monkeypatch.setattr(vae, "encode", encode_with_a_hole)
+    name = os.path.basename(dataset[3]["image"]["path"])
+    with pytest.raises(ValueError, match=f"`vae` must make finite latents, in .*32 those of .*{name} are not"):
+        encode_dataset(dataset, tmp_path / "encoded", vae=vae, resolution=RESOLUTION, batch_size=2)
+    assert len(batches) == 2
+    # Nothing of it stays: made anew, it is whole.
+    monkeypatch.undo()
+    assert len(encode_dataset(dataset, tmp_path / "encoded", vae=vae, resolution=RESOLUTION)) == len(dataset)
+
+
+def test_an_encoder_that_another_one_overtakes_goes_on(pictures, tmp_path, vae, monkeypatch):
+    dataset, id2label = pictures
+    options = {"vae": vae, "resolution": RESOLUTION, "id2label": id2label, "shard_size": 3}
+    save, overtaken = encoding.save_file, []
+
+    def save_and_be_overtaken(tensors, path):
+        save(tensors, path)
+        if not overtaken:
+            overtaken.append(path)
+            monkeypatch.setattr(encoding.os, "getpid", lambda: 0)
+            encode_dataset(dataset, tmp_path / "encoded", **options)
+
+    monkeypatch.setattr(encoding, "save_file", save_and_be_overtaken)
+    encoded = encode_dataset(dataset, tmp_path / "encoded", **options)
+    assert not os.path.exists(overtaken[0])
+    encoded.verify()
+    monkeypatch.undo()
+    alone = encode_dataset(dataset, tmp_path / "alone", **options)
+    assert encoded.index == alone.index
+
+
+@pytest.mark.parametrize("name", ["batch_size", "shard_size", "resolution"])
+def test_sizes_of_nothing_leave_no_folder(picture_folder, tmp_path, name):
+    dataset, _ = load_image_dataset(picture_folder, cache_dir=str(tmp_path / "cache"))
+    options = {"vae": None, "resolution": RESOLUTION, name: 0}
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, received 0"):
+        encode_dataset(dataset, tmp_path / "encoded", **options)
+    assert not (tmp_path / "encoded").exists()
+
+
 def test_a_constant_channel_is_named(tmp_path):
     rng = np.random.default_rng(6)
     (tmp_path / "pictures").mkdir()
