@@ -12,7 +12,9 @@ the number of processes, workers and micro batches does not change the run.
 
 import contextlib
 import copy
+import datetime
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -28,7 +30,13 @@ import torch
 from accelerate import Accelerator, init_empty_weights
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
@@ -115,7 +123,7 @@ def main(args):
     vae = load_vae(args.vae, args.cache_dir)
     pretrained = None if args.pretrained_model_name_or_path is None else load_pretrained(args, vae)
     with lock(args.output_dir, accelerator):
-        checkpoint = checkpoint_to_resume(args, accelerator)
+        checkpoint = checkpoint_to_resume(args, accelerator, curve)
         latents = load_latents(args, vae, accelerator, pretrained)
         run = set_up(args, accelerator, curve, vae, latents, pretrained, checkpoint)
         if checkpoint is not None:
@@ -142,11 +150,14 @@ def start(args):
     """Accelerate, checked to be what was asked for, and the curve that every run keeps."""
     logging_dir = args.output_dir / args.logging_dir
     curve = JSONLinesTracker(logging_dir)
+    # The main process alone validates, saves and publishes; NCCL by itself waits ten minutes for it.
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=[curve] if args.report_to == "none" else [curve, args.report_to],
         project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(logging_dir)),
+        kwargs_handlers=[patience],
     )
     check_engine(accelerator, args.gradient_accumulation_steps)
     if accelerator.is_fsdp2:
@@ -185,7 +196,7 @@ def lock(output_dir, accelerator):
         yield
 
 
-def checkpoint_to_resume(args, accelerator) -> Path | None:
+def checkpoint_to_resume(args, accelerator, curve) -> Path | None:
     """What the run is to go on from; None for a new run, which says so where one was to be resumed."""
     if args.resume_from_checkpoint is None:
         return None
@@ -196,6 +207,12 @@ def checkpoint_to_resume(args, accelerator) -> Path | None:
                 f"`--resume_from_checkpoint latest` must find a checkpoint where a run has ended: {args.output_dir} "
                 "has its pipeline (model_index.json) but no checkpoint, and a new run would delete its log and its "
                 "snapshots. Give another `--output_dir`."
+            )
+        if curve.last_step > args.checkpointing_steps:
+            raise ValueError(
+                f"`--resume_from_checkpoint latest` must find a checkpoint where a run has come to update "
+                f"{curve.last_step:,}: {args.output_dir} has its log, but no checkpoint, and a new run would delete "
+                "log and snapshots. Bring the checkpoints back, or give another `--output_dir`."
             )
         accelerator.print(f"No checkpoint in {args.output_dir} yet, starting from the beginning")
     return checkpoint
@@ -308,6 +325,8 @@ def set_up(args, accelerator, curve, vae, latents, pretrained, checkpoint):
             f"the initial weights, and so does the pipeline; got {args.ema_update_steps}."
         )
     facts = run_facts(args, model, learning_rate, len(samples), total_batch_size, max_train_steps)
+    # Ids mean other classes in other data, while the label table fits.
+    facts["id2label_sha256"] = hashlib.sha256(json.dumps(latents.id2label).encode()).hexdigest()
     facts["pretrained_weights_sha256"] = None if pretrained is None else sha256_of_weights(model.state_dict())
     if checkpoint is not None:
         facts = resumed_facts(checkpoint, facts, args)
@@ -475,16 +494,23 @@ def train(args, run, stop, at_end):
             log_training(args, run, progress_bar, since_log, time.perf_counter() - log_time)
             since_log, log_time = [], time.perf_counter()
         pause = time.perf_counter()
+        failure = None
         if args.validation_steps and (run.step % args.validation_steps == 0 or last):
-            validate(args, run)
+            failure = validate(args, run)
         if args.ema_snapshot_steps and (run.step % args.ema_snapshot_steps == 0 or last):
             save_snapshots(run.ema, args.output_dir / "ema_snapshots", run.pipeline)
         # After everything else of this update, which a run resumed from here will not do again.
-        if checkpoint_due:
+        if checkpoint_due or failure is not None:
             save_checkpoint(
                 *(accelerator, args.output_dir, run.step, run.transformer, run.optimizer, run.lr_scheduler, run.ema),
                 *(run.facts, args.checkpoints_total_limit),
             )
+        if failure is not None:
+            accelerator.print(
+                f"Validation failed after update {run.step:,}, whose checkpoint is saved: --resume_from_checkpoint "
+                "latest goes on after it"
+            )
+            raise failure
         log_time += time.perf_counter() - pause
         if stopping and not last:
             break
@@ -617,6 +643,11 @@ def check_engine(accelerator, gradient_accumulation_steps):
             "`--fsdp_activation_checkpointing` renames parameters, and checkpoints would fit no other engine: use "
             "the trainer's own `--gradient_checkpointing`."
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise RuntimeError(
+            "`--mixed_precision fp16` was asked for, which Accelerate leaves out on this device "
+            f"({accelerator.device.type}): use `no` or `bf16`."
+        )
     if gradient_accumulation_steps != accelerator.gradient_accumulation_steps:
         raise RuntimeError(
             "`--gradient_accumulation_steps` must be what ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment "
@@ -626,14 +657,21 @@ def check_engine(accelerator, gradient_accumulation_steps):
 
 
 def validate(args, run):
-    """Loss of the held-out images at fixed noise levels and a row of samples, with the first average in the model."""
-    accelerator, pipeline = run.accelerator, run.pipeline
+    """Loss of the held-out images at fixed noise levels and a row of samples, with the first average in the model.
+
+    What went wrong, if anything did, is returned on every process: weeks of updates are saved before it is raised.
+    """
+    accelerator, pipeline, failure = run.accelerator, run.pipeline, None
     run.ema.copy_to(pipeline.transformer, run.ema.stds[0])
     if accelerator.is_main_process:
-        pipeline.to(accelerator.device)
-        validate_pipeline(args, run, pipeline)
-        pipeline.to("cpu")
-    accelerator.wait_for_everyone()
+        try:
+            pipeline.to(accelerator.device)
+            validate_pipeline(args, run, pipeline)
+            pipeline.to("cpu")
+        except Exception as error:
+            failure = error
+    (has_failed,) = broadcast_object_list([failure is not None])
+    return failure or (RuntimeError("validation failed on the main process") if has_failed else None)
 
 
 def validate_pipeline(args, run, pipeline):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from accelerate import init_empty_weights
@@ -25,11 +26,22 @@ AT_LEAST_1 = (
     "gradient_accumulation_steps",
     "logging_steps",
     "lr_constant_steps",
+    "max_train_samples",
     "max_train_steps",
     "num_validation_levels",
+    "resolution",
     "train_batch_size",
     "validation_inference_steps",
 )
+NOT_NEGATIVE = (
+    "dataloader_num_workers",
+    "lr_warmup_steps",
+    "num_validation_images",
+    "record_magnitudes_steps",
+    "seed",
+    "validation_steps",
+)
+POSITIVE = ("adam_epsilon", "learning_rate", "logit_std", "max_grad_norm", "num_train_epochs", "snr_gamma")
 PRESET_DEFAULTS = {
     "preset": "S/2",
     "configuration": "E",
@@ -227,18 +239,26 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         args.logit_std = 1.0 if args.logit_std is None else args.logit_std
     elif args.variance_type is None:
         args.variance_type = "learned_range"
-    for name in ("snr_gamma", "logit_std"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
+    for name in POSITIVE:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name} must be positive, got {getattr(args, name)}")
     if args.report_to != "none" and args.report_to not in map(str, get_available_trackers()):
         parser.error(f"--report_to {args.report_to}: not installed; there are {[*map(str, get_available_trackers())]}")
     for name in AT_LEAST_1:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.num_train_epochs is not None and not args.num_train_epochs > 0:
-        parser.error(f"--num_train_epochs must be positive, got {args.num_train_epochs}")
-    if args.learning_rate is not None and not args.learning_rate > 0:
-        parser.error(f"--learning_rate must be positive, got {args.learning_rate}")
+    for name in NOT_NEGATIVE:
+        if getattr(args, name) is not None and getattr(args, name) < 0:
+            parser.error(f"--{name} must not be negative, got {getattr(args, name)}")
+    for name in ("adam_beta1", "adam_beta2", "class_dropout_prob"):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name} must be in [0, 1), got {getattr(args, name)}")
+    for name in ("logit_mean", "validation_guidance_scale"):
+        if getattr(args, name) is not None and not math.isfinite(getattr(args, name)):
+            parser.error(f"--{name} must be finite, got {getattr(args, name)}")
+    is_guided = args.validation_steps and args.validation_guidance_scale not in (None, 1)
+    if is_guided and args.class_dropout_prob == 0:
+        parser.error("--validation_guidance_scale needs dropped conditions in training, not --class_dropout_prob 0")
     if args.lr_scheduler == "constant" and args.lr_warmup_steps:
         parser.error("--lr_warmup_steps has no meaning for --lr_scheduler constant: use constant_with_warmup")
     if args.lr_scheduler != "inverse_sqrt" and args.lr_constant_steps is not None:
@@ -261,8 +281,6 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             f"--ema_snapshot_steps must be a multiple of --ema_update_steps ({args.ema_update_steps}) or 0, got "
             f"{args.ema_snapshot_steps}"
         )
-    if args.record_magnitudes_steps < 0:
-        parser.error(f"--record_magnitudes_steps must not be negative, got {args.record_magnitudes_steps}")
     if not (args.output_dir / args.logging_dir).resolve().is_relative_to(args.output_dir.resolve()):
         # Elsewhere the log of another run could be taken for this one's, and be shortened.
         parser.error(f"--logging_dir must lie inside --output_dir ({args.output_dir}), got {args.logging_dir}")

@@ -107,3 +107,6 @@ def test_a_damaged_manifest_is_passed_over(damage, tmp_path, caplog):
     assert "checkpoint-2 is damaged, going back to the one before it: manifest.json" in caplog.text
     with pytest.raises(ValueError, match=r"`--resume_from_checkpoint checkpoint-2` is damaged: manifest\.json"):
         resolve_checkpoint("checkpoint-2", tmp_path)
+    # Before Accelerate is initialised, as ablate.py looks for checkpoints.
+    reset_accelerate()
+    assert resolve_checkpoint("latest", tmp_path) == good

@@ -290,6 +290,44 @@ def test_latest_is_no_fresh_start_in_the_folder_of_a_run_that_has_ended(data, tm
     assert contents(output_dir) == before
 
 
+def test_latest_is_no_fresh_start_where_checkpoints_are_gone(data, tmp_path):
+    more = ("--resume_from_checkpoint", "latest", "--ema_snapshot_steps", "1", "--checkpointing_steps", "2")
+    output_dir = train(data, tmp_path / "run", *more, "--max_train_steps", "3")
+    (output_dir / "model_index.json").unlink()
+    for checkpoint in output_dir.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    before = contents(output_dir)
+    with pytest.raises(ValueError, match="must find a checkpoint where a run has come to update 3: .* but no check"):
+        train(data, output_dir, *more)
+    assert contents(output_dir) == before
+    # A run killed before its first checkpoint has a log as well.
+    train(data, output_dir, *more, "--checkpointing_steps", "3")
+
+
+@pytest.mark.parametrize("due", [False, True])
+def test_a_validation_that_fails_costs_no_update(data, tmp_path, monkeypatch, due):
+    import train_mpdit
+
+    def fail(args, run, pipeline):
+        raise torch.OutOfMemoryError("no memory for 10 images")
+
+    whole = train(data, tmp_path / "whole")
+    more = ("--validation_steps", "3", "--checkpointing_steps", "3" if due else "5000")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mpdit, "validate_pipeline", fail)
+        with pytest.raises(torch.OutOfMemoryError, match="no memory for 10 images"):
+            train(data, tmp_path / "run", *more)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    reset_accelerate()
+    output_dir = train(data, tmp_path / "run", *more, "--resume_from_checkpoint", "latest")
+    assert_same_weights(raw_weights(whole / "checkpoint-6"), raw_weights(output_dir / "checkpoint-6"))
+
+
+def test_half_precision_that_accelerate_leaves_out_is_refused(data, tmp_path):
+    with pytest.raises(RuntimeError, match="`--mixed_precision fp16` was asked for, .* on this device"):
+        train(data, tmp_path / "run", "--mixed_precision", "fp16")
+
+
 # argv: a file. Locks it for as long as its input lasts, or says what is in it.
 HOLDER = """
 import fcntl, sys
@@ -883,6 +921,19 @@ class TestErrors:
             (("--ema_stds", "0.1", "0.05", "0.1"), "--ema_stds must differ from each other, got [0.1, 0.05, 0.1]"),
             (("--learning_rate", "0"), "--learning_rate must be positive, got 0.0"),
             (("--learning_rate", "nan"), "--learning_rate must be positive, got nan"),
+            # Off in other trainers; clipped to nothing, gradients change no weight.
+            (("--max_grad_norm", "0"), "--max_grad_norm must be positive, got 0.0"),
+            (("--adam_epsilon", "0"), "--adam_epsilon must be positive, got 0.0"),
+            (("--adam_beta1", "1"), "--adam_beta1 must be in [0, 1), got 1.0"),
+            (("--lr_warmup_steps", "-1"), "--lr_warmup_steps must not be negative, got -1"),
+            (("--validation_steps", "-1"), "--validation_steps must not be negative, got -1"),
+            (("--num_validation_images", "-1"), "--num_validation_images must not be negative, got -1"),
+            (("--validation_guidance_scale", "nan"), "--validation_guidance_scale must be finite, got nan"),
+            (("--resolution", "0"), "--resolution must be at least 1, got 0"),
+            (
+                ("--class_dropout_prob", "0", "--validation_guidance_scale", "2", "--validation_steps", "3"),
+                "--validation_guidance_scale needs dropped conditions in training, not --class_dropout_prob 0",
+            ),
             (
                 ("--lr_scheduler", "constant", "--lr_warmup_steps", "5"),
                 "--lr_warmup_steps has no meaning for --lr_scheduler constant",

@@ -12,6 +12,7 @@ of processes or another engine. The folder must be one that all of them see.
 
 import contextlib
 import json
+import logging
 import re
 import shutil
 import warnings
@@ -22,7 +23,6 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
-from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import SCALER_NAME
 from torch import nn
@@ -35,7 +35,8 @@ from ..layers import return_to_shards
 from .watchdog import NonFiniteError, all_finite
 
 
-logger = get_logger(__name__)
+# Not Accelerate's, which must be initialised: a checkpoint is looked for before.
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = "training_state.json"

@@ -27,6 +27,15 @@ class JSONLinesTracker(GeneralTracker):
         """The file that is written."""
         return self.path
 
+    @property
+    def last_step(self) -> int:
+        """The last step that was logged, 0 if there is none."""
+        return max((json.loads(line)["step"] or 0 for line in self._whole_lines()), default=0)
+
+    def _whole_lines(self) -> list[str]:
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
+        return [line for line in lines if line.endswith("\n")]  # a kill can have cut the last one
+
     @on_main_process
     def discard_after(self, step: int) -> None:
         """Drop what a run logged between its last checkpoint and its end, which a resumed run logs again.
@@ -35,8 +44,7 @@ class JSONLinesTracker(GeneralTracker):
             step (int): optimiser updates done at the checkpoint.
         """
         if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and (json.loads(line)["step"] or 0) <= step]
+            kept = [line for line in self._whole_lines() if (json.loads(line)["step"] or 0) <= step]
             # Replaced as a whole: a run killed here must not lose its curve.
             shortened = self.path.with_suffix(".tmp")
             shortened.write_text("".join(kept), encoding="utf-8")
