@@ -48,6 +48,7 @@ from diffusers_mp.hub import check_hub_access, check_trackers, public_arguments,
 from diffusers_mp.images import load_image_dataset
 from diffusers_mp.model_card import write_rotation_card
 from diffusers_mp.rotation_swap.sites import SUBLAYERS, find_sites
+from diffusers_mp.rotation_swap.swap import check_model, check_sites
 from diffusers_mp.training import (
     DDPMObjective,
     JSONLinesTracker,
@@ -95,6 +96,10 @@ def main(args):
     # 1. The base, and data as it wants them
     source = {"revision": args.revision, "cache_dir": args.cache_dir}
     pipeline = DiTPipeline.from_pretrained(args.pretrained_model_name_or_path, **source)
+    if args.swap != "none":
+        # What the swap would refuse, before the work. Annealed shifts are cut out as well, at the end.
+        check_model(pipeline.transformer)
+        check_sites(pipeline.transformer, find_sites(pipeline.transformer, args.sublayers), keep_shift=False)
     transformer, objective = pipeline.transformer.to(accelerator.device), training_objective(pipeline)
     latents = load_latents(args, pipeline, accelerator)
     num_held_out = args.num_validation_images
@@ -264,6 +269,11 @@ def load_latents(args, pipeline, accelerator):
     if id2label is None:
         raise ValueError("the data must have labels: a DiT generates images of a class.")
     vae, config = pipeline.vae.to(accelerator.device).eval(), pipeline.transformer.config
+    if max(id2label) >= config.num_embeds_ada_norm:
+        raise ValueError(
+            f"the data must have labels below {config.num_embeds_ada_norm}, the number of the base's classes, got "
+            f"{max(id2label)}."
+        )
     processes = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
     latents = encode_dataset(
         dataset,

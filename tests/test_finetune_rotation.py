@@ -14,7 +14,7 @@ from helpers import reset_accelerate, run_processes, run_python, tiny_vae
 from hub_server import HubServer
 from test_hub import TOKEN, client, holding
 
-from diffusers_mp import load_rotation_adapter
+from diffusers_mp import OriginalDiTTransformer2DModel, load_rotation_adapter, swap_adaln_for_rotation
 from diffusers_mp.latents import LatentDataset
 from diffusers_mp.training import NonFiniteError, TrainingSamples, split_validation
 
@@ -409,6 +409,69 @@ def test_unlabelled_images_are_refused(base, tmp_path):
     argv[argv.index(str(base / "images"))] = str(tmp_path / "images")
     with pytest.raises(ValueError, match="the data must have labels"):
         finetune_rotation.main(finetune_rotation.parse_args(argv))
+
+
+def of_another_class(base):
+    config = {name: value for name, value in base.config.items() if name != "norm_type" and not name.startswith("_")}
+    return OriginalDiTTransformer2DModel.from_config(config)
+
+
+def swapped(base):
+    swap_adaln_for_rotation(base)
+    return base
+
+
+def of_fewer_classes(base):
+    return DiTTransformer2DModel.from_config({**base.config, "num_embeds_ada_norm": 9})
+
+
+@pytest.mark.parametrize(
+    "transformer, error, message",
+    [
+        (of_another_class, TypeError, "got a diffusers_mp.OriginalDiTTransformer2DModel"),
+        (swapped, ValueError, "must not be swapped already"),
+        (of_fewer_classes, ValueError, "must have labels below 9, the number of the base's classes, got 9"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused_before_the_images_are_encoded(
+    base, tmp_path, transformer, error, message
+):
+    import finetune_rotation
+
+    pipeline = DiTPipeline.from_pretrained(base / "pipeline")
+    pipeline.transformer = transformer(pipeline.transformer)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    more = ("--pretrained_model_name_or_path", tmp_path / "pipeline", "--latents_dir", tmp_path / "latents")
+    with pytest.raises(error, match=message):
+        finetune_rotation.main(finetune_rotation.parse_args(arguments(base, tmp_path / "run", *more)))
+    assert not (tmp_path / "latents").exists()
+
+
+class QuantisedLinear(torch.nn.Linear):
+    """As bitsandbytes does it: a subclass of nn.Linear."""
+
+
+@pytest.mark.parametrize("swap", ["mean", "anneal"])
+def test_a_base_whose_shifts_cannot_be_cut_out_is_refused_before_the_images_are_encoded(
+    base, tmp_path, monkeypatch, swap
+):
+    import finetune_rotation
+
+    pipeline = DiTPipeline.from_pretrained(base / "pipeline")
+    pipeline.transformer.proj_out_1.__class__ = QuantisedLinear
+    monkeypatch.setattr(finetune_rotation.DiTPipeline, "from_pretrained", lambda *args, **kwargs: pipeline)
+    more = ("--swap", swap, "--latents_dir", tmp_path / "latents")
+    with pytest.raises(ValueError, match="must have plain linear maps for their shift rows to be cut out, proj_out_1"):
+        finetune_rotation.main(finetune_rotation.parse_args(arguments(base, tmp_path / "run", *more)))
+    assert not (tmp_path / "latents").exists()
+
+
+def test_plain_fine_tuning_goes_on_from_a_swapped_base(base, tmp_path):
+    finetune(base, tmp_path / "swapped", "--max_train_steps", "1")
+    more = ("--pretrained_model_name_or_path", tmp_path / "swapped", "--swap", "none")
+    record = finetune(base, tmp_path / "run", *more)
+    assert record["num_parameters"]["after"] == record["num_parameters"]["before"]
+    assert type(DiTPipeline.from_pretrained(tmp_path / "run").transformer).__name__ == SWAPPED
 
 
 def experiment(folder, *more):

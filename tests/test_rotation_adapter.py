@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 
+import peft
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
@@ -10,7 +12,7 @@ from helpers import run_python
 from safetensors.torch import load_file, save_file
 
 from diffusers_mp import load_rotation_adapter, save_rotation_adapter, swap_adaln_for_rotation
-from diffusers_mp.rotation_swap import RotationLinear
+from diffusers_mp.rotation_swap import RotationLinear, adapter
 
 
 TINY = {
@@ -266,3 +268,105 @@ def test_another_base_is_said(tmp_path, caplog):
         other.register_to_config(_name_or_path="somebody/base")
         load_rotation_adapter(other, tmp_path / "adapter")
     assert "was made for somebody/else, the model came from somebody/base" in caplog.text
+
+
+def norm1_maps(model, path):
+    return [f"{name}.{path}" for name, module in model.named_modules() if name.endswith("norm1.linear")]
+
+
+@pytest.mark.parametrize(
+    "path, options, modulation_rows, found",
+    [
+        ("rotation", {}, False, "peft.tuners.lora.layer.Linear whose weight is a torch.Tensor of torch.float32"),
+        ("rotation.1", {"rank": 2}, False, "peft.tuners.lora.layer.Linear whose weight is a torch.Tensor"),
+        ("linear", {}, True, "peft.tuners.lora.layer.Linear whose weight is a torch.Tensor"),
+    ],
+)
+def test_maps_that_carry_a_lora_are_not_saved(tmp_path, path, options, modulation_rows, found):
+    model = stock_model()
+    swap_adaln_for_rotation(model, **options)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=norm1_maps(model, path)), model)
+    name = f"transformer_blocks.0.norm1.linear.{path.split('.')[0]}"
+    message = (
+        f"`model` must have plain linear maps to be saved as an adapter, {name} is a {found}.*: "
+        "dequantise it, or merge and unload the LoRA before"
+    )
+    with pytest.raises(ValueError, match=message):
+        save_rotation_adapter(model, tmp_path / "adapter", modulation_rows=modulation_rows)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 2}])
+def test_rotations_in_another_wrapper_are_not_saved(tmp_path, options):
+    model = stock_model()
+    swap_adaln_for_rotation(model, **options)
+    # How PEFT trains a map as a whole.
+    config = peft.LoraConfig(r=2, target_modules=["to_q"], modules_to_save=norm1_maps(model, "rotation"))
+    peft.get_peft_model(model, config)
+    with pytest.raises(ValueError, match="norm1.linear.rotation is a peft.utils.other.ModulesToSaveWrapper"):
+        save_rotation_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_lora_in_what_is_not_saved_does_not_matter(tmp_path):
+    model = stock_model()
+    swap_adaln_for_rotation(model)
+    randomize_rotations(model)
+    expected = model(**inputs()).sample
+    config = peft.LoraConfig(r=2, target_modules=["to_q", *norm1_maps(model, "linear")])
+    peft.inject_adapter_in_model(config, model)
+    save_rotation_adapter(model, tmp_path)
+    other = stock_model()
+    load_rotation_adapter(other, tmp_path)
+    assert torch.equal(other(**inputs()).sample, expected)
+
+
+def halfway(tensors, file, metadata):
+    file.write_bytes(b"half")
+    raise KeyboardInterrupt
+
+
+def at_once(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def at_the_second(source, target):
+    if target.name == "adapter_config.json":
+        raise KeyboardInterrupt
+    os.rename(source, target)
+
+
+@pytest.mark.parametrize(
+    "name, kill, survives",
+    [
+        ("save_file", halfway, True),
+        ("json.dumps", at_once, True),
+        # Between the two there is no adapter, where the old options would go with the new weights.
+        ("os.replace", at_once, False),
+        ("os.replace", at_the_second, False),
+    ],
+    ids=["weights half written", "before the options", "before the weights are put there", "between the two"],
+)
+def test_a_kill_leaves_the_old_adapter_or_none(tmp_path, monkeypatch, name, kill, survives):
+    adapters = {}
+    for seed, sublayers in enumerate(("attention", "mlp")):  # of equal keys and shapes
+        adapters[sublayers] = stock_model()
+        swap_adaln_for_rotation(adapters[sublayers], sublayers=[sublayers])
+        randomize_rotations(adapters[sublayers], seed)
+    save_rotation_adapter(adapters["attention"], tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{adapter.__name__}.{name}", kill)
+        with pytest.raises(KeyboardInterrupt):
+            save_rotation_adapter(adapters["mlp"], tmp_path)
+    other = stock_model()
+    if survives:
+        load_rotation_adapter(other, tmp_path)
+        assert torch.equal(other(**inputs()).sample, adapters["attention"](**inputs()).sample)
+    else:
+        with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
+            load_rotation_adapter(other, tmp_path)
+    save_rotation_adapter(adapters["mlp"], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    other = stock_model()
+    load_rotation_adapter(other, tmp_path)
+    assert torch.equal(other(**inputs()).sample, adapters["mlp"](**inputs()).sample)

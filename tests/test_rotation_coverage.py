@@ -19,6 +19,7 @@ from tiny_transformers import CASES, cast, make, run
 import diffusers_mp
 from diffusers_mp import set_shift_scale, swap_adaln_for_rotation, unswap_rotation
 from diffusers_mp.rotation_swap.coverage import COVERAGE, SUPPORTED
+from diffusers_mp.rotation_swap.sites import find_sites
 from diffusers_mp.rotation_swap.swap import rotation_linears
 
 
@@ -659,6 +660,23 @@ def test_pipelines_reload_in_a_fresh_process(pipelines):
     for case, output in outputs.items():
         # Weights that lie elsewhere in memory may be multiplied in another order, in stock models as well.
         torch.testing.assert_close(output, reloaded[case], msg=case)
+
+
+def test_a_pipeline_is_saved_under_the_class_that_was_assigned(tmp_path):
+    """Else the stock class is loaded, without values in its modulations: docs/rotation_swap.md says so."""
+    pipeline = make_pipeline("DiT", lambda transformer: None)
+    swap_adaln_for_rotation(pipeline.transformer)
+    pipeline.save_pretrained(tmp_path / "as it was")
+    pipeline.transformer = pipeline.transformer
+    pipeline.save_pretrained(tmp_path / "assigned")
+    assigned = type(pipeline).from_pretrained(tmp_path / "assigned").transformer
+    assert type(assigned) is type(pipeline.transformer)
+    assert not any(parameter.is_meta for parameter in assigned.parameters())
+    stock = type(pipeline).from_pretrained(tmp_path / "as it was").transformer
+    assert type(stock) is diffusers.DiTTransformer2DModel
+    assert {name for name, parameter in stock.named_parameters() if parameter.is_meta} == {
+        f"{site.name}.{name}" for site in find_sites(stock) for name in ("weight", "bias")
+    }
 
 
 @pytest.mark.xdist_group("swapped_pipelines")

@@ -8,14 +8,21 @@ import diffusers
 import peft
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, cpu_offload_with_hook
 from helpers import relative_error, tiny_model
 from tiny_transformers import LABELS, make, run
 from torch import nn
 from torch.nn.functional import silu
 
 import diffusers_mp
-from diffusers_mp import drop_shift_, functional, set_shift_scale, swap_adaln_for_rotation, unswap_rotation
+from diffusers_mp import (
+    drop_shift_,
+    functional,
+    save_rotation_adapter,
+    set_shift_scale,
+    swap_adaln_for_rotation,
+    unswap_rotation,
+)
 from diffusers_mp.rotation_swap import ModulationMaps, Rotation, RotationLinear
 from diffusers_mp.rotation_swap.sites import find_sites
 from diffusers_mp.rotation_swap.swap import rotation_linears
@@ -385,6 +392,17 @@ def test_frozen_models_stay_frozen_but_for_the_heads():
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable
     assert all(".rotation." in name or name.endswith("mean_shift") for name in trainable)
+    unswap_rotation(model, make("Flux")[0])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_maps_of_shifts_alone_are_trained_after_the_way_back_if_the_base_s_are(trained):
+    model, base = make("HunyuanDiT")[0], make("HunyuanDiT")[0].requires_grad_(trained)
+    swap_adaln_for_rotation(model)
+    (name, *_) = [name for name, linear in rotation_linears(model).items() if linear.kinds == ["rotate"]]
+    unswap_rotation(model, base)
+    assert model.get_submodule(name).weight.requires_grad is trained
 
 
 # What it refuses
@@ -565,18 +583,12 @@ def test_meta_device():
     assert_refused(model, "`model` must hold weights, some of its tensors are on the meta device: load it first")
 
 
-def attach_offload(model):
-    cpu_offload(model, execution_device="cpu")
-    # Offloaded weights are on the meta device, which is told first; hooks alone, as of a device map, are told as such.
-    for name, parameter in make("Flux")[0].named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        owner._parameters[name.rpartition(".")[2]] = parameter
-
-
 @pytest.mark.parametrize(
     "attach",
     [
-        attach_offload,
+        # Its weights are on the meta device then: loading them is not what helps.
+        lambda model: cpu_offload(model, execution_device="cpu"),
+        lambda model: cpu_offload_with_hook(model, execution_device="cpu"),
         lambda model: model.enable_group_offload(
             onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
         ),
@@ -591,15 +603,9 @@ def test_hooks(attach):
     attach(model)
     assert_refused(
         model,
-        r"must be without hooks \(offloading, device_map, layerwise casting, caches\), .* has one: swap first, attach "
-        "them afterwards",
+        r"must be without hooks \(offloading, device_map, layerwise casting, caches\), .* has one: attach them "
+        "afterwards",
     )
-
-
-def test_offloaded_weights():
-    model, _ = make("Flux")
-    cpu_offload(model, execution_device="cpu")
-    assert_refused(model, "some of its tensors are on the meta device")
 
 
 @pytest.mark.parametrize(
@@ -631,7 +637,8 @@ def test_unsupported_class():
     assert_refused(
         model,
         r"`model` must be one of AuraFlowTransformer2DModel, .*MPDiTTransformer2DModel, .*Transformer2DModel, got a "
-        r"diffusers\.models\.transformers\.pixart_transformer_2d\.PixArtTransformer2DModel; docs/rotation_swap\.md",
+        r"diffusers\.models\.transformers\.pixart_transformer_2d\.PixArtTransformer2DModel; "
+        r"docs/rotation_swap_coverage\.md says what stands in the way of others",
         TypeError,
     )
     assert_refused(nn.Linear(2, 2), "got a torch.nn.modules.linear.Linear", TypeError)
@@ -678,8 +685,14 @@ def test_sublayer_that_a_model_lacks():
         ({"shift_scale": 0.5}, "`shift_scale` must be left at 1 without `keep_shift`, got 0.5"),
         ({"rank": 0}, "`rank` must be a positive integer or None, got 0"),
         ({"rank": 1.5}, "`rank` must be a positive integer or None, got 1.5"),
+        ({"rank": True}, "`rank` must be a positive integer or None, got True"),
         ({"calibration": []}, "`calibration` must run every modulation of the model at least once, it did not run"),
         ({"calibration": make("DiT")[1]}, "`calibration` must be an iterable of mappings, got a dict"),
+        (
+            {"calibration": [make("DiT")[1], (1, 2)]},
+            "`calibration` must be an iterable of mappings, got a tuple in it",
+        ),
+        ({"calibration": torch.zeros(2, 4)}, "`calibration` must be an iterable of mappings, got a Tensor in it"),
     ],
 )
 def test_arguments(options, message):
@@ -777,6 +790,69 @@ def test_unswap_refuses():
             unswap_rotation(model, base)
     assert type(model).__name__ == "RotationDiTTransformer2DModel"
     assert model.state_dict().keys() == state.keys()
+
+
+OTHER_CALLS = {
+    "set_shift_scale": lambda model, folder: set_shift_scale(model, 0.5),
+    "drop_shift_": lambda model, folder: drop_shift_(model),
+    "unswap_rotation": lambda model, folder: unswap_rotation(model, make("DiT")[0]),
+    "save_rotation_adapter": lambda model, folder: save_rotation_adapter(model, folder / "adapter"),
+}
+
+
+@pytest.mark.parametrize("call", OTHER_CALLS)
+def test_offloaded_models_are_refused_and_still_run(call, tmp_path):
+    model, inputs = make("DiT")
+    swap_adaln_for_rotation(model, keep_shift=True, shift_scale=0.0)
+    expected = run(model, inputs)
+    cpu_offload(model, execution_device="cpu", offload_buffers=True)
+    with pytest.raises(ValueError, match=r"must be without hooks .*, it has one: attach them afterwards"):
+        OTHER_CALLS[call](model, tmp_path)
+    assert torch.equal(run(model, inputs), expected)
+    assert model.config.rotation_modulation["keep_shift"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("call", ["unswap_rotation", "save_rotation_adapter"])
+def test_offloaded_models_without_shifts_are_refused_and_still_run(call, tmp_path):
+    model, inputs = make("DiT")
+    swap_adaln_for_rotation(model)
+    expected = run(model, inputs)
+    cpu_offload(model, execution_device="cpu")
+    with pytest.raises(ValueError, match=r"must be without hooks .*, it has one: attach them afterwards"):
+        OTHER_CALLS[call](model, tmp_path)
+    assert torch.equal(run(model, inputs), expected)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("call", OTHER_CALLS)
+def test_swapped_models_on_the_meta_device_are_refused(call, tmp_path):
+    model, _ = make("DiT")
+    swap_adaln_for_rotation(model, keep_shift=True)
+    model.to("meta")
+    with pytest.raises(ValueError, match="must hold weights, some of its tensors are on the meta device: load it"):
+        OTHER_CALLS[call](model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_scale_that_is_not_offloaded_is_set():
+    model, inputs = make("DiT")
+    swap_adaln_for_rotation(model, keep_shift=True, shift_scale=0.25)
+    expected = run(model, inputs)
+    set_shift_scale(model, 1)
+    cpu_offload(model, execution_device="cpu")
+    assert relative_error(run(model, inputs), expected) > 1e-3
+    set_shift_scale(model, 0.25)
+    assert torch.equal(run(model, inputs), expected)
+
+
+@pytest.mark.parametrize("call", OTHER_CALLS)
+def test_the_native_swap_has_none_of_these(call, tmp_path):
+    model = tiny_model("E", ["scale", "shift", "gate"])
+    swap_adaln_for_rotation(model, keep_shift=True)
+    with pytest.raises(ValueError, match="is not available for MPDiTTransformer2DModel: its swap is another conf"):
+        OTHER_CALLS[call](model, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_swapped_class_needs_its_options():

@@ -7,6 +7,7 @@ The file names are those of PEFT's adapters; the content is this package's own.
 """
 
 import json
+import os
 from pathlib import Path
 
 import diffusers
@@ -16,19 +17,24 @@ from diffusers.utils import logging
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from .. import __version__
 from ..hub import is_repo_id
+from .linear import RotationLinear
 from .sites import find_sites
 from .swap import (
     SwapReport,
+    check_loaded,
     check_model,
+    check_plain,
     check_sites,
     check_swapped,
     install,
     make_rotation_linears,
     num_parameters,
     rotation_linears,
+    rotation_tensors,
 )
 
 
@@ -65,14 +71,18 @@ def save_rotation_adapter(
         base_model_subfolder (str, optional): the transformer's folder in it.
         modulation_rows (bool): save the linear maps of scales and gates (and kept shifts) as well.
     Raises:
-        ValueError: if the model is not swapped.
+        ValueError: if the model is not swapped, or maps to be saved carry a LoRA, are quantised or offloaded.
     """
     check_swapped(model)
+    linears = rotation_linears(model)
+    check_loaded(model, rotation_tensors(linears))
+    for name, linear in linears.items():
+        _check_saveable(name, linear, modulation_rows)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{name}.{key}": tensor.detach().cpu().contiguous()
-        for name, linear in rotation_linears(model).items()
+        for name, linear in linears.items()
         for key, tensor in linear.state_dict().items()
         if modulation_rows or not key.startswith("linear.")
     }
@@ -93,9 +103,24 @@ def save_rotation_adapter(
         "diffusers_version": diffusers.__version__,
         "diffusers_mp_version": __version__,
     }
-    # The weights first: where there is a config, there is an adapter.
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # Both are whole before an adapter that is there goes.
+    weights, options = (directory / f"{name}.unfinished" for name in (WEIGHTS_FILE, CONFIG_FILE))
+    save_file(tensors, weights, metadata={"format": "pt"})
+    options.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # Where there is a config, there is an adapter, and its weights are those that it was written for.
+    (directory / CONFIG_FILE).unlink(missing_ok=True)
+    os.replace(weights, directory / WEIGHTS_FILE)
+    os.replace(options, directory / CONFIG_FILE)
+
+
+def _check_saveable(name: str, linear: RotationLinear, modulation_rows: bool) -> None:
+    rotation = linear.rotation if type(linear.rotation) is nn.Sequential else [linear.rotation]
+    maps = [("rotation", each) for each in rotation]
+    if modulation_rows and linear.linear is not None:
+        maps.append(("linear", linear.linear))
+    for part, each in maps:
+        remedy = "dequantise it, or merge and unload the LoRA before"
+        check_plain(f"{name}.{part}", each, "to be saved as an adapter", remedy)
 
 
 def load_rotation_adapter(
@@ -110,7 +135,8 @@ def load_rotation_adapter(
 ) -> SwapReport:
     """Swap a stock model as an adapter was swapped, and give it the adapter's weights, in place.
 
-    The adapter has to fit exactly; one that does not leaves the model as it was.
+    The adapter has to fit exactly; one that does not leaves the model as it was. Of a pipeline: `pipe.transformer =
+    pipe.transformer` afterwards, so that it is saved under its new class.
 
     Args:
         model (ModelMixin): the stock base model, with weights.

@@ -129,7 +129,7 @@ class RotationLinear(nn.Module):
         Args:
             stock (nn.Linear, optional): the map as it was before the swap; needed once the shift rows are gone.
         Returns:
-            nn.Module: a map of the stock shape.
+            nn.Module: a map of the stock shape, trained or frozen as the kept rows, or `stock` if none were kept.
         """
         if self.shift_scale is not None:
             return self.linear
@@ -139,11 +139,11 @@ class RotationLinear(nn.Module):
         here = next(self.parameters())
         for name, source in stock.named_parameters():
             rows = source.detach().to(here.device, here.dtype, copy=True).unflatten(0, (len(self.kinds), self.dim))
+            kept = source if self.linear is None else getattr(self.linear, name)
             if self.linear is not None:
                 groups = [index for index, kind in enumerate(self.kinds) if kind != "rotate"]
-                kept = getattr(self.linear, name).detach()
-                rows[groups] = kept.to(here.dtype).unflatten(0, (len(groups), self.dim))
-            setattr(linear, name, nn.Parameter(rows.flatten(0, 1)))
+                rows[groups] = kept.detach().to(here.dtype).unflatten(0, (len(groups), self.dim))
+            setattr(linear, name, nn.Parameter(rows.flatten(0, 1), requires_grad=kept.requires_grad))
         return linear
 
     def extra_repr(self) -> str:

@@ -57,7 +57,8 @@ def swap_adaln_for_rotation(
 
     Right after the swap the model computes something else unless the shift is kept: fine-tune it, from a calibrated
     start, with the shift annealed (`set_shift_scale`) or towards the untouched model. A failed call leaves the model
-    as it was.
+    as it was. Of a pipeline: `pipe.transformer = pipe.transformer` afterwards, so that it is saved under its new
+    class.
 
     Args:
         model (ModelMixin): a transformer of a supported class, with weights, not compiled, no offload hooks.
@@ -112,16 +113,18 @@ def swap_adaln_for_rotation(
 def unswap_rotation(model: ModelMixin, base: ModelMixin | None = None) -> None:
     """Make a swapped model one of its stock class again, in place: angles are dropped, shifts are back.
 
-    Scale and gate rows, and everything else, stay as they are now.
+    Scale and gate rows, and everything else, stay as they are now. Of a pipeline: `pipe.transformer =
+    pipe.transformer` afterwards, so that it is saved under its stock class.
 
     Args:
         model (ModelMixin): a swapped model.
         base (ModelMixin, optional): the stock model with the shift rows; needed if the swap did not keep them.
     Raises:
-        ValueError: if the model is not swapped, or `base` is missing or another model.
+        ValueError: if the model is not swapped, its rotations are offloaded, or `base` is missing or another model.
     """
     check_swapped(model)
     rotations = rotation_linears(model)
+    check_loaded(model, rotation_tensors(rotations))
     stock_class = type(model).__mro__[1]
     if base is not None and type(base) is not stock_class:
         raise ValueError(f"`base` must be a {stock_class.__name__}, got a {type(base).__name__}.")
@@ -134,7 +137,7 @@ def unswap_rotation(model: ModelMixin, base: ModelMixin | None = None) -> None:
         if stock is not None and stock.out_features != num_rows:
             raise ValueError(f"`base` must have {num_rows} rows in {name}, got {stock.out_features}.")
         if rotation.shift_scale is None and rotation.linear is not None:
-            _check_plain(
+            check_plain(
                 name, rotation.linear, "to be put together again", "dequantise it, or merge or unload the LoRA"
             )
         linears[name] = rotation.stock_linear(stock)
@@ -152,15 +155,17 @@ def set_shift_scale(model: nn.Module, shift_scale: float) -> None:
         model (nn.Module): swapped with `keep_shift`.
         shift_scale (float): in [0, 1].
     Raises:
-        ValueError: if out of range, or the model keeps no shift.
+        ValueError: if out of range, or the model keeps no shift, or its factors are offloaded.
     """
     if not 0 <= shift_scale <= 1:
         raise ValueError(f"`shift_scale` must be in [0, 1], got {shift_scale}.")
-    kept = [linear for linear in rotation_linears(model).values() if linear.shift_scale is not None]
-    if not kept:
+    _check_not_native(model)
+    scales = [linear.shift_scale for linear in rotation_linears(model).values() if linear.shift_scale is not None]
+    if not scales:
         raise ValueError("`model` must be swapped with `keep_shift=True` for its shifts to be scaled.")
-    for linear in kept:
-        linear.shift_scale.fill_(shift_scale)
+    check_loaded(model, scales)
+    for scale in scales:
+        scale.fill_(shift_scale)
 
 
 def drop_shift_(model: ModelMixin) -> None:
@@ -169,12 +174,14 @@ def drop_shift_(model: ModelMixin) -> None:
     Args:
         model (ModelMixin): swapped with `keep_shift`.
     Raises:
-        ValueError: if a shift is still in effect, its map is quantised or carries a LoRA, or none is kept.
+        ValueError: if a shift is still in effect, its map is quantised or carries a LoRA or is offloaded, or none is
+            kept.
     """
     check_swapped(model)
     rotations = rotation_linears(model)
     if not model.config.rotation_modulation["keep_shift"]:
         raise ValueError("`model` must be swapped with `keep_shift=True`, its shifts are gone already.")
+    check_loaded(model, rotation_tensors(rotations))
     for name, rotation in rotations.items():
         if rotation.shift_scale.item() != 0:
             raise ValueError(
@@ -190,6 +197,11 @@ def drop_shift_(model: ModelMixin) -> None:
 def rotation_linears(model: nn.Module) -> dict[str, RotationLinear]:
     """The swapped maps of a model by their paths."""
     return {name: module for name, module in model.named_modules() if isinstance(module, RotationLinear)}
+
+
+def rotation_tensors(rotations: Mapping[str, RotationLinear]) -> list[torch.Tensor]:
+    """All that `rotation_linears` hold."""
+    return [tensor for each in rotations.values() for tensor in (*each.parameters(), *each.buffers())]
 
 
 def make_rotation_linears(sites: Sequence[Site], options: Mapping) -> dict[str, RotationLinear]:
@@ -231,7 +243,7 @@ def check_arguments(sublayers: Sequence[str], keep_shift: bool, shift_scale: flo
         raise ValueError(f"`shift_scale` must be in [0, 1], got {shift_scale}.")
     if not keep_shift and shift_scale != 1:
         raise ValueError(f"`shift_scale` must be left at 1 without `keep_shift`, got {shift_scale}.")
-    if rank is not None and (not isinstance(rank, int) or rank < 1):
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise ValueError(f"`rank` must be a positive integer or None, got {rank!r}.")
 
 
@@ -245,19 +257,30 @@ def check_model(model: nn.Module) -> None:
     if name not in supported_names() or type(model) not in (getattr(diffusers, name, None), MPDiTTransformer2DModel):
         raise TypeError(
             f"`model` must be one of {', '.join(supported_names())}, got a {type(model).__module__}."
-            f"{type(model).__qualname__}; docs/rotation_swap.md says what stands in the way of others."
+            f"{type(model).__qualname__}; docs/rotation_swap_coverage.md says what stands in the way of others."
         )
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+    _check_hooks(model)
+    check_loaded(model, [*model.parameters(), *model.buffers()])
+    for name, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(f"`model` must not be compiled yet, {name or 'it'} is: swap first.")
+
+
+def check_loaded(model: nn.Module, tensors: Iterable[torch.Tensor]) -> None:
+    """Raise if tensors of a model that are to be read or written are offloaded, or were never loaded."""
+    if any(tensor.is_meta for tensor in tensors):
+        _check_hooks(model)
         raise ValueError("`model` must hold weights, some of its tensors are on the meta device: load it first.")
+
+
+def _check_hooks(model: nn.Module) -> None:
     for name, module in model.named_modules():
         hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
         if hasattr(module, "_hf_hook") or hooks:
             raise ValueError(
                 f"`model` must be without hooks (offloading, device_map, layerwise casting, caches), {name or 'it'} "
-                "has one: swap first, attach them afterwards."
+                "has one: attach them afterwards."
             )
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(f"`model` must not be compiled yet, {name or 'it'} is: swap first.")
 
 
 def check_sites(model: nn.Module, sites: Sequence[Site], keep_shift: bool) -> None:
@@ -280,22 +303,33 @@ def check_sites(model: nn.Module, sites: Sequence[Site], keep_shift: bool) -> No
 
 def check_swapped(model: nn.Module) -> None:
     """Raise if a model is not a swapped one."""
+    _check_not_native(model)
     if not is_rotation_class(type(model)):
         raise ValueError(f"`model` must be swapped by `swap_adaln_for_rotation`, got a {type(model).__name__}.")
 
 
-def _check_plain(name: str, linear: nn.Module, purpose: str, remedy: str) -> None:
-    weight_class = type(linear.weight.data)
-    if type(linear) is not nn.Linear or weight_class is not torch.Tensor or not linear.weight.is_floating_point():
+def _check_not_native(model: nn.Module) -> None:
+    if isinstance(model, MPDiTTransformer2DModel):
         raise ValueError(
-            f"`model` must have plain linear maps {purpose}, {name} is a {type(linear).__module__}."
-            f"{type(linear).__qualname__} whose weight is a {weight_class.__module__}.{weight_class.__qualname__} of "
-            f"{linear.weight.dtype}: {remedy}."
+            "`model` must be of a class of diffusers, this is not available for MPDiTTransformer2DModel: its swap is "
+            "another configuration of it."
         )
 
 
+def check_plain(name: str, linear: nn.Module, purpose: str, remedy: str) -> None:
+    """Raise if a map of a model is anything but a plain linear one, saying what for it has to be and what to do."""
+    found = f"{type(linear).__module__}.{type(linear).__qualname__}"
+    weight = getattr(linear, "weight", None)  # a wrapper may have none
+    if weight is not None:
+        weight_class = type(weight.data)
+        if type(linear) is nn.Linear and weight_class is torch.Tensor and weight.is_floating_point():
+            return
+        found += f" whose weight is a {weight_class.__module__}.{weight_class.__qualname__} of {weight.dtype}"
+    raise ValueError(f"`model` must have plain linear maps {purpose}, {name} is a {found}: {remedy}.")
+
+
 def _check_sliceable(name: str, linear: nn.Module) -> None:
-    _check_plain(
+    check_plain(
         name,
         linear,
         "for their shift rows to be cut out",
@@ -325,6 +359,10 @@ def _mean_shifts(model: nn.Module, sites: Sequence[Site], calibration: Iterable[
     model.eval()
     try:
         for inputs in calibration:
+            if not isinstance(inputs, Mapping):
+                raise ValueError(
+                    f"`calibration` must be an iterable of mappings, got a {type(inputs).__name__} in it."
+                )
             model(**inputs)
     finally:
         for handle in handles:
