@@ -29,8 +29,8 @@ _ACTIVATIONS = {
 }
 
 
-# Ways to start a LoRA that change the weight beside it, by the beginning of their names in PEFT.
-_CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq")
+# Ways to start a LoRA that change the weight beside it, by the beginning of their names in PEFT, in small letters.
+_CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
 
 
 class MPDiTAttnProcessor:
@@ -583,14 +583,18 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAd
         """As in diffusers; refuses the kinds of LoRA that move part of a weight into the adapter.
 
         Raises:
-            ValueError: if `init_lora_weights` is "pissa", "olora", "corda" or "loftq", for a model whose rows have a
-                fixed norm: they leave shorter rows, which training would bring back to it.
+            ValueError: if `init_lora_weights` is "pissa", "olora", "corda", "loftq" or "lora_ga", or there is a
+                `kasa_config`, for a model whose rows have a fixed norm: they leave rows of another, which training
+                would bring back to it.
         """
         kind = getattr(adapter_config, "init_lora_weights", None)
-        if self.config.weight_normalization and isinstance(kind, str) and kind.startswith(_CHANGES_WEIGHTS):
+        if getattr(adapter_config, "kasa_config", None) is not None:
+            kind = "kasa_config"  # comes beside any of the names
+        # PEFT takes some names in any case.
+        if self.config.weight_normalization and isinstance(kind, str) and kind.lower().startswith(_CHANGES_WEIGHTS):
             raise ValueError(
                 "`init_lora_weights` must leave the weights as they are, since training normalises their rows: True, "
-                f"False, 'gaussian', 'orthogonal' or 'eva'; got {kind!r}."
+                f"False, 'gaussian', 'orthogonal', 'eva' or 'mica'; got {kind!r}."
             )
         super().add_adapter(adapter_config, adapter_name)
 

@@ -12,7 +12,9 @@ from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin, QuantizationMethod
 from helpers import NOT_IN_DEV, run_processes, tiny_inputs, tiny_model
-from peft import LoraConfig
+from peft import LoraConfig, LoraGAConfig
+from peft.tuners.lora.config import KasaConfig
+from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
 from diffusers_mp import MPDiTTransformer2DModel, layers
@@ -156,7 +158,7 @@ def with_lora(configuration="E", **options):
     return model
 
 
-@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora", "OLoRA"])
 def test_a_lora_that_takes_part_of_the_weights_is_refused(kind):
     """Its rows would be shorter until training brings them back to their norm: another function."""
     model = tiny_model().eval()
@@ -165,6 +167,35 @@ def test_a_lora_that_takes_part_of_the_weights_is_refused(kind):
         model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=kind))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     tiny_model("A").add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=kind))
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # of PEFT's own hooks
+def test_a_lora_along_gradients_takes_part_of_the_weights_and_is_refused():
+    model = tiny_model().eval()
+    config = LoraConfig(
+        r=2, target_modules=["to_q"], init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), lora_alpha=2
+    )
+    preprocess_loraga(model, config, lambda: model(**tiny_inputs()).sample.square().mean().backward())
+    before = weights_of(model)
+    with pytest.raises(ValueError, match="`init_lora_weights` must leave the weights .* got 'lora_ga'"):
+        model.add_adapter(config)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_lora_that_truncates_the_weights_is_refused():
+    model = tiny_model().eval()
+    with pytest.raises(ValueError, match="`init_lora_weights` must leave the weights .* got 'kasa_config'"):
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], kasa_config=KasaConfig()))
+
+
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'eva' but:UserWarning")
+@pytest.mark.parametrize("kind", [True, False, "gaussian", "orthogonal", "eva", "mica"])
+def test_other_loras_leave_the_weights_as_they_are(kind):
+    model = tiny_model().eval()
+    before = weights_of(model)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=kind))
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("configuration", "ABDE")
