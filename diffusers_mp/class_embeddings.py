@@ -36,7 +36,7 @@ def resize_class_embeddings_(
         MPDiTTransformer2DModel or DiTTransformer2DModel: the model itself, its config changed in `num_classes`
         (`num_embeds_ada_norm` of a DiT).
     Raises:
-        TypeError: if the model is of another class.
+        TypeError: if the model is of another class, or names are not a mapping.
         ValueError: if it knows no classes, if names are not those of consecutive ids from 0, or if a name stands for
             several classes, and for another number of them in the other set.
     """
@@ -72,6 +72,11 @@ def resize_class_embeddings_(
 
 
 def _names(argument: str, id2label: Mapping[int | str, str], count: int | None) -> list[str]:
+    if not isinstance(id2label, Mapping):
+        raise TypeError(
+            f"`{argument}` must map ids to names, as `dict(enumerate(names))` does, received a "
+            f"{type(id2label).__name__}."
+        )
     # JSON knows string keys only.
     names = {int(id): name for id, name in id2label.items()}
     if not names or sorted(names) != list(range(len(names) if count is None else count)):

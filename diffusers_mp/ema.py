@@ -109,11 +109,14 @@ class PowerFunctionEMA:
         step (int): step of the last update, 0 before the first. Until then averages equal the initial weights.
         stds (tuple of float): the widths.
     Raises:
+        TypeError: if `stds` is a number.
         ValueError: if `stds` is empty, repeats a width or has one out of range, or the model has nothing to average.
     """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, stds: Sequence[float] = (0.05, 0.10)):
+        if not isinstance(stds, Iterable):
+            raise TypeError(f"`stds` must be a sequence of widths, such as (0.05, 0.10), received {stds}")
         self.stds = tuple(float(std) for std in stds)
         if not self.stds or len(set(self.stds)) < len(self.stds):
             raise ValueError(f"`stds` must be one or more different widths, received {list(stds)}")

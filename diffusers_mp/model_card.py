@@ -4,7 +4,8 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -17,6 +18,7 @@ from .hub import (
     GRID_NAME,
     HEAT_MAP_NAME,
     WEIGHTS,
+    component_names,
     files_to_publish,
     has_component,
     is_repo_id,
@@ -67,7 +69,8 @@ def write_model_card(
         license (str, optional): licence of the weights, such as "apache-2.0", or "other" with the next two.
         license_name, license_link (str, optional): name and address of another licence.
         data (str, optional): what the training data are, in place of what the arguments tell.
-        sample_grid (str or Path, optional): picture of samples; by default the last of `samples/`.
+        sample_grid (str or Path, optional): picture of samples; by default the last of `samples/`, else the one of
+            the card that is replaced.
         num_images_seen (int, optional): images in all updates together.
         num_seconds (float, optional): duration of the training; by default that of the updates, from the log's
             images per second, where `num_images_seen` is given.
@@ -173,13 +176,14 @@ def write_rotation_card(
     if arguments.get("max_train_steps") == 0:
         what = what.replace(", then fine-tuned", " and not fine-tuned")
     source = _quoted(repo_id or "folder")
+    variant = "" if is_adapter else _variant_option(folder, component_names(folder))
     # Importing the package alone is enough for a folder, but not for a repository.
     class_import = ""
     if swap is not None and not is_adapter:
         class_import = f"\nfrom diffusers_mp import {config['_class_name']}  # known to diffusers from here on"
     usage = f"""from diffusers import {pipeline_class}{class_import}
 
-pipe = {pipeline_class}.from_pretrained({source})"""
+pipe = {pipeline_class}.from_pretrained({source}{variant})"""
     if is_adapter:
         usage = f"""from diffusers import {pipeline_class}
 from diffusers_mp import load_rotation_adapter
@@ -313,20 +317,35 @@ def _extractor_name(extractor: Mapping) -> str:
 
 def _grid_section(folder: Path, sample_grid: str | Path | None, arguments: dict) -> str | None:
     samples = sorted((folder / "samples").glob("step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")))
-    source = sample_grid or (samples[-1] if samples else None)
-    if source is None:
-        (folder / GRID_NAME).unlink(missing_ok=True)
+    source = sample_grid or (samples[-1] if samples else folder / GRID_NAME)
+    if sample_grid is None and not source.is_file():
         return None
     with Image.open(source) as picture:
         # Pixels alone, without what a picture's metadata may tell.
         picture = picture.convert("L" if picture.mode == "L" else "RGB")
     Image.frombytes(picture.mode, picture.size, picture.tobytes()).save(folder / GRID_NAME, format="PNG")
     caption = "Samples."
-    if sample_grid is None and "validation_inference_steps" in arguments:
+    if sample_grid is None and samples and "validation_inference_steps" in arguments:
         scale = arguments.get("validation_guidance_scale")
         caption = f"Samples at the end of training, {arguments['validation_inference_steps']} steps, guidance scale "
         caption += f"{'as the pipeline has it' if scale is None else f'{scale:g}'}, not selected."
     return f"![samples]({GRID_NAME})\n\n{caption}"
+
+
+def _weights(folder: Path) -> tuple[str, list[Path]]:
+    """The variant that counts of a model's folder, and its files: the plain weights, "", if they are there."""
+    variants = defaultdict(list)
+    for path in sorted(folder.glob(WEIGHTS)):
+        # What stands between two dots but for the number of a shard: name.fp16-00001-of-00002.safetensors.
+        variants[".".join(re.sub(r"-\d{5}-of-\d{5}", "", path.name).split(".")[1:-1])].append(path)
+    variant = min(variants, default="")
+    return variant, variants[variant]
+
+
+def _variant_option(folder: Path, names: Sequence[str]) -> str:
+    """What `from_pretrained` has to be told where weights of these parts are there in a variant alone."""
+    variant = max(_weights(folder / name)[0] for name in names)
+    return f", variant={_quoted(variant)}" if variant else ""
 
 
 def _quoted(value: str | list) -> str:
@@ -336,6 +355,7 @@ def _quoted(value: str | list) -> str:
 
 def _usage(folder: Path, index: dict, config: dict, repo_id: str | None, revision: str | None) -> str:
     source = _quoted(repo_id or "folder") + (f", revision={_quoted(revision)}" if revision else "")
+    variant = _variant_option(folder, component_names(folder))
     names = [name for _, name in sorted((index.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
     num_classes = config.get("num_classes")
     call = "num_images_per_class=2"
@@ -345,13 +365,14 @@ def _usage(folder: Path, index: dict, config: dict, repo_id: str | None, revisio
     text = f"""```python
 from diffusers_mp import MPDiTPipeline
 
-pipe = MPDiTPipeline.from_pretrained({source})
+pipe = MPDiTPipeline.from_pretrained({source}{variant})
 images = pipe({call}, num_inference_steps=50).images
 ```
 
 `DiffusionPipeline.from_pretrained` does not know this class: import it from `diffusers_mp` as above."""
     others = sorted(path.name for path in folder.glob("transformer_ema_*"))
     if others:
+        subfolder = f"{_quoted(others[0])}{_variant_option(folder, others[:1])}"
         text += f"""
 
 Averages of the weights of other widths are beside it: {", ".join(f"`{name}`" for name in others)}.
@@ -359,8 +380,8 @@ Averages of the weights of other widths are beside it: {", ".join(f"`{name}`" fo
 ```python
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel
 
-transformer = MPDiTTransformer2DModel.from_pretrained({source}, subfolder={_quoted(others[0])})
-pipe = MPDiTPipeline.from_pretrained({source}, transformer=transformer)
+transformer = MPDiTTransformer2DModel.from_pretrained({source}, subfolder={subfolder})
+pipe = MPDiTPipeline.from_pretrained({source}{variant}, transformer=transformer)
 ```"""
     return text
 
@@ -500,9 +521,9 @@ def _seconds_of_updates(log: list[dict], total_batch_size: float) -> float | Non
 
 
 def _num_parameters(folder: Path) -> int:
-    """Number of parameters, from the headers of the safetensors files."""
+    """Number of parameters, from the headers of the safetensors files of one variant."""
     count = 0
-    for path in folder.glob(WEIGHTS):
+    for path in _weights(folder)[1]:
         with path.open("rb") as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
         count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")

@@ -233,7 +233,7 @@ def _history(record: Record) -> list[dict]:
 
 
 def _names(history: list[dict], quantity: str, modules: str) -> list[str]:
-    """Names of a quantity's values in the order of depth, that is, of the numbers in them."""
+    """Names of a quantity's values in the order of depth: of the numbers in them, and else as they first come."""
     names = dict.fromkeys(
         name
         for entry in history
@@ -242,7 +242,14 @@ def _names(history: list[dict], quantity: str, modules: str) -> list[str]:
     )
     if not names:
         raise ValueError(f"a record must have values {quantity}/… of modules that match {modules!r}, got none.")
-    return list(names)
+    ranks = {}
+
+    def depth(name: str) -> list[int]:
+        # Words and numbers take turns, so that words are compared with words.
+        pieces = enumerate(re.split(r"(\d+)", name))
+        return [int(piece) if index % 2 else ranks.setdefault(piece, len(ranks)) for index, piece in pieces]
+
+    return sorted(names, key=depth)
 
 
 def _colors(number: int) -> list:

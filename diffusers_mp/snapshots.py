@@ -24,6 +24,8 @@ from safetensors.torch import save_file
 from .ema import PowerFunctionEMA, whole
 from .hashing import sha256_of_file
 from .hub import component_names
+from .layers import unwrapped
+from .transformer_mpdit import MPDiTTransformer2DModel
 
 
 SNAPSHOT_NAME = re.compile(r"step-(\d+)_std-(\d+(?:\.\d+)?(?:e-\d+)?)")
@@ -59,19 +61,27 @@ def save_snapshots(ema: PowerFunctionEMA, directory: str | Path, pipeline: Diffu
     checkpoint: then none is lost or left over, whenever the run was killed.
 
     Args:
-        ema (PowerFunctionEMA): tracker of a diffusers model, updated at least once.
+        ema (PowerFunctionEMA): tracker of an `MPDiTTransformer2DModel`, updated at least once. Averages of another
+            model are in its `state_dict`; `reconstruct_ema` rebuilds this one alone.
         directory (str or Path): folder of the run's snapshots, made if missing.
         pipeline (DiffusionPipeline): its parts except the transformer are stored once, beside the snapshots. Its
             transformer is whole and tells the config: `fully_shard` changes the name of a model's class.
     Returns:
         list of Path: one folder per width. A snapshot of the same step and width is replaced.
     Raises:
+        TypeError: if the pipeline's transformer is of another class.
         ValueError: if the averages have seen nothing yet, the pipeline's transformer is sharded, or the folder is that
             of another pipeline.
     """
+    transformer = unwrapped(getattr(pipeline, "transformer", None))
+    if not isinstance(transformer, MPDiTTransformer2DModel):
+        raise TypeError(
+            "`pipeline` must have an MPDiTTransformer2DModel, which is what `reconstruct_ema` rebuilds, got a "
+            f"{type(transformer).__name__}."
+        )
     if ema.step < 1:
         raise ValueError("`ema` must have been updated before its averages are stored, its step is 0")
-    if any(hasattr(parameter, "placements") for parameter in pipeline.transformer.parameters()):
+    if any(hasattr(parameter, "placements") for parameter in transformer.parameters()):
         raise ValueError("`pipeline` must have a whole transformer, whose class has its own name; this one is sharded")
     directory = Path(directory)
     writes = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
@@ -87,7 +97,7 @@ def save_snapshots(ema: PowerFunctionEMA, directory: str | Path, pipeline: Diffu
             if writes:
                 tensors[name] = average.cpu().contiguous()
         if writes:
-            _save_snapshot(folders[-1], ema.step, std, tensors, pipeline.transformer)
+            _save_snapshot(folders[-1], ema.step, std, tensors, transformer)
     return folders
 
 

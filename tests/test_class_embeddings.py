@@ -171,6 +171,12 @@ def test_ids_that_are_not_consecutive(old, new, message):
         resize_class_embeddings_(tiny_model("E"), old, new)
 
 
+@pytest.mark.parametrize("old, new, name", [(None, ["a", "b"], "new_id2label"), (["a"], OLD, "old_id2label")])
+def test_names_without_ids(old, new, name):
+    with pytest.raises(TypeError, match=rf"`{name}` must map ids to names, .* received a list"):
+        resize_class_embeddings_(tiny_model("E"), old, new)
+
+
 def test_models_without_classes():
     with pytest.raises(ValueError, match="`model` must have a label table"):
         resize_class_embeddings_(tiny_model("E", num_classes=None), None, OLD)

@@ -869,6 +869,16 @@ class TestPlots:
             f"transformer_blocks.{index}" for index in range(3)
         ]
 
+    def test_lines_are_in_the_order_of_depth(self):
+        """Records name blocks first, and a block with what is in it."""
+        names = ["patch_embed", "blocks.0", "blocks.1", "blocks.10", "blocks.2", "single_blocks.0", "output"]
+        names += [f"blocks.{index}.{part}_modulation" for index in (0, 1, 10, 2) for part in ("attn", "ff")]
+        entry = {"step": 1, **{f"relative_update/{name}": 1.0 for name in names}}
+        axes = plots.plot_over_time({"A": [entry]}, "relative_update", ".*").axes[0]
+        parts = ("", ".attn_modulation", ".ff_modulation")
+        blocks = [f"blocks.{index}{part}" for index in (0, 1, 2, 10) for part in parts]
+        assert [line.get_label() for line in axes.get_lines()] == ["patch_embed", *blocks, "single_blocks.0", "output"]
+
     def test_quantities_with_a_sign_are_not_drawn_on_a_logarithm(self, history):
         figure = self.written(plots.plot_over_time({"E": history}, "scale/mean", ".*"))
         assert figure.axes[0].get_yscale() == "linear"

@@ -361,6 +361,11 @@ def test_no_or_repeated_widths_are_refused(stds):
         PowerFunctionEMA(Counter(), stds)
 
 
+def test_a_width_alone_is_refused():
+    with pytest.raises(TypeError, match=r"`stds` must be a sequence of widths, .* received 0.05"):
+        PowerFunctionEMA(Counter(), 0.05)
+
+
 def test_a_model_without_parameters_is_refused():
     with pytest.raises(ValueError, match="`model` must have floating-point parameters, ReLU has none"):
         PowerFunctionEMA(nn.ReLU())

@@ -323,6 +323,20 @@ def test_push_then_load_from_a_clean_cache(made, server, tmp_path):
     np.testing.assert_array_equal(images, made.images)
 
 
+def test_weights_in_a_variant_alone_are_loaded_by_the_code_of_the_card(made, server, tmp_path):
+    folder = tmp_path / "run"
+    make_pipeline(folder, vae=made.pipe.vae)
+    shutil.rmtree(folder / "transformer")
+    made.pipe.transformer.save_pretrained(folder / "transformer", variant="fp16")
+    made.pipe.transformer.save_pretrained(folder / "transformer_ema_0.1", variant="fp16")
+    write_model_card(folder, "user/name")
+    push(server, tmp_path / "home", publish(folder))
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    blocks = [block.replace("num_inference_steps=50", "num_inference_steps=2") for block in blocks]
+    (images,) = load(server, tmp_path / "reader", {"variant": "fp16"}, blocks=blocks)
+    np.testing.assert_array_equal(images, made.images)
+
+
 def test_private_repository_and_revision(made, run, server, tmp_path):
     make_pipeline(tmp_path / "other", seed=5, vae=made.pipe.vae)
     write_model_card(tmp_path / "other", "user/name", revision="draft")

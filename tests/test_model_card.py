@@ -1,12 +1,15 @@
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rotation_pipelines
-from diffusers import AutoencoderKL
-from helpers import tiny_vae
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from helpers import random_picture, tiny_vae
 from huggingface_hub import ModelCard
 from PIL import Image
 from test_hub import TOKEN, made, make_pipeline, rewrite, run  # noqa: F401
@@ -14,6 +17,10 @@ from test_hub import TOKEN, made, make_pipeline, rewrite, run  # noqa: F401
 from diffusers_mp import hub, save_rotation_adapter, swap_adaln_for_rotation
 from diffusers_mp.hub import files_to_publish
 from diffusers_mp.model_card import write_evaluation, write_model_card, write_rotation_card
+
+
+def blocks_of(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def test_card_tells_the_facts_of_the_run(made):  # noqa: F811
@@ -115,6 +122,69 @@ def test_card_of_a_bare_unconditional_pipeline_of_pixels(tmp_path):
     ]
 
 
+def test_a_card_written_anew_keeps_the_grid(tmp_path):
+    rng = np.random.default_rng(0)
+    first, second = random_picture(rng), random_picture(rng)
+    folder, grid = tmp_path / "run", tmp_path / "run" / "sample_grid.png"
+    make_pipeline(folder)
+    first.save(tmp_path / "grid.png")
+    write_model_card(folder, sample_grid=tmp_path / "grid.png")
+    assert "![samples](sample_grid.png)\n\nSamples.\n" in str(write_model_card(folder, license="mit"))
+    with Image.open(grid) as kept:
+        assert kept.tobytes() == first.tobytes()
+    # What there is to take one from comes first.
+    (folder / "samples").mkdir()
+    second.save(folder / "samples" / "step-10.png")
+    write_model_card(folder)
+    with Image.open(grid) as taken:
+        assert taken.tobytes() == second.tobytes()
+
+
+def test_parameters_are_those_of_one_variant(tmp_path):
+    pipe = make_pipeline(tmp_path, vae=tiny_vae())
+    pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
+    assert len([*(tmp_path / "transformer").glob("*fp16-*.safetensors")]) > 1
+    text = str(write_model_card(tmp_path))
+    assert f"{pipe.transformer.num_parameters():,} parameters (without the VAE)" in text
+    assert f"factor 4, {pipe.vae.num_parameters():,} parameters" in text
+    assert "variant" not in blocks_of(text)[0].replace("variance", "")
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}], ids=str)
+@pytest.mark.parametrize("in_variant", ["transformer", "vae", "transformer and vae"])
+def test_code_of_a_card_loads_weights_that_are_there_in_a_variant_alone(tmp_path, monkeypatch, in_variant, shards):
+    monkeypatch.chdir(tmp_path)
+    pipe = make_pipeline("folder", vae=tiny_vae())
+    for name in in_variant.split(" and "):
+        shutil.rmtree(f"folder/{name}")
+        pipe.components[name].save_pretrained(f"folder/{name}", variant="fp16", **shards)
+    pipe.transformer.save_pretrained("folder/transformer_ema_0.1", variant="bf16", **shards)
+    text = str(write_model_card("folder"))
+    assert f"{pipe.transformer.num_parameters():,} parameters (without the VAE)" in text
+    whole, average = blocks_of(text)
+    assert 'from_pretrained("folder", variant="fp16")' in whole
+    assert 'from_pretrained("folder", subfolder="transformer_ema_0.1", variant="bf16")' in average
+    for block in (whole, average):
+        names = {}
+        exec(block.replace("num_inference_steps=50", "num_inference_steps=2"), names)
+        for loaded, part in ((names["pipe"].transformer, pipe.transformer), (names["pipe"].vae, pipe.vae)):
+            assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), part.parameters(), strict=True))
+
+
+def test_code_of_a_rotation_card_loads_a_variant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8, num_embeds_ada_norm=3
+    )
+    swap_adaln_for_rotation(model)
+    DiTPipeline(model, tiny_vae(), DDIMScheduler()).save_pretrained("folder", variant="fp16")
+    (block,) = blocks_of(str(write_rotation_card("folder")))
+    names = {}
+    exec(block, names)
+    loaded = names["pipe"].transformer
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
 def test_card_names_data_and_vae_of_the_hub(run):  # noqa: F811
     arguments = {"dataset_name": "someone/birds", "dataset_split": "train", "vae": "someone/vae", "hub_token": TOKEN}
     rewrite(run / "training_arguments.json", json.dumps({**arguments, "preset": TOKEN}))
@@ -168,7 +238,7 @@ def test_the_card_of_an_adapter_is_that_of_its_class(tmp_path):
     assert "Adapter for [owner/base](https://huggingface.co/owner/base), `SD3Transformer2DModel`, whose" in text
     assert "DiT" not in text
     assert "class-conditional" not in card.data.tags
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (block,) = blocks_of(text)
     block = block.replace('"owner/base"', "base, **absent").replace('"folder"', "adapter")
     names = {"base": tmp_path / "base", "adapter": tmp_path / "adapter", "absent": rotation_pipelines.absent("SD3")}
     exec(block, names)

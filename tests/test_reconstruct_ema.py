@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from helpers import reset_accelerate, row_norms, run_python, tiny_model, tiny_vae
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -294,6 +294,15 @@ def test_a_bf16_model_leaves_float32_snapshots(tmp_path):
     assert {tensor.dtype for tensor in weights_of(tmp_path / "step-0000001_std-0.05").values()} == {torch.float32}
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # of torch itself
+def test_a_compiled_transformer_is_saved_as_what_it_is(tmp_path):
+    model = tiny_model()
+    ema = PowerFunctionEMA(model)
+    ema.update(1)
+    (folder, _) = save_snapshots(ema, tmp_path, MPDiTPipeline(torch.compile(model), DDPMScheduler()))
+    assert type(MPDiTTransformer2DModel.from_pretrained(folder)) is MPDiTTransformer2DModel
+
+
 def test_discarding_and_saving_again_leaves_what_an_uninterrupted_run_leaves(tmp_path):
     ema, pipeline = small_run(tmp_path, num_steps=3)
     wanted = {
@@ -469,6 +478,14 @@ class TestErrors:
         model = tiny_model()
         with pytest.raises(ValueError, match="must have been updated before .* step is 0"):
             save_snapshots(PowerFunctionEMA(model), tmp_path, MPDiTPipeline(model, DDPMScheduler()))
+
+    def test_saving_a_model_that_cannot_be_rebuilt(self, tmp_path):
+        model = DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, num_layers=1, sample_size=8)
+        ema = PowerFunctionEMA(model)
+        ema.update(1)
+        with pytest.raises(TypeError, match="must have an MPDiTTransformer2DModel, .* got a DiTTransformer2DModel"):
+            save_snapshots(ema, tmp_path / "new", DiTPipeline(model, AutoencoderKL(), DDPMScheduler()))
+        assert not (tmp_path / "new").exists()
 
     def test_saving_beside_another_pipeline(self, snapshots_dir):
         model = tiny_model()
