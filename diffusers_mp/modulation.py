@@ -129,7 +129,7 @@ class _OneModulation(Modulation, LoadsRowsAsStored, ModelMixin, ConfigMixin):
 
         Args:
             hidden_states (torch.Tensor): tokens, shape (B, N, D).
-            conditioning (torch.Tensor): activated conditioning vector, shape (B, conditioning_dim).
+            conditioning (torch.Tensor): activated conditioning vector, shape (B, conditioning_dim), or one for all.
         Returns:
             torch.Tensor: shape (B, N, D), dtype of `hidden_states`.
         Raises:
@@ -137,7 +137,8 @@ class _OneModulation(Modulation, LoadsRowsAsStored, ModelMixin, ConfigMixin):
         """
         dim, conditioning_dim = self.config.dim, self.config.conditioning_dim
         shape = hidden_states.shape
-        if len(shape) != 3 or shape[-1] != dim or conditioning.shape != (shape[0], conditioning_dim):
+        fits = conditioning.shape in ((shape[0], conditioning_dim), (1, conditioning_dim))
+        if len(shape) != 3 or shape[-1] != dim or not fits:
             raise ValueError(
                 f"`hidden_states` must have shape (B, N, {dim}) and `conditioning` (B, {conditioning_dim}), got "
                 f"{tuple(shape)} and {tuple(conditioning.shape)}."

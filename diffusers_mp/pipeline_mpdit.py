@@ -4,6 +4,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import numpy as np
 import PIL.Image
@@ -222,8 +223,9 @@ class MPDiTPipeline(DiffusionPipeline):
         Raises:
             TypeError: if the guider is not of diffusers.
             ValueError: if the guider needs more than two predictions, or has a scale or interval given beside its own;
-                if the interval is not in order; if there is nothing to guide away from, neither a null condition that
-                the transformer saw in training nor a guidance transformer; if that one is of another task.
+                if the scale is not finite or the interval not in order; if there is nothing to guide away from,
+                neither a null condition that the transformer saw in training nor a guidance transformer; if that one
+                is of another task.
         """
         _check_guidance_transformer(self.guidance_transformer, self.transformer)
         _check_guider(self.guider)
@@ -238,6 +240,8 @@ class MPDiTPipeline(DiffusionPipeline):
                 "`guidance_interval` must be two noise levels (low, high) with 0 <= low < high, got "
                 f"{guidance_interval!r}."
             )
+        if guidance_scale is not None and not (isinstance(guidance_scale, Real) and math.isfinite(guidance_scale)):
+            raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale!r}.")
         if self._can_guide or guidance_scale == 1:
             return
         rule, received = "`guidance_scale` must be 1", guidance_scale
@@ -392,10 +396,12 @@ class MPDiTPipeline(DiffusionPipeline):
         )
         # Samplers accumulate small steps, which half precision loses; the transformer gets its own dtype in the loop.
         dtype = torch.promote_types(self.transformer.dtype, torch.float32)
-        if isinstance(generator, list) and len(generator) != batch_size:
+        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        has_others = not all(isinstance(one, torch.Generator) for one in generators)
+        if has_others or isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` must be one torch.Generator or a list with one for each of the {batch_size} images, got "
-                f"{len(generator)}."
+                f"{generator if has_others else len(generator)}."
             )
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
@@ -716,7 +722,7 @@ def _is_interval(interval: tuple[float, float]) -> bool:
     return (
         isinstance(interval, (tuple, list))
         and len(interval) == 2
-        and all(isinstance(level, (int, float)) for level in interval)
+        and all(isinstance(level, Real) for level in interval)
         and 0 <= interval[0] < interval[1]
     )
 

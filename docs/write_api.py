@@ -45,19 +45,21 @@ SECTIONS = {
 }
 # Modules that are meant to be used as a whole.
 WHOLE = ("functional", "plots", "training")
-# What the functions of the page return, take or raise.
+# What the functions of the page return, take, raise or put into a model, and what docs/equations.md names.
 ALSO = {
+    ("rotation_swap", "RotationLinear"),
     ("rotation_swap.swap", "SwapReport"),
     ("rotation_swap.sites", "Site"),
     ("diagnostics", "load_history"),
     ("hub", "HubError"),
     ("reconstruction", "Reconstruction"),
+    ("reconstruction", "reconstruction_weights"),
     ("snapshots", "Snapshot"),
 }
 HEAD = """# API
 
-All names of `diffusers_mp`, and those of its modules that the README, these pages and the examples use. Written by
-`python docs/write_api.py` from the docstrings.
+All names of `diffusers_mp`; of its modules, those that code in the README, on these pages and in the examples imports,
+with what belongs to them. Written by `python docs/write_api.py` from the docstrings.
 
 """
 QUOTES = str.maketrans("'", '"')

@@ -132,6 +132,14 @@ MISTAKES = {
         pipeline([1, 2], generator=[torch.Generator()]),
         "a list with one for each of the 2 images, got 1",
     ),
+    "a seed for a generator": (
+        pipeline([1, 2], generator=3),
+        "`generator` must be one torch.Generator or a list with one for each of the 2 images, got 3",
+    ),
+    "guidance of no number": (
+        pipeline(1, guidance_scale=float("nan")),
+        "`guidance_scale` must be a finite number, got nan",
+    ),
     "no steps": (
         lambda: MPDiTPipeline(tiny_model(), DDIMScheduler())(1, num_inference_steps=0),
         "`num_inference_steps` must be an int of at least 1, got 0",
