@@ -323,6 +323,36 @@ def test_a_validation_that_fails_costs_no_update(data, tmp_path, monkeypatch, du
     assert_same_weights(raw_weights(whole / "checkpoint-6"), raw_weights(output_dir / "checkpoint-6"))
 
 
+# argv: what the trainer is given. Its validation fails on the main process, which the other must hear of.
+FAILING_VALIDATION = """
+import os, sys
+import torch.distributed as dist
+import train_mpdit
+
+def fail(args, run, pipeline):
+    raise MemoryError("no memory for 10 images")
+
+train_mpdit.validate_pipeline = fail
+try:
+    train_mpdit.main(train_mpdit.parse_args(sys.argv[1:]))
+except (MemoryError, RuntimeError) as error:
+    print(error, flush=True)
+dist.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_validation_that_fails_stops_all_processes(data, tmp_path):
+    (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n" + FAILING_VALIDATION)
+    more = ("--validation_steps", "2", "--train_batch_size", "2")
+    printed = run_processes(tmp_path / "script.py", *arguments(data, tmp_path / "run", *more))
+    assert "Validation failed after update 2, whose checkpoint is saved" in printed
+    assert "no memory for 10 images\n" in printed
+    assert "validation failed on the main process\n" in printed
+    assert check_checkpoint(tmp_path / "run" / "checkpoint-2") is None
+
+
 def test_half_precision_that_accelerate_leaves_out_is_refused(data, tmp_path):
     with pytest.raises(RuntimeError, match="`--mixed_precision fp16` was asked for, .* on this device"):
         train(data, tmp_path / "run", "--mixed_precision", "fp16")
