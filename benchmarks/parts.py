@@ -23,7 +23,7 @@ import torch._inductor.config
 import torch.nn.functional as F
 from facts import facts_of_run, head
 from speed import LABELS, STOCK, A, E, build_inputs, build_models, forward_of, without_gradient
-from timing import keep_memory
+from timing import keep_memory, quiet_rounds, share_taken
 from torch.profiler import ProfilerActivity, profile
 
 from diffusers_mp import PowerFunctionEMA, normalize_weights_, parameter_groups, trust_rows_
@@ -101,7 +101,7 @@ def measure(steps: dict[str, Step], rounds: int) -> dict[str, dict[str, str]]:
         for _ in range(3):
             step()
     names, order = list(steps), random.Random(0)
-    counted = [{name: steps[name]() for name in order.sample(names, len(names))} for _ in range(rounds)]
+    counted = quiet_rounds(lambda: {name: steps[name]() for name in order.sample(names, len(names))}, rounds)
     whole = [sum(of[A].values()) for of in counted]
     table = {}
     for row, parts in {**{part: (part,) for part in PARTS}, **SUMS}.items():
@@ -132,17 +132,7 @@ def main():
     models = build_models(args.size, args.sample_size, device)
     inputs = build_inputs(args.sample_size, args.batch_size, device, torch.float32)
 
-    lines = [
-        f"# Parts of a step: {args.size}, {args.batch_size} latents of 4x{args.sample_size}x{args.sample_size}",
-        "",
-        head(facts_of_run(device)),
-        f"- medians of {args.rounds} rounds in ms, and in percent of all that A takes in the same round; freed memory "
-        "kept",
-        "",
-        "By the profiler, which takes time itself, mostly in the rows of calls and other operators. Products and",
-        "attention come from the libraries under PyTorch: no model that makes these products can take less. What",
-        "follows from it: [performance](../design/performance.md).",
-    ]
+    lines = []
     for compiled in (False,) if args.no_compile else (False, True):
         for kind, build in (("Inference", inference), ("Training step", training)):
             table = measure({name: build(models[name], inputs, compiled) for name in MODELS}, args.rounds)
@@ -150,7 +140,16 @@ def main():
             lines += [f"| part | {' | '.join(LABELS[name] for name in MODELS)} |", "|---" * (len(MODELS) + 1) + "|"]
             for row, cells in table.items():
                 lines.append(f"| {row} | {' | '.join(cells[name] for name in MODELS)} |")
-    text = "\n".join(lines) + "\n"
+    text = f"""# Parts of a step: {args.size}, {args.batch_size} latents of 4x{args.sample_size}x{args.sample_size}
+
+{head(facts_of_run(device))}
+- medians of {args.rounds} rounds in ms, and in percent of all that A takes in the same round; freed memory kept
+- taken of the processors' time by others: at most {share_taken():.1%} of a round
+
+By the profiler, which takes time itself, mostly in the rows of calls and other operators. Products and attention come
+from the libraries under PyTorch: no model that makes these products can take less. What follows from it:
+[performance](../design/performance.md).
+""" + "\n".join([*lines, ""])
     if args.output is None:
         print(text)
     else:

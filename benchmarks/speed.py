@@ -29,7 +29,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 from facts import facts_of_run, head
 from imagenet_cost import count_flops
 from PIL import Image
-from timing import keep_memory, ratio, spread, take_turns
+from timing import keep_memory, ratio, share_taken, spread, take_turns
 from torch.utils.data import DataLoader
 
 from diffusers_mp import (
@@ -415,10 +415,12 @@ def main():
         for kind, measure in (("inference", measure_inference), ("training", measure_training)):
             print(f"{kind}, {mode}", file=sys.stderr, flush=True)
             results[kind][mode] = measure(models, inputs, mode == "compiled", args.rounds)
+    results["share_taken"] = share_taken()
     text = (
         f"# Speed of {args.size}, {args.batch_size} latents of 4x{args.sample_size}x{args.sample_size}"
         f"{', freed memory kept' if args.keep_memory else ''}\n\n"
-        f"{head(results)}\n- {args.rounds} rounds; medians of the ratios within a round\n\n"
+        f"{head(results)}\n- {args.rounds} rounds; medians of the ratios within a round\n"
+        f"- taken of the processors' time by others: at most {results['share_taken']:.1%} of a round\n\n"
         f"{LEGEND}\n"
         f"{table(results)}\n"
     )

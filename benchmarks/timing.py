@@ -1,12 +1,23 @@
 """Times of functions that take turns in one process, so that a machine's moods meet all of them alike."""
 
 import ctypes
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+
+Result = TypeVar("Result")
+
+# Share of the processors' time that other virtual machines may take of a round.
+LITTLE = 0.02
+# Of the rounds of this process that count.
+_shares_taken: list[float] = []
 
 
 def keep_memory() -> None:
@@ -29,7 +40,7 @@ def take_turns(
     warmup: int = 2,
     prepare: Callable[[str], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call. Every round calls each function once, in an order drawn anew.
+    """Seconds of each call. Every round calls each function once, in an order drawn anew; quiet rounds count.
 
     In one order only turned round, each would follow the same other one, and meet the caches and the clock it leaves.
 
@@ -43,17 +54,57 @@ def take_turns(
         dict: name to one time for each round.
     """
     order = random.Random(0)
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(warmup + rounds):
+
+    def play() -> dict[str, float]:
+        times = {}
         for name in order.sample(list(functions), len(functions)):
             arguments = () if prepare is None else (prepare(name),)
             _wait()
             start = time.perf_counter()
             functions[name](*arguments)
             _wait()
-            if turn >= warmup:
-                times[name].append(time.perf_counter() - start)
-    return times
+            times[name] = time.perf_counter() - start
+        return times
+
+    for _ in range(warmup):
+        play()
+    played = quiet_rounds(play, rounds)
+    return {name: [times[name] for times in played] for name in functions}
+
+
+def quiet_rounds(play: Callable[[], Result], rounds: int) -> list[Result]:
+    """What the quietest of up to three times as many rounds gave, in their order.
+
+    A round is quiet if other virtual machines took little of the processors' time; once enough were, no more are
+    played.
+
+    Args:
+        play (callable): plays a round.
+        rounds (int): rounds that count.
+    Returns:
+        list: one result for each.
+    """
+    played, shares = [], []
+    while len(played) < 3 * rounds and sum(share <= LITTLE for share in shares) < rounds:
+        start, taken = time.perf_counter(), _seconds_taken()
+        played.append(play())
+        seconds = (time.perf_counter() - start) * os.cpu_count()
+        shares.append((_seconds_taken() - taken) / seconds)
+    quietest = sorted(sorted(range(len(played)), key=shares.__getitem__)[:rounds])
+    _shares_taken.extend(shares[index] for index in quietest)
+    return [played[index] for index in quietest]
+
+
+def share_taken() -> float:
+    """The largest share of the processors' time that others took of a round that counts, so far in this process."""
+    return max(_shares_taken, default=0.0)
+
+
+def _seconds_taken() -> float:
+    """Time of all processors that the hypervisor gave to others while work was waiting; 0 where nothing tells."""
+    path = Path("/proc/stat")
+    fields = path.read_text().split("\n", 1)[0].split() if path.is_file() else []
+    return int(fields[8]) / os.sysconf("SC_CLK_TCK") if len(fields) > 8 else 0.0
 
 
 def ratio(times: dict[str, list[float]], name: str, over: str) -> dict[str, float]:

@@ -16,7 +16,8 @@ from helpers import reset_accelerate
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from timing import ratio, take_turns  # noqa: E402
+import timing  # noqa: E402
+from timing import quiet_rounds, ratio, take_turns  # noqa: E402
 
 
 def run(script, *arguments):
@@ -43,6 +44,29 @@ def test_a_ratio_is_that_of_each_round():
     # A machine that slows down by the round changes no ratio.
     times = {"a": [1.0, 2.0, 30.0], "b": [2.0, 4.0, 60.0]}
     assert ratio(times, "a", "b") == {"median": 0.5, "low": 0.5, "high": 0.5}
+
+
+def test_rounds_that_others_disturb_are_played_again(monkeypatch):
+    clock, taken = [0.0], [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing, "_seconds_taken", lambda: taken[0])
+    monkeypatch.setattr(timing, "_shares_taken", [])
+
+    def rounds_of(shares):
+        shares, numbers = iter(shares), itertools.count()
+
+        def play():
+            clock[0] += 1
+            taken[0] += next(shares) * os.cpu_count()
+            return next(numbers)
+
+        return play
+
+    assert quiet_rounds(rounds_of([0, 0.5, 0.01, 0.3, 0, 0]), 3) == [0, 2, 4]
+    assert timing.share_taken() == pytest.approx(0.01)
+    # Never quiet: the quietest of three times as many.
+    assert quiet_rounds(rounds_of([0.5, 0.4, 0.3, 0.6, 0.1, 0.2]), 2) == [4, 5]
+    assert timing.share_taken() == pytest.approx(0.2)
 
 
 def test_speed_writes_its_table(tmp_path):
