@@ -52,7 +52,7 @@ def get_preset(
     Raises:
         ValueError: if the size or the configuration is unknown.
     """
-    name, _, patch_size = size.partition("/")
+    name, _, patch_size = str(size).partition("/")
     if name not in SIZES or patch_size not in map(str, PATCH_SIZES):
         raise ValueError(
             f"`size` must be one of {list(SIZES)}, a slash and one of {list(PATCH_SIZES)}, as in 'S/2', got {size!r}."

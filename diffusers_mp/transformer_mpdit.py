@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -380,9 +381,10 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAd
             "pooled_projection_dim": pooled_projection_dim,
         }
         for name, count in counts.items():
-            if count is not None and count < 1:
-                is_optional = name in ("out_channels", "num_classes", "pooled_projection_dim")
-                raise ValueError(f"`{name}` must be at least 1{', or None' if is_optional else ''}, got {count}.")
+            is_optional = name in ("out_channels", "num_classes", "pooled_projection_dim")
+            if not (is_optional and count is None) and not (isinstance(count, Integral) and count >= 1):
+                rule = "an integer of at least 1, or None" if is_optional else "an integer of at least 1"
+                raise ValueError(f"`{name}` must be {rule}, got {count}.")
         dim = num_attention_heads * attention_head_dim
         if int(dim * mlp_ratio) < 1:
             raise ValueError(f"`mlp_ratio` must give the feed-forward a width of at least 1, got {mlp_ratio}.")

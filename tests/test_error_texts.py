@@ -81,13 +81,18 @@ MISTAKES = {
         lambda: get_preset("DiT-XL/2"),
         r"must be one of .*'XL'\], a slash and one of .* got 'DiT-XL/2'",
     ),
+    "a preset without a size": (lambda: get_preset(2), "as in 'S/2', got 2"),
     "an unknown modulation": (
         lambda: tiny_model(modulation=("scale", "rotation")),
         r"distinct names out of \['scale', 'shift', 'rotate', 'gate'\], got \['scale', 'rotation'\]",
     ),
-    "no patches": (lambda: tiny_model(patch_size=0), "`patch_size` must be at least 1, got 0"),
-    "no heads": (lambda: tiny_model(num_attention_heads=0), "`num_attention_heads` must be at least 1, got 0"),
-    "no channels": (lambda: tiny_model(out_channels=0), "`out_channels` must be at least 1, or None, got 0"),
+    "no patches": (lambda: tiny_model(patch_size=0), "`patch_size` must be an integer of at least 1, got 0"),
+    "no heads": (lambda: tiny_model(num_attention_heads=0), "`num_attention_heads` must be an integer of .* 1, got 0"),
+    "a size of two numbers": (
+        lambda: tiny_model(sample_size=(8, 8)),
+        r"`sample_size` must be an integer of at least 1, got \(8, 8\)",
+    ),
+    "no channels": (lambda: tiny_model(out_channels=0), "`out_channels` must be an integer of .*, or None, got 0"),
     "no feed-forward": (lambda: tiny_model(mlp_ratio=0), "`mlp_ratio` must give .* a width of at least 1, got 0"),
     "labels in a list": (model(class_labels=[0, 1, 2]), r"must be a tensor of shape \(3,\), got \[0, 1, 2\]"),
     "patches that do not fit": (

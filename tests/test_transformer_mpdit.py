@@ -726,7 +726,7 @@ def test_attention_by_its_formula(cosine_attention):
             "`forced_weight_normalization=True` needs `weight_normalization=True`.* Got `weight_normalization=False`",
         ),
         ({"sample_size": 9}, "`sample_size` must be divisible by `patch_size` \\(2\\), got 9"),
-        ({"num_classes": 0}, "`num_classes` must be at least 1, or None, got 0"),
+        ({"num_classes": 0}, "`num_classes` must be an integer of at least 1, or None, got 0"),
         ({"class_dropout_prob": 1.0}, "`class_dropout_prob` must be in \\[0, 1\\), got 1.0"),
         ({"class_dropout_prob": -0.1}, "`class_dropout_prob` must be in \\[0, 1\\), got -0.1"),
         ({"residual_t": 0.0}, "`residual_t` must be in \\(0, 1\\), got 0.0"),
