@@ -18,7 +18,7 @@ import digits
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
 
@@ -84,6 +84,15 @@ def main(args):
             *("--max_seconds", args.vae_seconds),
         )
 
+    judge, held_out = digits.fit_judge(splits["judge"].images, splits["judge"].labels), splits["held_out"]
+    reconstructions = digits.reconstruct(AutoencoderKL.from_pretrained(vae), held_out.images)
+    reconstructed = digits.recognised(judge, reconstructions, held_out.labels)
+    if reconstructed < 0.9:
+        raise RuntimeError(
+            f"the VAE must keep digits readable, a judge reads {reconstructed:.1%} of its reconstructions: too slow a "
+            f"machine for `--vae_seconds {args.vae_seconds:g}`. Delete {vae} and give more."
+        )
+
     print("3. A magnitude-preserving diffusion transformer on its latents")
     run(
         *("-m", "accelerate.commands.launch", "--num_processes", 1, "--num_machines", 1),
@@ -129,14 +138,10 @@ def main(args):
 
     print("5. A judge that neither the VAE nor the transformer has met")
     labels = np.repeat(np.arange(10), args.num_images_per_class)
-    judge = digits.fit_judge(splits["judge"].images, splits["judge"].labels)
-    held_out, train = splits["held_out"], splits["train"]
-    reconstructions = digits.reconstruct(pipe.vae, held_out.images)
+    train = splits["train"]
     print(f"guidance scale: {args.guidance_scale:g}, {args.num_inference_steps} steps, {len(images)} samples")
     print(f"judge on held-out real digits: {digits.recognised(judge, held_out.images, held_out.labels):.1%}")
-    print(
-        f"judge on their reconstructions by the VAE: {digits.recognised(judge, reconstructions, held_out.labels):.1%}"
-    )
+    print(f"judge on their reconstructions by the VAE: {reconstructed:.1%}")
     within, nearest = (
         digits.within_class_ratio(images, labels, held_out),
         digits.nearest_training_ratio(images, labels, held_out, train),
