@@ -196,13 +196,15 @@ def encode_dataset(
             numbers, all of one length.
         batch_size, shard_size (int): pictures per forward pass and per file.
         num_workers (int): threads that decode pictures ahead.
-        skip_corrupt (bool): leave unreadable pictures out, with a warning, instead of raising.
+        skip_corrupt (bool): leave damaged pictures out, with a warning, instead of raising. Files that are missing
+            or cannot be read raise all the same.
         num_processes, process_index (int): how many share the work, and which one this is.
     Returns:
         LatentDataset: the encoded data.
     Raises:
-        ValueError: for a picture that cannot be read, a wrong label, a constant channel, a VAE that cannot encode
-            these pictures, or a folder begun with other settings or data.
+        OSError: for a file that is missing or cannot be read.
+        ValueError: for a picture that is damaged, a wrong label, a constant channel, a VAE that cannot encode these
+            pictures, or a folder begun with other settings or data.
     """
     folder, fingerprint = Path(folder), None
     check_encoding(vae, resolution, num_channels, batch_size, shard_size)
@@ -472,7 +474,7 @@ def _assemble(settings: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[
         highest, num_samples = max(map(int, counts)), sum(counts.values())
         if highest >= num_samples:
             raise ValueError(f"Ids must run from 0 without a gap, {num_samples} pictures have ids up to {highest}.")
-        id2label = {str(id_): str(id_) for id_ in range(max(map(int, counts)) + 1)}
+        id2label = {str(id_): str(id_) for id_ in range(highest + 1)}
     index = {
         "format_version": FORMAT_VERSION,
         "vae": settings["vae"],

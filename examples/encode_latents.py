@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max_train_samples", type=int, help="use this many samples only, chosen by the seed")
     parser.add_argument("--seed", type=int, default=0, help="seed of that choice")
-    parser.add_argument("--skip_corrupt", action="store_true", help="leave unreadable images out instead of stopping")
+    parser.add_argument("--skip_corrupt", action="store_true", help="leave damaged images out instead of stopping")
     parser.add_argument("--resolution", type=int, default=128, help="side of the images in pixels, after centre crop")
     parser.add_argument("--random_flip", action="store_true", help="encode each image mirrored too")
     parser.add_argument(

@@ -402,12 +402,13 @@ def keep_settings(path: Path, settings: dict) -> None:
         # The same model may have moved.
         different = sorted(name for name in settings if name != "model" and stored.get(name) != settings[name])
         if different:
+            other_step = "step" in different and stored["step"] is not None
             raise ValueError(
                 f"--output_dir must be new or hold cells of the same settings; {path} differs in "
                 + "; ".join(
                     f"{name}: {shortened(stored.get(name))} and {shortened(settings[name])}" for name in different
                 )
-                + (f". `--step {stored['step']}` goes on with its cells" if stored.get("step") is not None else "")
+                + (f". `--step {stored['step']}` goes on with its cells" if other_step else "")
             )
     write_json(path, settings)
 

@@ -386,7 +386,7 @@ def parse_args(argv=None):
     add("--cache_dir", help="where `datasets` and the Hub client keep their files")
     add("--latents_dir", help="where encoded images are kept and found again [OUTPUT_DIR/latents]")
     add("--max_train_samples", type=int, help="use this many samples only, chosen by the seed")
-    add("--skip_corrupt", action="store_true", help="leave unreadable images out instead of stopping")
+    add("--skip_corrupt", action="store_true", help="leave damaged images out instead of stopping")
     add("--random_flip", action="store_true", help="mirror half of the samples")
     add("--encode_batch_size", type=int, default=32, help="images per forward pass of the VAE")
     add("--dataloader_num_workers", type=int, default=0, help="processes that prepare batches")

@@ -208,7 +208,10 @@ def checkpoint_to_resume(args, accelerator, curve) -> Path | None:
                 "has its pipeline (model_index.json) but no checkpoint, and a new run would delete its log and its "
                 "snapshots. Give another `--output_dir`."
             )
-        if curve.last_step > args.checkpointing_steps:
+        # As the former try was called: this one may want them more often.
+        former = args.output_dir / "training_arguments.json"
+        due = json.loads(former.read_text())["checkpointing_steps"] if former.is_file() else args.checkpointing_steps
+        if curve.last_step > due:
             raise ValueError(
                 f"`--resume_from_checkpoint latest` must find a checkpoint where a run has come to update "
                 f"{curve.last_step:,}: {args.output_dir} has its log, but no checkpoint, and a new run would delete "

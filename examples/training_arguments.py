@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="keep no copy of the source; until all is encoded, each restart of each process reads it from the start",
     )
     group.add_argument("--max_train_samples", type=int, help="use this many samples only, chosen by the seed")
-    group.add_argument("--skip_corrupt", action="store_true", help="leave unreadable images out instead of stopping")
+    group.add_argument("--skip_corrupt", action="store_true", help="leave damaged images out instead of stopping")
     group.add_argument("--resolution", type=int, help="side of the images in pixels, after centre crop [128]")
     group.add_argument("--random_flip", action="store_true", help="mirror half of the samples")
     group.add_argument(

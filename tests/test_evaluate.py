@@ -253,6 +253,8 @@ def test_a_sweep_has_one_step_though_training_goes_on(arguments, tmp_path, monke
     with pytest.raises(ValueError, match="differs in model_sha256: .*; step: 4 and 8. `--step 4` goes on with its"):
         evaluate(sweep, 0.1)
     assert len(evaluate(sweep, 0.1, "--step", 4)["cells"]) == 3
+    with pytest.raises(ValueError, match=r'differs in scheduler: "DDPMScheduler" and "DDIMScheduler"$'):
+        evaluate(sweep, 0.1, "--step", 4, "--scheduler", "DDIMScheduler")
 
 
 def test_two_sweeps_at_once_measure_their_own_weights(arguments, tmp_path, monkeypatch):

@@ -300,8 +300,16 @@ def test_latest_is_no_fresh_start_where_checkpoints_are_gone(data, tmp_path):
     with pytest.raises(ValueError, match="must find a checkpoint where a run has come to update 3: .* but no check"):
         train(data, output_dir, *more)
     assert contents(output_dir) == before
-    # A run killed before its first checkpoint has a log as well.
-    train(data, output_dir, *more, "--checkpointing_steps", "3")
+
+
+def test_latest_is_a_fresh_start_before_the_first_checkpoint(data, tmp_path):
+    more = ("--resume_from_checkpoint", "latest", "--logging_steps", "1", "--max_train_steps", "3")
+    output_dir = train(data, tmp_path / "run", *more, "--checkpointing_steps", "5000")
+    # What a kill leaves: a log, and the arguments.
+    (output_dir / "model_index.json").unlink()
+    shutil.rmtree(output_dir / "checkpoint-3")
+    train(data, output_dir, *more, "--checkpointing_steps", "1")
+    assert check_checkpoint(output_dir / "checkpoint-1") is None
 
 
 @pytest.mark.parametrize("due", [False, True])
