@@ -1,5 +1,8 @@
 """Checkpoints with every kind of optimiser; runs that are killed and resumed are those of test_resume_kills.py."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,6 +10,7 @@ from helpers import reset_accelerate
 
 from diffusers_mp import MPLinear, PowerFunctionEMA, normalize_weights_
 from diffusers_mp.training import (
+    checkpoints,
     find_checkpoints,
     inverse_sqrt_schedule,
     load_checkpoint,
@@ -84,6 +88,22 @@ def test_the_new_checkpoint_stays_among_later_ones(total_limit, left, tmp_path):
     saved = save_checkpoint(run.accelerator, tmp_path, 25, *run.parts, facts={}, total_limit=total_limit)
     assert saved.name == "checkpoint-25"
     assert [path.name for path in find_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_before_older_ones_go(tmp_path, monkeypatch):
+    run, events = Run(torch.optim.Adam), []
+    save_checkpoint(run.accelerator, tmp_path, 1, *run.parts, facts={})
+    sync, rename, rmtree = checkpoints._sync, Path.rename, shutil.rmtree
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_sync", lambda path: (sync(path), events.append(("sync", path))))
+        patch.setattr(Path, "rename", lambda path, to: (events.append(("rename", path)), rename(path, to))[1])
+        patch.setattr(shutil, "rmtree", lambda path: (events.append(("rmtree", path)), rmtree(path)))
+        saved = save_checkpoint(run.accelerator, tmp_path, 2, *run.parts, facts={}, total_limit=1)
+    unfinished = tmp_path / "checkpoint-2.unfinished"
+    renamed = events.index(("rename", unfinished))
+    synced = {path for what, path in events[:renamed] if what == "sync"}
+    assert {unfinished / path.relative_to(saved) for path in (saved, *saved.rglob("*"))} == synced
+    assert events[renamed + 1 :] == [("sync", tmp_path), ("rmtree", tmp_path / "checkpoint-1")]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ of processes or another engine. The folder must be one that all of them see.
 import contextlib
 import json
 import logging
+import os
 import re
 import shutil
 import warnings
@@ -169,9 +170,13 @@ def save_checkpoint(
             for path in files
         }
         (unfinished / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+        for path in (*files, unfinished / MANIFEST_FILE, unfinished / SHARDS_FOLDER, unfinished):
+            _sync(path)
         if final.exists():  # a damaged one that was passed over
             shutil.rmtree(final)
         unfinished.rename(final)
+        # Before older ones go: a machine that fails now has this one.
+        _sync(output_dir)
         if total_limit is not None:
             # This one stays even among later ones, of a run that was sent back to an earlier checkpoint.
             others = [path for path in find_checkpoints(output_dir) if path != final]
@@ -218,6 +223,15 @@ def load_checkpoint(
     # A run may go on in float16 that began without, and then has no scaler yet.
     scaler = accelerator.scaler if (checkpoint / SCALER_NAME).is_file() else None
     load_accelerator_state(str(checkpoint), [], [], [lr_scheduler], [], accelerator.process_index, scaler)
+
+
+def _sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on the disk, where they outlast the machine and not only the process."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _state(model: nn.Module, optimizer: AcceleratedOptimizer, ema: PowerFunctionEMA) -> dict[str, Any]:
