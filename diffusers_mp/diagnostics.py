@@ -217,7 +217,8 @@ class MagnitudeRecorder:
 
     def _before_model(self):
         def hook(module, args):
-            self._is_inside = module is self._model and (torch.is_grad_enabled() or not self._only_with_gradients)
+            is_counted = torch.is_grad_enabled() or not self._only_with_gradients
+            self._is_inside = is_counted and unwrapped(module) is self._model
 
         return hook
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import compile_regions
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 from helpers import relative_error, reset_accelerate, run_processes, tiny_inputs, tiny_model
 from PIL import Image
@@ -508,8 +509,7 @@ class TestTraining:
         elif how == "blocks":
             model.compile_repeated_blocks(backend=counter)
         else:
-            for index, block in enumerate(model.transformer_blocks):
-                model.transformer_blocks[index] = torch.compile(block, backend=counter)
+            called = compile_regions(model, backend=counter)
         optimizer = torch.optim.Adam(parameter_groups(model, lr=1e-2))
         recorder = MagnitudeRecorder(called, optimizer, stride=2)
         counts = []
