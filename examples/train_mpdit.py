@@ -21,6 +21,7 @@ import os
 import platform
 import shutil
 import time
+import traceback
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,9 +224,11 @@ def checkpoint_to_resume(args, accelerator, curve) -> Path | None:
 
 @dataclass
 class Pretrained:
-    """What a run starts from that does not start from random weights; of a transformer alone the first only."""
+    """What a run starts from that does not start from random weights; of a transformer alone the first two only."""
 
     transformer: MPDiTTransformer2DModel
+    # Of the weights as they lie there: what is made of them depends, in the last bit, on processor and threads.
+    weights_sha256: str
     id2label: dict[int, str] | None = None
     latents_mean: list[float] | None = None
     latents_std: list[float] | None = None
@@ -248,7 +251,8 @@ def load_pretrained(args, vae) -> Pretrained:
     try:
         MPDiTPipeline.load_config(source, cache_dir=args.cache_dir)
     except OSError:  # no model_index.json
-        return Pretrained(MPDiTTransformer2DModel.from_pretrained(source, cache_dir=args.cache_dir))
+        transformer = MPDiTTransformer2DModel.from_pretrained(source, cache_dir=args.cache_dir)
+        return Pretrained(transformer, sha256_of_weights(transformer.state_dict()))
     pipeline = MPDiTPipeline.from_pretrained(source, cache_dir=args.cache_dir)
     if (pipeline.vae is None) != (vae is None) or (
         vae is not None and vae_fingerprint(pipeline.vae) != vae_fingerprint(vae)
@@ -264,8 +268,9 @@ def load_pretrained(args, vae) -> Pretrained:
                 f"{source} must have been trained as `--prediction_type {args.prediction_type}` trains here, with "
                 f"{name} {wanted.get(name)} of the scheduler, got {stored.get(name)}."
             )
-    config = pipeline.config
-    return Pretrained(pipeline.transformer, pipeline.id2label, config.latents_mean, config.latents_std)
+    transformer, config = pipeline.transformer, pipeline.config
+    sha256 = sha256_of_weights(transformer.state_dict())
+    return Pretrained(transformer, sha256, pipeline.id2label, config.latents_mean, config.latents_std)
 
 
 def make_model(args, accelerator, latents, num_classes, pretrained):
@@ -330,7 +335,7 @@ def set_up(args, accelerator, curve, vae, latents, pretrained, checkpoint):
     facts = run_facts(args, model, learning_rate, len(samples), total_batch_size, max_train_steps)
     # Ids mean other classes in other data, while the label table fits.
     facts["id2label_sha256"] = hashlib.sha256(json.dumps(latents.id2label).encode()).hexdigest()
-    facts["pretrained_weights_sha256"] = None if pretrained is None else sha256_of_weights(model.state_dict())
+    facts["pretrained_weights_sha256"] = None if pretrained is None else pretrained.weights_sha256
     if checkpoint is not None:
         facts = resumed_facts(checkpoint, facts, args)
     lr_scheduler = learning_rate_schedule(args, optimizer, facts, max_train_steps)
@@ -668,10 +673,14 @@ def validate(args, run):
     run.ema.copy_to(pipeline.transformer, run.ema.stds[0])
     if accelerator.is_main_process:
         try:
-            pipeline.to(accelerator.device)
-            validate_pipeline(args, run, pipeline)
-            pipeline.to("cpu")
+            try:
+                pipeline.to(accelerator.device)
+                validate_pipeline(args, run, pipeline)
+            finally:
+                pipeline.to("cpu")
         except Exception as error:
+            # Its frames hold tensors, and most often memory is what was wanting.
+            traceback.clear_frames(error.__traceback__)
             failure = error
     (has_failed,) = broadcast_object_list([failure is not None])
     return failure or (RuntimeError("validation failed on the main process") if has_failed else None)
@@ -687,8 +696,6 @@ def validate_pipeline(args, run, pipeline):
         losses = validation_losses(pipeline.transformer, objective, batches, levels, accelerator.device)
         accelerator.log({f"validation/{name}": value for name, value in losses.items()}, step=run.step)
     pipeline.set_progress_bar_config(disable=True)
-    training_scheduler = pipeline.scheduler
-    pipeline.scheduler = objective.preview_scheduler()
     conditions = {}
     if num_classes is not None:
         conditions["class_labels"] = list(range(min(10, num_classes)))
@@ -699,14 +706,19 @@ def validate_pipeline(args, run, pipeline):
         conditions["pooled_projections"] = torch.stack([sample["pooled_projections"] for sample in shown])
         if num_classes is not None:
             conditions["class_labels"] = [sample["label"] for sample in shown]
-    images = pipeline(
-        **conditions,
-        num_images_per_class=1 if conditions else 10,
-        num_inference_steps=args.validation_inference_steps,
-        guidance_scale=args.validation_guidance_scale,
-        generator=torch.Generator().manual_seed(args.seed),
-    ).images
-    pipeline.scheduler = training_scheduler
+    training_scheduler = pipeline.scheduler
+    pipeline.scheduler = objective.preview_scheduler()
+    try:
+        images = pipeline(
+            **conditions,
+            num_images_per_class=1 if conditions else 10,
+            num_inference_steps=args.validation_inference_steps,
+            guidance_scale=args.validation_guidance_scale,
+            generator=torch.Generator().manual_seed(args.seed),
+        ).images
+    finally:
+        # Snapshots are saved with this pipeline's parts, also after a validation that failed.
+        pipeline.scheduler = training_scheduler
 
     (args.output_dir / "samples").mkdir(exist_ok=True)
     make_image_grid(images, rows=1, cols=len(images)).save(args.output_dir / "samples" / f"step-{run.step:07d}.png")
@@ -780,6 +792,8 @@ def load_latents(args, vae, accelerator, pretrained=None) -> LatentDataset:
             skip_corrupt=args.skip_corrupt,
             **processes,
         )
+        if vae is not None:
+            vae.to("cpu")  # where the pipeline has it between validations, and other processes never need it
     latents.validate(vae=vae, resolution=args.resolution, random_flip=args.random_flip)
     latents.verify(**processes)
     return latents

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_hub import TOKEN, client
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, normalize_weights_
+from diffusers_mp.hashing import sha256_of_weights
 from diffusers_mp.latents import vae_fingerprint
 
 
@@ -127,6 +128,12 @@ def test_it_begins_with_what_the_checkpoint_has_learnt(data, tmp_path):
     pipe = MPDiTPipeline.from_pretrained(tmp_path / "continued")
     assert pipe.id2label == {0: "3", 1: "7"}
     assert pipe.transformer.config.num_classes == 2
+
+
+def test_a_run_is_known_by_the_weights_of_the_checkpoint_and_not_by_what_is_made_of_them(data, tmp_path, monkeypatch):
+    run = start_of(data, tmp_path / "run", monkeypatch)
+    stored = MPDiTTransformer2DModel.from_pretrained(TINY, subfolder="transformer")
+    assert run.facts["pretrained_weights_sha256"] == sha256_of_weights(stored.state_dict())
 
 
 def test_resume(data, tmp_path):

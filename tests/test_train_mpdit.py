@@ -331,6 +331,24 @@ def test_a_validation_that_fails_costs_no_update(data, tmp_path, monkeypatch, du
     assert_same_weights(raw_weights(whole / "checkpoint-6"), raw_weights(output_dir / "checkpoint-6"))
 
 
+def test_a_validation_that_fails_while_it_samples_leaves_snapshots_as_they_are_wanted(data, tmp_path, monkeypatch):
+    def fail(pipeline, **kwargs):
+        raise torch.OutOfMemoryError("no memory for 10 images")
+
+    more = ("--validation_steps", "3", "--ema_snapshot_steps", "3")
+    with monkeypatch.context() as patch:
+        patch.setattr(MPDiTPipeline, "__call__", fail)
+        with pytest.raises(torch.OutOfMemoryError, match="no memory for 10 images"):
+            train(data, tmp_path / "run", *more)
+    reset_accelerate()
+    assert check_checkpoint(tmp_path / "run" / "checkpoint-3") is None
+    output_dir = train(data, tmp_path / "run", *more, "--resume_from_checkpoint", "latest")
+    for folder in (output_dir, output_dir / "ema_snapshots"):
+        index = json.loads((folder / "model_index.json").read_text())
+        assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
+    assert len(list((output_dir / "ema_snapshots").glob("step-*"))) == 4
+
+
 # argv: what the trainer is given. Its validation fails on the main process, which the other must hear of.
 FAILING_VALIDATION = """
 import os, sys
