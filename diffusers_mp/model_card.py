@@ -33,6 +33,8 @@ _REPORTED_ARGUMENTS = (
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "mixed_precision", "ema_stds", "snr_gamma"),
     *("logit_mean", "logit_std"),
 )
+# Conditions of the model, and the keys of its config that say so.
+_CONDITIONS = {"class": "num_classes", "vector": "pooled_projection_dim"}
 _CITATION = """@article{bill2025exploring,
   title   = {Exploring Magnitude Preservation and Rotation Modulation in Diffusion Transformers},
   author  = {Bill, Eric Tillman and Perez Jensen, Cristian and Anagnostidis, Sotiris and von R{\\"u}tte, Dimitri},
@@ -87,8 +89,8 @@ def write_model_card(
     arguments = _read_json(folder / "training_arguments.json")
     log = _read_log(folder / (arguments.get("logging_dir") or "logs") / "metrics.jsonl")
     num_updates = max((entry["step"] for entry in log), default=None)
-    num_classes = config.get("num_classes")
-    kind = "Unconditional" if num_classes is None else "Class-conditional"
+    given = [name for name, key in _CONDITIONS.items() if config.get(key) is not None]
+    kind = f"{'- and '.join(given).capitalize()}-conditional" if given else "Unconditional"
     dataset, base = arguments.get("dataset_name"), arguments.get("pretrained_model_name_or_path")
     started = ""
     if base is not None:
@@ -115,10 +117,10 @@ def write_model_card(
         license_name=license_name,
         license_link=license_link,
         datasets=[dataset] if is_repo_id(dataset) and data is None else None,
-        pipeline_tag="unconditional-image-generation" if num_classes is None else None,
+        pipeline_tag=None if given else "unconditional-image-generation",
         tags=[
             *("diffusers", "diffusers-mp", "diffusion-transformer", "magnitude-preserving"),
-            *(["unconditional-image-generation"] if num_classes is None else ["class-conditional"]),
+            *([f"{name}-conditional" for name in given] or ["unconditional-image-generation"]),
             "arxiv:2505.19122",
         ],
     )
@@ -358,14 +360,21 @@ def _usage(folder: Path, index: dict, config: dict, repo_id: str | None, revisio
     variant = _variant_option(folder, component_names(folder))
     names = [name for _, name in sorted((index.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
     num_classes = config.get("num_classes")
-    call = "num_images_per_class=2"
+    dim, conditions, first, vectors = config.get("pooled_projection_dim"), [], "", ""
     if num_classes is not None:
         plain = len(set(names)) == len(names) and not any("," in name for name in names)
-        call = f"class_labels={_quoted(names[:2] if names and plain else list(range(min(2, num_classes))))}"
+        labels = names[:2] if names and plain else list(range(min(2, num_classes)))
+        conditions.append(f"class_labels={_quoted(labels)}")
+    if dim is not None:
+        first = "import torch\n"
+        num_vectors = 2 if num_classes is None else len(labels)
+        vectors = f"\nvectors = torch.randn({num_vectors}, {dim})  # in the place of those it was trained on"
+        conditions.append("pooled_projections=vectors")
+    call = ", ".join(conditions or ["num_images_per_class=2"])
     text = f"""```python
-from diffusers_mp import MPDiTPipeline
+{first}from diffusers_mp import MPDiTPipeline
 
-pipe = MPDiTPipeline.from_pretrained({source}{variant})
+pipe = MPDiTPipeline.from_pretrained({source}{variant}){vectors}
 images = pipe({call}, num_inference_steps=50).images
 ```
 

@@ -66,8 +66,9 @@ THEIR_WARNINGS = (
 INPUTS = {"class_labels": [0, 1], "num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np"}
 
 
-def make_pipeline(folder, num_classes=3, vae=None, seed=0):
-    transformer = tiny_model(num_classes=num_classes, seed=seed, class_dropout_prob=0.1 if num_classes else 0.0).eval()
+def make_pipeline(folder, num_classes=3, vae=None, seed=0, **config):
+    config = {"num_classes": num_classes, "class_dropout_prob": 0.1 if num_classes else 0.0, **config}
+    transformer = tiny_model(seed=seed, **config).eval()
     pipe = MPDiTPipeline(
         transformer,
         DDPMScheduler(clip_sample=False),

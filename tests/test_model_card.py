@@ -185,6 +185,26 @@ def test_code_of_a_rotation_card_loads_a_variant(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    "num_classes, kind, tags",
+    [
+        (None, "Vector-conditional", {"vector-conditional"}),
+        (3, "Class- and vector-conditional", {"class-conditional", "vector-conditional"}),
+    ],
+)
+def test_code_of_a_card_gives_condition_vectors(tmp_path, monkeypatch, num_classes, kind, tags):
+    monkeypatch.chdir(tmp_path)
+    make_pipeline("folder", num_classes=num_classes, pooled_projection_dim=6)
+    card = write_model_card("folder")
+    assert f"{kind} image generation" in str(card)
+    assert card.data.pipeline_tag is None
+    assert tags < set(card.data.tags)
+    assert "unconditional-image-generation" not in card.data.tags
+    names = {}
+    exec(blocks_of(str(card))[0].replace("num_inference_steps=50", "num_inference_steps=2"), names)
+    assert len(names["images"]) == 2
+
+
 def test_card_names_data_and_vae_of_the_hub(run):  # noqa: F811
     arguments = {"dataset_name": "someone/birds", "dataset_split": "train", "vae": "someone/vae", "hub_token": TOKEN}
     rewrite(run / "training_arguments.json", json.dumps({**arguments, "preset": TOKEN}))
