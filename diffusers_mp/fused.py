@@ -27,8 +27,13 @@ def _is_transformed() -> bool:
 
 
 def _has_backward() -> bool:
-    """Whether a derivative made by hand may be asked for."""
-    return torch.is_grad_enabled() and (torch.compiler.is_compiling() or not _is_transformed())
+    """Whether a derivative made by hand may be asked for, by `backward` alone."""
+    if not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        # Within a transform, Dynamo holds what a function has saved for constants, or drops its backward.
+        return not torch._C._are_functorch_transforms_active()
+    return not _is_transformed()
 
 
 def _eager(function: type[Function]):
@@ -186,9 +191,9 @@ def unit_rows(weight: torch.Tensor) -> torch.Tensor:
     """
     if not torch.is_grad_enabled():
         return weight
-    if torch.compiler.is_compiling():
-        return _CompiledUnitRows.apply(weight)
-    return _scale_rows(weight, 1.0)[0] if _is_transformed() else _eager_unit_rows(weight)
+    if not _has_backward():
+        return _scale_rows(weight, 1.0)[0]
+    return _CompiledUnitRows.apply(weight) if torch.compiler.is_compiling() else _eager_unit_rows(weight)
 
 
 def _factors(scale, angle):

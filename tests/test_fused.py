@@ -1,5 +1,6 @@
 """Functions with derivatives by hand: the plain formula has the last word on values and derivatives of every order."""
 
+import functools
 import math
 
 import pytest
@@ -215,6 +216,43 @@ def test_transforms_of_trusted_rows():
     expected = torch.func.hessian(loss)(layer.weight.detach())
     trust_rows_(layer)
     torch.testing.assert_close(torch.func.hessian(loss)(layer.weight.detach()), expected)
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = MPLinear(6, 8, dtype=torch.float64), MPLinear(8, 4, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.second(functional.mp_silu(functional.unit_magnitude(self.first(x)))).pow(3).sum()
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_compiled_transforms_are_those_of_eager_mode(trusted):
+    torch.manual_seed(0)
+    net, x = Net(), double(5, 6)
+    if trusted:
+        trust_rows_(net)
+
+    def penalty(x):
+        return torch.func.grad(net)(x).square().sum()
+
+    def gradients(parameters, x):
+        return torch.func.grad(lambda parameters: torch.func.functional_call(net, parameters, (x,)))(parameters)
+
+    def of_each(parameters, x):
+        return torch.func.vmap(gradients, in_dims=(None, 0))(parameters, x)
+
+    torch._dynamo.reset()
+    compiled = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    parameters = list(net.parameters())
+    expected = torch.autograd.grad(penalty(x), parameters)
+    torch.testing.assert_close(torch.autograd.grad(compiled(penalty)(x), parameters), expected)
+    for with_gradients in (False, True):
+        given = {name: value if with_gradients else value.detach() for name, value in net.named_parameters()}
+        for function in (gradients, of_each):
+            torch.testing.assert_close(compiled(function)(given, x), function(given, x))
+    torch._dynamo.reset()
 
 
 def test_a_trusted_run_is_the_run():
