@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -104,11 +105,16 @@ class _NormalizedRows(nn.Module):
         if drift <= _row_tolerance(self.weight.dtype):
             return
         global _drift_warned
-        if drift > DRIFT_WORTH_A_WARNING and not _drift_warned:
+        # However little it is, replicas go apart if it is put right on one process alone, which saves or samples.
+        is_distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        is_replica = is_distributed and not hasattr(self.weight, "placements")
+        if not _drift_warned and (drift > DRIFT_WORTH_A_WARNING or is_replica):
             _drift_warned = True
             warnings.warn(
-                f"the rows of a {type(self).__name__} have drifted {drift:.0%} from their norm during training, which "
-                "lowers the effective learning rate; add `normalize_weights_(model)` after `optimizer.step()`",
+                f"the rows of a {type(self).__name__} have drifted {100 * drift:.2g}% from their norm during "
+                "training, which lowers the effective learning rate; add `normalize_weights_(model)` after "
+                "`optimizer.step()`, on every process, since replicas go apart where one of them saves or samples "
+                "alone. If a LoRA was merged: merge it in evaluation mode",
                 stacklevel=3,
             )
         self._normalize_rows_()

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_magnitude, relative_error, row_norms
+from helpers import assert_magnitude, relative_error, row_norms, run_processes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -528,9 +528,38 @@ def test_on_the_meta_device_then_materialised(make):
     normalize_weights_(module).eval().train()
     module.to_empty(device="cpu")
     for layer in module.modules():
-        if isinstance(layer, (MPLinear, MPEmbedding)):
+        if hasattr(layer, "reset_parameters"):
             layer.reset_parameters()
+        if isinstance(layer, (MPLinear, MPEmbedding)):
             assert (row_norms(layer.weight) / layer.row_norm - 1).abs().max() < 1e-6
+
+
+# argv: none. Replicas whose rows have drifted, as they do under DistributedDataParallel without normalisation.
+REPLICAS = """
+import os, warnings
+import torch
+import torch.distributed as dist
+from diffusers_mp import MPLinear
+
+dist.init_process_group("gloo")
+layer = MPLinear(8, 4)
+with torch.no_grad():
+    layer.weight *= 1.001
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    layer.state_dict()
+print(caught[0].message, flush=True)
+dist.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_little_drift_is_told_where_replicas_may_go_apart(tmp_path):
+    (tmp_path / "script.py").write_text(REPLICAS)
+    printed = run_processes(tmp_path / "script.py")
+    assert printed.count("have drifted 0.1% from their norm") == 2
+    assert "replicas go apart where one of them saves or samples alone" in printed
 
 
 def test_device_and_dtype_arguments():
