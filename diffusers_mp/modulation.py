@@ -78,8 +78,12 @@ class Modulation(nn.Module):
             self.gain = nn.Parameter(torch.zeros(len(self.kinds)))
         else:
             self.proj = nn.Linear(conditioning_dim, sum(self.sizes), bias=False)
-            nn.init.zeros_(self.proj.weight)
             self.gain = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """No modulation at the start: gains, or the plain map, of zeros. The rows are `MPLinear`'s to reset."""
+        nn.init.zeros_(self.proj.weight if self.gain is None else self.gain)
 
     def forward(
         self, hidden_states: torch.Tensor, conditioning: torch.Tensor

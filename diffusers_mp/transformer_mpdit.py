@@ -267,8 +267,11 @@ class MPDiTOutput(nn.Module):
         self.modulation = modulation()
         self.proj = linear(dim, out_features)
         self.gain = nn.Parameter(torch.zeros(1)) if weight_normalization else None
-        if not weight_normalization:
-            nn.init.zeros_(self.proj.weight)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zeros at the start: of the gain, or of the plain map."""
+        nn.init.zeros_(self.proj.weight if self.gain is None else self.gain)
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         hidden_states = self.norm(hidden_states)
@@ -407,8 +410,9 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAd
             raise ValueError(f"`class_dropout_prob` must be in [0, 1), got {class_dropout_prob}.")
         if not 0 < residual_t < 1:
             raise ValueError(f"`residual_t` must be in (0, 1), got {residual_t}.")
-        # A list, so that the config equals the one that is read back from JSON.
-        self.register_to_config(modulation=list(modulation))
+        # A list, and integers that are not NumPy's, so that the config equals the one that is read back from JSON.
+        counts = {name: count if count is None else int(count) for name, count in counts.items()}
+        self.register_to_config(modulation=list(modulation), **counts)
 
         self.inner_dim = dim
         self.gradient_checkpointing = False

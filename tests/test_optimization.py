@@ -126,3 +126,13 @@ def test_schedule_refuses_a_warm_up_of_negative_rates():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(ValueError, match="`num_warmup_steps` must be at least 0, got -5"):
         inverse_sqrt_schedule(optimizer, -5, 10)
+
+
+def test_rows_in_evaluation_mode_are_told():
+    model = nn.Sequential(MPLinear(4, 4), nn.Linear(4, 4)).eval()
+    with pytest.warns(UserWarning, match=r"the model is in evaluation mode, .* call `model.train\(\)` before"):
+        parameter_groups(model)
+    # Warnings are errors here: neither frozen rows nor plain layers are spoken of.
+    model[0].requires_grad_(False)
+    assert len(parameter_groups(model)) == 1
+    parameter_groups(nn.Linear(4, 4).eval())

@@ -10,6 +10,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -30,6 +31,7 @@ from torch import nn
 
 import diffusers_mp
 from diffusers_mp import MPDiTTransformer2DModel, MPEmbedding, MPLinear, get_preset, layers, normalize_weights_
+from diffusers_mp.modulation import Modulation
 from diffusers_mp.training.optimization import parameter_groups
 from diffusers_mp.transformer_mpdit import MPDiTAttnProcessor
 
@@ -832,3 +834,24 @@ def test_both_integer_types_of_labels_and_every_type_of_timestep():
     assert torch.equal(forward(model, {**inputs, "class_labels": inputs["class_labels"].int()}), expected)
     for dtype in (torch.int32, torch.float32, torch.float64):
         assert torch.equal(forward(model, {**inputs, "timestep": inputs["timestep"].to(dtype)}), expected)
+
+
+@pytest.mark.parametrize("configuration", ["A", "C", "E"])
+def test_gains_on_the_meta_device_are_reset_to_zero(configuration):
+    with torch.device("meta"):
+        model = MPDiTTransformer2DModel(**tiny_config(configuration))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7)
+    owners = [model.output, *(module for module in model.modules() if isinstance(module, Modulation))]
+    for module in owners:
+        module.reset_parameters()
+        assert not (module.proj.weight if module.gain is None else module.gain).any()
+
+
+def test_counts_of_numpy_are_saved(tmp_path):
+    model = tiny_model(num_classes=np.int64(3), num_layers=np.int32(1))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["num_classes"], config["num_layers"]) == (3, 1)

@@ -49,6 +49,8 @@ def parameter_groups(
     Raises:
         ValueError: if `weight_decay` is not 0 and the model has normalised rows, on which it only changes the rate, or
             `scaling` is unknown.
+    Warns:
+        UserWarning: if rows to be trained are in evaluation mode, in which they are used as they are stored.
     """
     if scaling not in SCALINGS:
         raise ValueError(f"`scaling` must be one of {list(SCALINGS)}, got {scaling!r}.")
@@ -57,6 +59,15 @@ def parameter_groups(
         raise ValueError(
             "`weight_decay` must be 0 for a model with normalised rows: their norm carries no meaning, so that decay "
             f"would only change the effective learning rate. Got {weight_decay}."
+        )
+    if any(
+        layer.weight.requires_grad and layer.forced_weight_normalization and not layer.training
+        for layer in normalized.values()
+    ):
+        warnings.warn(
+            "the model is in evaluation mode, as `from_pretrained` returns it, where rows are used as they are stored "
+            "and their gradients are not projected: call `model.train()` before `parameter_groups`",
+            stacklevel=2,
         )
     power, _ = SCALINGS[scaling]
     groups: dict[int, dict[str, Any]] = {}
