@@ -651,6 +651,11 @@ def check_engine(accelerator, gradient_accumulation_steps):
             "`--fsdp_activation_checkpointing` renames parameters, and checkpoints would fit no other engine: use "
             "the trainer's own `--gradient_checkpointing`."
         )
+    if accelerator.mixed_precision == "fp8":
+        raise RuntimeError(
+            "fp8 was asked for, by `accelerate launch` or `accelerate config`, which puts other linear maps in the "
+            "place of those with unit rows: train in bf16, with `--mixed_precision bf16`."
+        )
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         raise RuntimeError(
             "`--mixed_precision fp16` was asked for, which Accelerate leaves out on this device "

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from helpers import reset_accelerate, run_processes
@@ -382,6 +383,13 @@ def test_a_validation_that_fails_stops_all_processes(data, tmp_path):
 def test_half_precision_that_accelerate_leaves_out_is_refused(data, tmp_path):
     with pytest.raises(RuntimeError, match="`--mixed_precision fp16` was asked for, .* on this device"):
         train(data, tmp_path / "run", "--mixed_precision", "fp16")
+
+
+def test_fp8_of_the_launcher_is_refused(data, tmp_path, monkeypatch):
+    # Accelerate itself wants a GPU's library for it.
+    monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda self: "fp8"))
+    with pytest.raises(RuntimeError, match="fp8 was asked for, .* other linear maps in the place of those with unit"):
+        train(data, tmp_path / "run")
 
 
 # argv: a file. Locks it for as long as its input lasts, or says what is in it.
