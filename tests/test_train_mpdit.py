@@ -763,6 +763,24 @@ def test_streaming_does_not_change_the_run(data, tmp_path, monkeypatch):
     assert MPDiTPipeline.from_pretrained(streamed).id2label == {0: "dark", 1: "light"}
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_compiled_run_is_the_run_and_goes_on_plain(data, tmp_path, monkeypatch):
+    more = ("--logging_steps", "1", "--validation_steps", "3")
+    plain = train(data, tmp_path / "plain", *more)
+    with monkeypatch.context() as patch:
+        # What `accelerate launch --dynamo_backend inductor` sets.
+        patch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+        compiled = train(data, tmp_path / "compiled", *more)
+    torch._dynamo.reset()
+    assert metrics(compiled, "train/loss") == pytest.approx(metrics(plain, "train/loss"), rel=1e-4)
+    expected = weights(plain / "transformer")
+    assert weights(compiled / "transformer").keys() == expected.keys()
+    train(data, compiled, *more, "--resume_from_checkpoint", "checkpoint-4")
+    for name, tensor in weights(compiled / "transformer").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+
+
 def test_a_checkpoint_becomes_a_pipeline_elsewhere(data, tmp_path):
     """As docs/resume.md has it: nothing of the run changes."""
     run = train(data, tmp_path / "run", "--ema_snapshot_steps", "2")
