@@ -497,7 +497,7 @@ class TestTraining:
 
     # PyTorch's own, of a block that is compiled alone and is given what has a gradient.
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-    @pytest.mark.parametrize("how", ["whole", "blocks", "regional"])
+    @pytest.mark.parametrize("how", ["whole", "blocks", "replaced", "regional"])
     def test_compiled_models_are_recorded_and_not_compiled_again(self, how):
         _, expected = train(tiny_model(), 4, {"stride": 2})
         torch._dynamo.reset()
@@ -508,6 +508,9 @@ class TestTraining:
             called = torch.compile(model, backend=counter)
         elif how == "blocks":
             model.compile_repeated_blocks(backend=counter)
+        elif how == "replaced":
+            for index, block in enumerate(model.transformer_blocks):
+                model.transformer_blocks[index] = torch.compile(block, backend=counter)
         else:
             called = compile_regions(model, backend=counter)
         optimizer = torch.optim.Adam(parameter_groups(model, lr=1e-2))

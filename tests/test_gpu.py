@@ -82,6 +82,8 @@ def test_compiled_training_is_the_eager_one(trusted):
     model, inputs = tiny_model().train().cuda(), on_gpu(tiny_inputs())
     if trusted:
         trust_rows_(model)
+    compiled = torch.compile(model, fullgraph=True)
+    assert torch.allclose(compiled(**inputs).sample, model(**inputs).sample, atol=1e-4)
     expected = gradients(model, model, inputs)
-    for name, actual in gradients(torch.compile(model, fullgraph=True), model, inputs).items():
+    for name, actual in gradients(compiled, model, inputs).items():
         assert (actual - expected[name]).norm() <= 1e-3 * expected[name].norm() + 1e-6, name
