@@ -16,6 +16,7 @@ Rows that are meant to have another norm (a LoRA was merged into them) survive s
 mode; `from_pretrained` leaves rows as they are stored, and so does `load_state_dict` in evaluation mode.
 """
 
+import collections
 import contextlib
 import functools
 import math
@@ -68,37 +69,48 @@ def _rows_here(weight: torch.Tensor) -> torch.Tensor:
     return weight.to_local()
 
 
+def _relative_row_norms(rows: torch.Tensor, row_norm: float) -> torch.Tensor:
+    rows = rows.to(functional.compute_dtype(rows.dtype))
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return norm if row_norm == 1 else norm.div_(row_norm)
+
+
+@torch.no_grad()
+def _normalize_rows_(layers: Iterable["_NormalizedRows"]) -> None:
+    # One tensor of the norms of all layers, since what is done to norms takes longer to start than to do.
+    kinds = collections.defaultdict(list)
+    # By weight: one that layers share would be divided by its norm twice.
+    for weight, row_norm in {id(layer.weight): (layer.weight, layer.row_norm) for layer in layers}.values():
+        rows = _rows_here(weight)
+        kinds[rows.device, rows.dtype].append((rows, _relative_row_norms(rows, row_norm)))
+    for (_, dtype), rows_and_norms in kinds.items():
+        rows, norms = zip(*rows_and_norms, strict=True)
+        norm = torch.cat(norms)
+        # Rows that are there already are left alone to the bit, without asking the device how many that are.
+        settled = (norm - 1).abs_() <= _row_tolerance(dtype)
+        # Rows too long for a norm become NaN, which is noticed, rather than zeros, which are not.
+        norm.masked_fill_(settled, 1).clamp_(min=fused.SMALLEST_NORMS[norm.dtype])
+        norm.nan_to_num_(nan=math.nan, posinf=math.nan)
+        norms = norm.split([len(of_layer) for of_layer in rows])
+        if dtype.itemsize == 1:  # float8, in which layerwise casting stores weights, knows no division
+            for of_layer, norm in zip(rows, norms, strict=True):
+                of_layer.copy_(of_layer.to(norm.dtype).div_(norm))
+        else:
+            torch._foreach_div_(rows, norms)
+
+
 class _NormalizedRows(nn.Module):
     """The row contract, for modules that own a `weight` of shape (rows, n) and the attributes below."""
 
     forced_weight_normalization: bool
     row_norm: float
 
-    def _relative_row_norms(self, rows: torch.Tensor) -> torch.Tensor:
-        rows = rows.to(functional.compute_dtype(rows.dtype))
-        norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        return norm if self.row_norm == 1 else norm.div_(self.row_norm)
-
-    @torch.no_grad()
-    def _normalize_rows_(self) -> None:
-        rows = _rows_here(self.weight)
-        norm = self._relative_row_norms(rows)
-        # Rows that are there already are left alone to the bit, without asking the device how many that are.
-        settled = (norm - 1).abs_() <= _row_tolerance(rows.dtype)
-        # Rows too long for a norm become NaN, which is noticed, rather than zeros, which are not.
-        norm.masked_fill_(settled, 1).clamp_(min=fused.SMALLEST_NORMS[norm.dtype])
-        norm.nan_to_num_(nan=math.nan, posinf=math.nan)
-        if rows.itemsize == 1:  # float8, in which layerwise casting stores weights, knows no division
-            rows.copy_(rows.to(norm.dtype).div_(norm))
-        else:
-            rows.div_(norm)
-
     @torch.no_grad()
     def _settle_rows(self) -> None:
         """Normalise rows of a training module that is about to be read as it is stored."""
         if not (self.training and self.forced_weight_normalization) or self.weight.is_meta or _loading.get():
             return
-        norm = self._relative_row_norms(_rows_here(self.weight))
+        norm = _relative_row_norms(_rows_here(self.weight), self.row_norm)
         if not norm.numel():
             return  # More processes than rows: this one holds none.
         drift = (norm - 1).abs().masked_fill(norm == 0, 0).max().item()
@@ -117,7 +129,7 @@ class _NormalizedRows(nn.Module):
                 "alone. If a LoRA was merged: merge it in evaluation mode",
                 stacklevel=3,
             )
-        self._normalize_rows_()
+        _normalize_rows_([self])
 
     def train(self, mode: bool = True):
         if not mode:
@@ -178,7 +190,7 @@ class MPLinear(_NormalizedRows, nn.Linear):
     def reset_parameters(self) -> None:
         """Draw rows from N(0, 1) and scale them to norm 1."""
         nn.init.normal_(self.weight)
-        self._normalize_rows_()
+        _normalize_rows_([self])
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Apply the map.
@@ -233,7 +245,7 @@ class MPEmbedding(_NormalizedRows, nn.Embedding):
     def reset_parameters(self) -> None:
         """Draw rows from N(0, 1) and scale them to RMS 1."""
         nn.init.normal_(self.weight)
-        self._normalize_rows_()
+        _normalize_rows_([self])
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Look rows up.
@@ -419,6 +431,6 @@ def normalize_weights_(module: nn.Module) -> nn.Module:
 
 def settle_rows_(modules: Iterable[nn.Module]) -> None:
     """As `normalize_weights_` of these modules themselves, without those within them; others pass."""
-    for module in modules:
-        if isinstance(module, _NormalizedRows) and module.forced_weight_normalization:
-            module._normalize_rows_()
+    _normalize_rows_(
+        module for module in modules if isinstance(module, _NormalizedRows) and module.forced_weight_normalization
+    )

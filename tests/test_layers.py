@@ -134,6 +134,22 @@ def test_rows_too_long_for_a_norm_are_noticed():
     assert layer.weight.isfinite().all(dim=1).tolist() == [True, True, False, True, True]
 
 
+def test_layers_of_every_kind_are_normalised_at_once():
+    """A weight that layers share, rows of other dtypes and lengths, and as many as no row at all."""
+    first, second = MPLinear(6, 5), MPLinear(6, 5)
+    second.weight = first.weight
+    others = [MPLinear(7, 3, dtype=torch.bfloat16), MPLinear(4, 2, dtype=torch.float64), MPEmbedding(9, 16)]
+    network = nn.ModuleList([first, second, *others, MPLinear(6, 0)])
+    for layer in (first, *others):
+        rescale_rows(layer, 0.3, 3)
+    before = copy.deepcopy(network)
+    normalize_weights_(network)
+    for layer, was in zip(network, before, strict=True):
+        alone = was.weight.double() / row_norms(was.weight)[:, None] * layer.row_norm
+        error = ROW_ERROR[layer.weight.dtype] * layer.row_norm
+        torch.testing.assert_close(layer.weight.double(), alone, rtol=0, atol=error)
+
+
 # Training mode: value and gradient are those of unit rows
 
 

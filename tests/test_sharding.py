@@ -173,6 +173,15 @@ for call in (normalize_weights_, lambda m: m.eval(), lambda m: m.state_dict()):
         assert "must be sharded on dimension 0" in str(error)
     else:
         raise AssertionError("not refused")
+# Nor are rows of others touched before they are refused.
+beside = MPLinear(4, 6)
+with torch.no_grad():
+    beside.weight.mul_(1.04)
+was = beside.weight.detach().clone()
+try:
+    normalize_weights_(torch.nn.ModuleList([beside, cut]))
+except ValueError:
+    assert torch.equal(beside.weight, was)
 
 # Averages: in the model for a while, with a forward pass, which leaves gathered parameters behind; then raw weights.
 raw = {name: p.detach().clone() for name, p in model.named_parameters()}
