@@ -128,15 +128,16 @@ def frechet_distance(
     symmetric, it is exact for covariances without full rank and never complex.
 
     Args:
-        mean, other_mean (torch.Tensor): shape (D,).
-        covariance, other_covariance (torch.Tensor): symmetric and positive semi-definite, shape (D, D).
+        mean, other_mean (torch.Tensor or array): shape (D,).
+        covariance, other_covariance (torch.Tensor or array): symmetric and positive semi-definite, shape (D, D).
     Returns:
         float: computed in float64, not negative.
     Raises:
         ValueError: if shapes differ, a value is not finite, or a matrix is no covariance.
     """
-    size = len(mean) if mean.ndim == 1 else "D"
     tensors = {"mean": mean, "covariance": covariance, "other_mean": other_mean, "other_covariance": other_covariance}
+    tensors = {name: torch.as_tensor(values) for name, values in tensors.items()}
+    size = len(tensors["mean"]) if tensors["mean"].ndim == 1 else "D"
     for name, tensor in tensors.items():
         shape = (size,) * (1 + name.endswith("covariance"))
         if tensor.shape != shape:

@@ -78,9 +78,10 @@ def test_distance_in_two_dimensions():
     first, second = torch.tensor([[2.0, 0.5], [0.5, 1.0]]), torch.tensor([[1.0, -0.7], [-0.7, 3.0]])
     product = first.double() @ second.double()
     cross = (product.trace() + 2 * (product[0, 0] * product[1, 1] - product[0, 1] * product[1, 0]).sqrt()).sqrt()
-    assert frechet_distance(torch.zeros(2), first, torch.tensor([3.0, 4.0]), second) == pytest.approx(
-        25 + 3 + 4 - 2 * cross.item(), rel=1e-12
-    )
+    tensors = torch.zeros(2), first, torch.tensor([3.0, 4.0]), second
+    # Arrays too, as files of FID's statistics hold them.
+    for arguments in (tensors, [tensor.numpy() for tensor in tensors], [tensor.tolist() for tensor in tensors]):
+        assert frechet_distance(*arguments) == pytest.approx(25 + 3 + 4 - 2 * cross.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("rank", [40, 8])
