@@ -780,11 +780,18 @@ def test_unswap_refuses():
     swap_adaln_for_rotation(model)
     state = model.state_dict()
     wider = diffusers.DiTTransformer2DModel(**{**LABELS, "attention_head_dim": 16})
+    offloaded, not_loaded, with_integers = copy.deepcopy(stock), copy.deepcopy(stock).to("meta"), copy.deepcopy(stock)
+    cpu_offload(offloaded, execution_device="cpu")
+    weight = with_integers.transformer_blocks[0].norm1.linear.weight
+    weight.requires_grad_(False).data = weight.data.to(torch.int8)
     for base, message in (
         (None, "`base` must be the stock model: transformer_blocks.0.norm1.linear no longer has its shift rows"),
         (make("Flux")[0], "`base` must be a DiTTransformer2DModel, got a FluxTransformer2DModel"),
         (model, "`base` must be a DiTTransformer2DModel, got a RotationDiTTransformer2DModel"),
         (wider, "`base` must have 96 rows in transformer_blocks.0.norm1.linear, got 192"),
+        (offloaded, r"`base` must be without hooks .*, it has one: attach them afterwards"),
+        (not_loaded, "`base` must hold weights, some of its tensors are on the meta device: load it first"),
+        (with_integers, "`base` must have plain linear maps to take shift rows from, .* of torch.int8: load it"),
     ):
         with pytest.raises(ValueError, match=message):
             unswap_rotation(model, base)

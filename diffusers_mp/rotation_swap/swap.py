@@ -120,7 +120,8 @@ def unswap_rotation(model: ModelMixin, base: ModelMixin | None = None) -> None:
         model (ModelMixin): a swapped model.
         base (ModelMixin, optional): the stock model with the shift rows; needed if the swap did not keep them.
     Raises:
-        ValueError: if the model is not swapped, its rotations are offloaded, or `base` is missing or another model.
+        ValueError: if the model is not swapped, its rotations are offloaded, or `base` is missing, another model,
+            offloaded or quantised.
     """
     check_swapped(model)
     rotations = rotation_linears(model)
@@ -140,6 +141,9 @@ def unswap_rotation(model: ModelMixin, base: ModelMixin | None = None) -> None:
             check_plain(
                 name, rotation.linear, "to be put together again", "dequantise it, or merge or unload the LoRA"
             )
+        if rotation.shift_scale is None:
+            check_loaded(base, stock.parameters(), "base")
+            check_plain(name, stock, "to take shift rows from", "load it without quantisation or LoRA", "base")
         linears[name] = rotation.stock_linear(stock)
     for name, linear in linears.items():
         model.set_submodule(name, linear)
@@ -266,20 +270,20 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(f"`model` must not be compiled yet, {name or 'it'} is: swap first.")
 
 
-def check_loaded(model: nn.Module, tensors: Iterable[torch.Tensor]) -> None:
+def check_loaded(model: nn.Module, tensors: Iterable[torch.Tensor], argument: str = "model") -> None:
     """Raise if tensors of a model that are to be read or written are offloaded, or were never loaded."""
     if any(tensor.is_meta for tensor in tensors):
-        _check_hooks(model)
-        raise ValueError("`model` must hold weights, some of its tensors are on the meta device: load it first.")
+        _check_hooks(model, argument)
+        raise ValueError(f"`{argument}` must hold weights, some of its tensors are on the meta device: load it first.")
 
 
-def _check_hooks(model: nn.Module) -> None:
+def _check_hooks(model: nn.Module, argument: str = "model") -> None:
     for name, module in model.named_modules():
         hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
         if hasattr(module, "_hf_hook") or hooks:
             raise ValueError(
-                f"`model` must be without hooks (offloading, device_map, layerwise casting, caches), {name or 'it'} "
-                "has one: attach them afterwards."
+                f"`{argument}` must be without hooks (offloading, device_map, layerwise casting, caches), "
+                f"{name or 'it'} has one: attach them afterwards."
             )
 
 
@@ -316,7 +320,7 @@ def _check_not_native(model: nn.Module) -> None:
         )
 
 
-def check_plain(name: str, linear: nn.Module, purpose: str, remedy: str) -> None:
+def check_plain(name: str, linear: nn.Module, purpose: str, remedy: str, argument: str = "model") -> None:
     """Raise if a map of a model is anything but a plain linear one, saying what for it has to be and what to do."""
     found = f"{type(linear).__module__}.{type(linear).__qualname__}"
     weight = getattr(linear, "weight", None)  # a wrapper may have none
@@ -325,7 +329,7 @@ def check_plain(name: str, linear: nn.Module, purpose: str, remedy: str) -> None
         if type(linear) is nn.Linear and weight_class is torch.Tensor and weight.is_floating_point():
             return
         found += f" whose weight is a {weight_class.__module__}.{weight_class.__qualname__} of {weight.dtype}"
-    raise ValueError(f"`model` must have plain linear maps {purpose}, {name} is a {found}: {remedy}.")
+    raise ValueError(f"`{argument}` must have plain linear maps {purpose}, {name} is a {found}: {remedy}.")
 
 
 def _check_sliceable(name: str, linear: nn.Module) -> None:
