@@ -185,7 +185,8 @@ def encode_dataset(
         dataset (datasets.Dataset or datasets.IterableDataset), id2label (dict): what `load_image_dataset` returned; no
             names, no labels. Of a stream every process reads all, and decodes its own shards.
         folder (str): where to write. It may hold an unfinished encoding with the same settings and data, which goes
-            on, or a finished one, whose settings are compared and which is opened as it is.
+            on, or a finished one, whose settings are compared and which is opened as it is. Without `skip_corrupt`
+            it is said if that one lacks pictures.
         vae (AutoencoderKL): in float32. `None` stores the pixels themselves, as bytes.
         resolution (int): side of the pictures, a multiple of the VAE's downsampling factor.
         vae_id (str): name kept for people; by default where the VAE was loaded from.
@@ -230,7 +231,8 @@ def encode_dataset(
     index = _read_json(folder / INDEX_NAME)
     is_finished = index is not None and all(_is_whole(folder, shard) for shard in index["shards"])
     if is_finished and num_rows is None:
-        return LatentDataset(folder)  # a stream would have to be read to its end to be compared
+        # A stream would have to be read to its end to be compared.
+        return _open(folder, skip_corrupt, process_index)
     if not is_finished and process_index == 0:
         (folder / INDEX_NAME).unlink(missing_ok=True)
 
@@ -267,7 +269,7 @@ def encode_dataset(
                 id2label=id2label,
             )
     _complete(folder, settings, num_shards, process_index)
-    return LatentDataset(folder)
+    return _open(folder, skip_corrupt, process_index)
 
 
 def _claim(folder: Path, settings: dict[str, Any], process_index: int) -> dict[str, Any]:
@@ -294,6 +296,19 @@ def _claim(folder: Path, settings: dict[str, Any], process_index: int) -> dict[s
     if differences:
         raise ValueError(f"{folder} holds an encoding with {', '.join(differences)}. Take another folder.")
     return stored
+
+
+def _open(folder: Path, skip_corrupt: bool, process_index: int) -> LatentDataset:
+    dataset = LatentDataset(folder)
+    skipped = dataset.index["skipped"]
+    if skipped and not skip_corrupt and process_index == 0:
+        logger.warning(
+            "%s lacks pictures that could not be read when it was encoded: %d of them, such as %s",
+            folder,
+            len(skipped),
+            skipped[0],
+        )
+    return dataset
 
 
 def _shortened(value: Any) -> str:

@@ -181,6 +181,12 @@ def test_corrupt_pictures_are_left_out_when_asked(damaged_folder, tmp_path, vae,
     assert [shard["num_samples"] for shard in encoded.index["shards"]] == [1, 2, 1]
     with pytest.raises(ValueError, match="None of the 2 pictures could be read"):
         encode_dataset(dataset.select([1, 4]), tmp_path / "none", **options)
+    # Who did not ask is told.
+    for asked, told in ((True, False), (False, True)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="diffusers_mp.encoding"):
+            encode_dataset(dataset, tmp_path / "encoded", **{**options, "skip_corrupt": asked})
+        assert ("lacks pictures that could not be read when it was encoded: 2 of them, such as" in caplog.text) is told
 
 
 def test_a_corrupt_picture_without_a_path_is_named_by_its_row(tmp_path):
