@@ -182,6 +182,8 @@ try:
     normalize_weights_(torch.nn.ModuleList([beside, cut]))
 except ValueError:
     assert torch.equal(beside.weight, was)
+else:
+    raise AssertionError("not refused")
 
 # Averages: in the model for a while, with a forward pass, which leaves gathered parameters behind; then raw weights.
 raw = {name: p.detach().clone() for name, p in model.named_parameters()}
