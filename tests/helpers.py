@@ -1,10 +1,6 @@
 """What several test modules share: the golden files and small real models."""
 
 import math
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -121,38 +117,6 @@ def relative_error(value, reference):
 
 def row_norms(weight):
     return torch.linalg.vector_norm(weight.detach().double(), dim=-1)
-
-
-def run_python(code, *arguments, package=None):
-    """Run code in a fresh process that sees `package` (a folder that contains one) first; its standard output."""
-    environment = {**os.environ, "PYTHONPATH": str(package or Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-P", "-c", textwrap.dedent(code), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def run_processes(script, *arguments, num_processes=2, **environment):
-    """Run a script as several processes on the CPU, one thread each, that see the tests; their standard output."""
-    root = Path(__file__).parents[1]
-    own = {
-        **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"},
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
-    }
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes))
-    result = subprocess.run(
-        [sys.executable, *torchrun, str(script), *map(str, arguments)],
-        env={**os.environ, **own, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,  # processes that do not agree wait for each other
-    )
-    assert result.returncode == 0, result.stderr[-8000:]
-    return result.stdout
 
 
 def tiny_vae(in_channels=3, latent_channels=4, seed=0):

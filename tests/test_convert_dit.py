@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
-from helpers import relative_error, run_python, tiny_vae
+from helpers import relative_error, tiny_vae
+from processes import run_python
 
 from diffusers_mp import OriginalDiTTransformer2DModel
 

@@ -16,8 +16,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import compile_regions
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
-from helpers import relative_error, reset_accelerate, run_processes, tiny_inputs, tiny_model
+from helpers import relative_error, reset_accelerate, tiny_inputs, tiny_model
 from PIL import Image
+from processes import run_processes
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -11,10 +11,11 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry, atten
 from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin, QuantizationMethod
-from helpers import NOT_IN_DEV, run_processes, tiny_inputs, tiny_model
+from helpers import NOT_IN_DEV, tiny_inputs, tiny_model
 from peft import LoraConfig, LoraGAConfig
 from peft.tuners.lora.config import KasaConfig
 from peft.tuners.lora.loraga import preprocess_loraga
+from processes import run_processes
 from torch import nn
 
 from diffusers_mp import MPDiTTransformer2DModel, layers

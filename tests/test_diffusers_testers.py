@@ -11,8 +11,9 @@ import pytest
 import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderTiny, DDIMScheduler
 from diffusers.training_utils import EMAModel
-from helpers import row_norms, run_processes, tiny_inputs, tiny_model, tiny_vae
+from helpers import row_norms, tiny_inputs, tiny_model, tiny_vae
 from peft import LoraConfig
+from processes import run_processes
 from safetensors.torch import load_file
 
 from diffusers_mp import (

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import run_processes, tiny_vae
+from helpers import tiny_vae
+from processes import run_processes
 
 from diffusers_mp.latents import LatentDataset
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTTransformer2DModel, IPNDMScheduler
-from helpers import run_python, tiny_inputs, tiny_model, tiny_vae
+from helpers import tiny_inputs, tiny_model, tiny_vae
+from processes import run_python
 from torch import nn
 
 from diffusers_mp import (

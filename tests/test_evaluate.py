@@ -15,9 +15,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.guiders import ClassifierFreeGuidance
-from helpers import random_picture, run_processes, tiny_model, tiny_vae
+from helpers import random_picture, tiny_model, tiny_vae
 from hub_server import HubServer
 from PIL import Image
+from processes import run_processes
 from test_evaluation import dinov2  # noqa: F401
 from test_hub import TOKEN, client
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
-from helpers import reset_accelerate, run_processes, run_python, tiny_vae
+from helpers import reset_accelerate, tiny_vae
 from hub_server import HubServer
+from processes import run_processes, run_python
 from test_hub import TOKEN, client, holding
 
 from diffusers_mp import OriginalDiTTransformer2DModel, load_rotation_adapter, swap_adaln_for_rotation

@@ -2,26 +2,28 @@
 
 import ast
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from helpers import run_python
 
 import diffusers_mp
 
 
 def test_importing_the_package_and_its_layers_is_light():
     code = """
-    import sys
-    import diffusers_mp
-    assert "torch" not in sys.modules
-    from diffusers_mp import MPEmbedding, MPLinear, get_preset, normalize_weights_
-    MPLinear(4, 4)
-    heavy = {"diffusers", "transformers", "accelerate", "datasets"} & set(sys.modules)
-    assert not heavy, heavy
-    print(diffusers_mp.__file__)
-    """
-    assert Path(run_python(code).strip()) == Path(diffusers_mp.__file__)
+import sys
+import diffusers_mp
+assert "torch" not in sys.modules
+from diffusers_mp import MPEmbedding, MPLinear, get_preset, normalize_weights_
+MPLinear(4, 4)
+heavy = {"diffusers", "transformers", "accelerate", "datasets"} & set(sys.modules)
+assert not heavy, heavy
+print(diffusers_mp.__file__)
+"""
+    printed = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True).stdout
+    assert Path(printed.strip()) == Path(diffusers_mp.__file__)
 
 
 @pytest.mark.parametrize("name", diffusers_mp.__all__)

@@ -9,7 +9,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_magnitude, relative_error, row_norms, run_processes
+from helpers import assert_magnitude, relative_error, row_norms
+from processes import run_processes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

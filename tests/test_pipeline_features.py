@@ -7,8 +7,9 @@ import torch
 from accelerate import cpu_offload
 from diffusers import DDIMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from helpers import run_python, tiny_model, tiny_vae
+from helpers import tiny_model, tiny_vae
 from peft import LoraConfig
+from processes import run_python
 
 from diffusers_mp import MPDiTPipeline
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from helpers import run_python, tiny_inputs, tiny_model
+from helpers import tiny_inputs, tiny_model
+from processes import run_python
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, normalize_weights_, parameter_groups
 

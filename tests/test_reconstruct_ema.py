@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
-from helpers import reset_accelerate, row_norms, run_python, tiny_model, tiny_vae
+from helpers import reset_accelerate, row_norms, tiny_model, tiny_vae
 from PIL import Image
+from processes import run_python
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from test_train_mpdit import assert_same_weights, stored

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from helpers import run_python
+from processes import run_python
 from safetensors.torch import load_file, save_file
 
 from diffusers_mp import load_rotation_adapter, save_rotation_adapter, swap_adaln_for_rotation

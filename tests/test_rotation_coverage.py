@@ -12,7 +12,8 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook, disk_offload
 from diffusers import AutoModel
-from helpers import relative_error, run_python, tiny_inputs, tiny_model
+from helpers import relative_error, tiny_inputs, tiny_model
+from processes import run_python
 from rotation_pipelines import PIPELINES, make_pipeline, sample
 from tiny_transformers import CASES, cast, make, run
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
-from helpers import run_processes, run_python, tiny_model
+from helpers import tiny_model
+from processes import run_processes, run_python
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from diffusers_mp import MPDiTTransformer2DModel, MPLinear, get_preset, layers, trust_rows_

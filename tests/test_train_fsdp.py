@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from helpers import run_processes
+from processes import run_processes
 from test_train_mpdit import (  # noqa: F401
     EXAMPLES,
     arguments,

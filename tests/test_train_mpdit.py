@@ -19,8 +19,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
-from helpers import reset_accelerate, run_processes
+from helpers import reset_accelerate
 from PIL import Image
+from processes import run_processes
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save

@@ -21,11 +21,11 @@ from helpers import (
     load_golden,
     relative_error,
     row_norms,
-    run_python,
     tiny_config,
     tiny_inputs,
     tiny_model,
 )
+from processes import run_python
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -9,7 +9,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import run_processes, tiny_inputs, tiny_model
+from helpers import tiny_inputs, tiny_model
+from processes import run_processes
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
