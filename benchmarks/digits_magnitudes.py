@@ -44,7 +44,7 @@ def parse_args():
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for everything, pictures/ among it")
     parser.add_argument("--configurations", nargs="+", choices=[*CONFIGURATIONS], default=[*CONFIGURATIONS])
     parser.add_argument("--max_train_steps", type=int, default=600, help="updates of each configuration")
-    parser.add_argument("--vae_seconds", type=float, default=60.0, help="time limit of the VAE's training")
+    parser.add_argument("--vae_steps", type=int, default=400, help="updates of the VAE")
     parser.add_argument("--num_validation_images", type=int, default=128, help="images held out of training")
     parser.add_argument("--ema_stds", type=float, nargs="+", default=EMA_STDS, help="widths of averages to measure")
     parser.add_argument("--seed", type=int, default=0)
@@ -154,7 +154,7 @@ def main():
             EXAMPLES / "train_digits_vae.py",
             *("--train_data_dir", args.output_dir / "digits" / "train"),
             *("--output_dir", args.output_dir / "vae"),
-            *("--max_seconds", args.vae_seconds),
+            *("--max_train_steps", args.vae_steps),
         )
     folders = {configuration: train(args, configuration) for configuration in args.configurations}
     records = {name: folder / "logs" / "magnitudes.json" for name, folder in folders.items()}

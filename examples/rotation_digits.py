@@ -126,8 +126,7 @@ def make_vae(args):
     shutil.rmtree(unfinished, ignore_errors=True)
     train_data_dir = args.output_dir / "digits" / "train"
     argv = ["--train_data_dir", train_data_dir, "--output_dir", unfinished, "--max_train_steps", args.vae_steps]
-    # Limited by updates alone, so that a slow machine makes the same one.
-    vae = train_digits_vae.main(train_digits_vae.parse_args([*map(str, argv), "--max_seconds", "3600"]))
+    vae = train_digits_vae.main(train_digits_vae.parse_args([*map(str, argv)]))
     _, std, _ = train_digits_vae.latent_statistics(vae, train_digits_vae.read_images(train_data_dir, 1))
     vae.register_to_config(scaling_factor=1 / std.item())
     vae.save_pretrained(unfinished)

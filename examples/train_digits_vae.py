@@ -1,4 +1,4 @@
-"""Train a small `AutoencoderKL` on an image folder within a time budget, for the demo's latent diffusion.
+"""Train a small `AutoencoderKL` on an image folder, for the demo's latent diffusion.
 
     python examples/digits.py --output_dir demo/digits
     python examples/train_digits_vae.py --train_data_dir demo/digits/train --output_dir demo/vae
@@ -7,13 +7,15 @@ Three levels make a downsampling factor of 4: a 32x32 image becomes a latent of 
 
     mean (x - decode(z))² + kl_weight · mean KL(q(z|x) ‖ N(0, 1)),      z drawn from q(z|x)
 
-with both means taken per value, no adversarial and no perceptual term. It suits small pictures of one kind; for
-photographs take a published VAE. The rate falls to zero with the steps done or the seconds spent, whichever is
-further, so that a slow machine ends with a finished, if coarser, model.
+with both means taken per value, no adversarial and no perceptual term. It suits small images of one kind; for
+photographs take a published VAE.
+
+The result is a function of images, flags and number of threads: each update draws from a generator of (seed, update).
+A run that was killed goes on from its last save, `training.pt` in `OUTPUT_DIR.unfinished`, and ends with the same VAE.
 """
 
 import argparse
-import time
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +28,7 @@ from tqdm.auto import tqdm
 
 DOWNSAMPLING_FACTOR = 4
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
-# Encoding the training set for the report and saving take a second or two of the budget.
-RESERVED_SECONDS = 3.0
+SAVING_STEPS = 50
 
 
 def parse_args(arguments=None):
@@ -45,8 +46,7 @@ def parse_args(arguments=None):
     parser.add_argument("--kl_weight", type=float, default=1e-3, help="of the KL term in the loss")
     parser.add_argument("--train_batch_size", type=int, default=32, help="images of an update")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="after warm-up")
-    parser.add_argument("--max_train_steps", type=int, default=400, help="updates, at the most")
-    parser.add_argument("--max_seconds", type=float, default=80.0, help="hard limit on the whole of main()")
+    parser.add_argument("--max_train_steps", type=int, default=400, help="number of updates")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and draws")
     return parser.parse_args(arguments)
 
@@ -103,20 +103,11 @@ def latent_statistics(vae, pixels):
     return means.mean((0, 2, 3)), (means.var((0, 2, 3)) + posterior_variance).sqrt(), posterior_variance.sqrt()
 
 
-def main(args):
-    start = time.monotonic()
-    if args.max_seconds <= RESERVED_SECONDS:
-        raise ValueError(
-            f"`max_seconds` must be above {RESERVED_SECONDS:g}, which ending takes, got {args.max_seconds:g}."
-        )
-    if args.output_dir.exists() and any(args.output_dir.iterdir()):
-        raise ValueError(f"`output_dir` must be new or empty, got {args.output_dir}, which holds files.")
+def make_vae(args, sample_size):
+    """A VAE with random weights, functions of the seed."""
     torch.manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pixels = read_images(args.train_data_dir, args.in_channels).to(device)
-
     num_levels = len(args.block_out_channels)
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         in_channels=args.in_channels,
         out_channels=args.in_channels,
         down_block_types=["DownEncoderBlock2D"] * num_levels,
@@ -126,50 +117,75 @@ def main(args):
         latent_channels=args.latent_channels,
         norm_num_groups=8,
         mid_block_add_attention=False,
-        sample_size=pixels.shape[-1],
-    ).to(device)
+        sample_size=sample_size,
+    )
+
+
+def train(args, vae, pixels, state_file):
+    """All updates that `state_file` does not have yet, saved there every `SAVING_STEPS`."""
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    settings = {name: str(value) for name, value in sorted(vars(args).items()) if name != "output_dir"}
+    first_step = 0
+    if state_file.is_file():
+        state = torch.load(state_file, weights_only=True)
+        if state["settings"] != settings:
+            raise ValueError(
+                f"{state_file} must be of a run with the same flags, got {state['settings']} there and {settings} "
+                f"here: delete {state_file.parent}, or give another `--output_dir`."
+            )
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_step = state["step"]
 
-    budget = args.max_seconds - RESERVED_SECONDS
-    step, bar_length = 0, 1000
-    bar_format = "VAE {percentage:3.0f}%|{bar}| {elapsed} spent, {remaining} left{postfix}"
-    with tqdm(total=bar_length, bar_format=bar_format, smoothing=0) as progress_bar:
-        while True:
-            progress = max(step / args.max_train_steps, (time.monotonic() - start) / budget)
-            progress_bar.update(int(bar_length * min(progress, 1.0)) - progress_bar.n)
-            if progress >= 1.0:
-                break
-            warmup = min(1.0, (step + 1) / 50)
-            optimizer.param_groups[0]["lr"] = args.learning_rate * warmup * (1 - progress)
+    progress_bar = tqdm(range(first_step, args.max_train_steps), "VAE", args.max_train_steps, initial=first_step)
+    for step in progress_bar:
+        generator = torch.Generator().manual_seed(args.seed * args.max_train_steps + step)
+        warmup = min(1.0, (step + 1) / 50)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * warmup * (1 - step / args.max_train_steps)
 
-            batch = pixels[torch.randint(len(pixels), (args.train_batch_size,))]
-            posterior = vae.encode(batch).latent_dist
-            reconstruction = vae.decode(posterior.sample()).sample
-            reconstruction_loss = F.mse_loss(reconstruction, batch)
-            kl = posterior.kl().mean() / posterior.mean[0].numel()
-            loss = reconstruction_loss + args.kl_weight * kl
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            progress_bar.set_postfix(loss=f"{loss.item():.4f}", kl=f"{kl.item():.2f}", step=step, refresh=False)
+        batch = pixels[torch.randint(len(pixels), (args.train_batch_size,), generator=generator)]
+        posterior = vae.encode(batch).latent_dist
+        reconstruction = vae.decode(posterior.sample(generator)).sample
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = F.mse_loss(reconstruction, batch) + args.kl_weight * kl
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress_bar.set_postfix(loss=f"{loss.item():.4f}", kl=f"{kl.item():.2f}", refresh=False)
+
+        if (step + 1) % SAVING_STEPS == 0:
+            state = {"settings": settings, "step": step + 1}
+            state |= {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
+            unwritten = state_file.with_name(f"{state_file.name}.unfinished")
+            torch.save(state, unwritten)
+            os.replace(unwritten, state_file)
+
+
+def main(args):
+    if args.output_dir.exists() and any(args.output_dir.iterdir()):
+        raise ValueError(f"`output_dir` must be new or empty, got {args.output_dir}, which holds files.")
+    pixels = read_images(args.train_data_dir, args.in_channels)
+    vae = make_vae(args, pixels.shape[-1])
+    unfinished = args.output_dir.with_name(f"{args.output_dir.name}.unfinished")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    train(args, vae, pixels, unfinished / "training.pt")
 
     vae.eval()
     # At once, so that a folder that is there is whole.
-    unfinished = args.output_dir.with_name(f"{args.output_dir.name}.unfinished")
     vae.save_pretrained(unfinished)
+    (unfinished / "training.pt").unlink(missing_ok=True)
     if args.output_dir.exists():
         args.output_dir.rmdir()
     unfinished.rename(args.output_dir)
     mean, std, posterior_std = latent_statistics(vae, pixels)
-    print(f"{step} steps, {sum(p.numel() for p in vae.parameters()):,} parameters, saved to {args.output_dir}")
+    num_parameters = sum(p.numel() for p in vae.parameters())
+    print(f"{args.max_train_steps} updates, {num_parameters:,} parameters, saved to {args.output_dir}")
     for channel in range(args.latent_channels):
         share = posterior_std[channel] / std[channel]
         print(
             f"latent channel {channel}: mean {mean[channel]:.3f}, std {std[channel]:.3f}, posterior {share:.1%} of it"
         )
-    print(f"{time.monotonic() - start:.1f} s")
     return vae
 
 

@@ -187,7 +187,7 @@ def test_digits_magnitudes_goes_on_after_a_kill_and_draws(tmp_path, monkeypatch,
         raise Killed
 
     monkeypatch.setattr(digits_magnitudes, "run", example)
-    small = ("--max_train_steps", "4", "--vae_seconds", "3.5", "--num_validation_images", "8")
+    small = ("--max_train_steps", "4", "--vae_steps", "4", "--num_validation_images", "8")
     more = ("--configurations", "E", "--ema_stds", "0.05", "0.1")
     command = ("digits_magnitudes.py", "--output_dir", str(tmp_path), *small, *more)
     with monkeypatch.context() as of_the_first_run:
