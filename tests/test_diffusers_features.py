@@ -428,7 +428,7 @@ def test_regional_compilation():
 
 
 def test_one_graph_for_several_sizes():
-    model = tiny_model().eval()
+    model = tiny_model(num_layers=1).eval()
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for size in (8, 12, 16):
