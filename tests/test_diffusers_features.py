@@ -427,8 +427,10 @@ def test_regional_compilation():
     torch.testing.assert_close(forward(model), expected)
 
 
+# That no size is compiled anew is also in test_diffusers_testers.py, without AOTAutograd's symbols, which take long.
+@pytest.mark.slow
 def test_one_graph_for_several_sizes():
-    model = tiny_model(num_layers=1).eval()
+    model = tiny_model().eval()
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for size in (8, 12, 16):
