@@ -71,6 +71,10 @@ class HubServer:
     """`with HubServer({"hf_token": ("user", "write")}) as server:` serves at `server.endpoint`."""
 
     def __init__(self, tokens):
+        self.reset(tokens)
+
+    def reset(self, tokens):
+        """As at the start, at the same address."""
         self.tokens, self.repositories, self.large_files = dict(tokens), {}, {}
         self.parts, self.signatures, self.faults = {}, set(), []
         # (host, method, path, status); status None for a connection that broke.

@@ -427,6 +427,8 @@ def test_regional_compilation():
     torch.testing.assert_close(forward(model), expected)
 
 
+# That no size is compiled anew is also in test_diffusers_testers.py, without AOTAutograd's symbols, which take long.
+@pytest.mark.slow
 def test_one_graph_for_several_sizes():
     model = tiny_model().eval()
     torch.compiler.reset()

@@ -20,7 +20,7 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 # Run by a test of their own, which knows what they need.
-RUN_ELSEWHERE = ("README.md", "scale_out.md")
+RUN_ELSEWHERE = ("README.md", "scale_out.md", "layers_in_your_model.md")
 
 
 def name_of(page):
@@ -124,9 +124,9 @@ def test_api_page_has_what_the_documentation_and_the_examples_use(write_api):
     assert {path for path in shown if path.rpartition(".")[2] not in diffusers_mp.__all__} <= called
 
 
-def test_costs_of_imagenet_are_those_of_their_script():
-    command = [sys.executable, ROOT / "benchmarks" / "imagenet_cost.py"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def test_costs_of_imagenet_are_those_of_their_script(capsys):
+    runpy.run_path(str(ROOT / "benchmarks" / "imagenet_cost.py"), run_name="__main__")
+    printed = capsys.readouterr().out
     assert printed.strip().count("\n") > 12
     assert printed.strip() in (ROOT / "docs" / "imagenet.md").read_text()
 

@@ -1,7 +1,8 @@
 """Publishing: the real huggingface_hub client over HTTP against `hub_server.py`, without Xet.
 
 `huggingface_hub` reads its address when it is imported, so everything that speaks to the server runs in a process of
-its own. Xet, the Hub's own transfer, needs the Hub's servers and is untested.
+its own; those that load models are forked from one that has the address and all imports. Xet, the Hub's own transfer,
+needs the Hub's servers and is untested.
 """
 
 import ast
@@ -22,6 +23,7 @@ from diffusers.guiders import ClassifierFreeGuidance
 from helpers import random_picture, tiny_model, tiny_vae
 from hub_server import CHUNK_SIZE, Fault, HubServer, sha256
 from PIL import PngImagePlugin
+from processes import PRELOADED
 
 from diffusers_mp import MPDiTPipeline, hub, save_rotation_adapter, swap_adaln_for_rotation
 from diffusers_mp.hub import HubError
@@ -150,11 +152,17 @@ def rewrite(path, text):
     path.write_text(text)
 
 
-@pytest.fixture
-def server():
-    with HubServer({TOKEN: ("user", "write"), READ_TOKEN: ("user", "read")}) as server:
+@pytest.fixture(scope="module")
+def running_server():
+    with HubServer({}) as server:
         yield server
-    assert server.problems == []
+
+
+@pytest.fixture
+def server(running_server):
+    running_server.reset({TOKEN: ("user", "write"), READ_TOKEN: ("user", "read")})
+    yield running_server
+    assert running_server.problems == []
 
 
 PUSH = """
@@ -173,36 +181,103 @@ print("RESULTS " + json.dumps(results))
 """
 
 
+def command(code):
+    return [sys.executable, "-W", "error", *(f"-W{filter}" for filter in THEIR_WARNINGS), "-P", "-c", code]
+
+
+def environment_of_client(server, home):
+    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "XDG_CACHE_HOME", "PYTHONWARNINGS")
+    return {
+        **{name: value for name, value in os.environ.items() if name not in names and "proxy" not in name.lower()},
+        "PYTHONPATH": str(Path(hub.__file__).parents[1]),
+        "HF_ENDPOINT": server.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_DEBUG": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 def client(server, home, code, stdin, **environment):
     """Run code against the server, with a clean cache; its results. No output, no file in `home` may hold a token."""
-    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "XDG_CACHE_HOME", "PYTHONWARNINGS")
-    own = {name: value for name, value in os.environ.items() if name not in names and "proxy" not in name.lower()}
     home.mkdir(parents=True, exist_ok=True)
     result = subprocess.run(
-        [sys.executable, "-W", "error", *(f"-W{filter}" for filter in THEIR_WARNINGS), "-P", "-c", code],
+        command(code),
         input=json.dumps(stdin),
-        env={
-            **own,
-            "PYTHONPATH": str(Path(hub.__file__).parents[1]),
-            "HF_ENDPOINT": server.endpoint,
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_DEBUG": "1",
-            "OMP_NUM_THREADS": "1",
-            **environment,
-        },
+        env={**environment_of_client(server, home), **environment},
         capture_output=True,
         text=True,
         cwd=home,
     )
-    assert "RESULTS " in result.stdout, result.stderr
-    output = result.stdout + result.stderr
+    return checked(result.stdout, result.stderr, home)
+
+
+def checked(stdout, stderr, home):
+    assert "RESULTS " in stdout, stderr
+    output = stdout + stderr
     for token in (TOKEN, READ_TOKEN):
         assert token not in output
         assert not holding(token, home)
-    return json.loads(result.stdout.split("RESULTS ")[1]), output
+    return json.loads(stdout.split("RESULTS ")[1]), output
+
+
+READERS = """
+import importlib, io, json, os, sys, traceback
+for name in json.loads(sys.argv[1]):
+    importlib.import_module(name)
+for line in sys.stdin:
+    task = json.loads(line)
+    if (child := os.fork()) == 0:
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(task[name], os.O_WRONLY | os.O_CREAT), number)
+        try:
+            os.chdir(task["home"])
+            sys.stdin = io.StringIO(task["stdin"])
+            exec(task["code"], {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+    print("done", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def reader(running_server, tmp_path_factory):
+    """What `client` does, in processes that are forked from one that has imported what this package stands on."""
+    folder = tmp_path_factory.mktemp("readers")
+    # Read by huggingface_hub when it is imported; each process finds its own home there.
+    home_of_all = folder / "home"
+    with (folder / "log").open("w") as log:
+        readers = subprocess.Popen(
+            [*command(READERS), json.dumps(PRELOADED)],
+            env=environment_of_client(running_server, home_of_all),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+
+    def read(home, code, stdin):
+        home.mkdir(parents=True, exist_ok=True)
+        home_of_all.unlink(missing_ok=True)
+        home_of_all.symlink_to(home, target_is_directory=True)
+        outputs = {name: folder / name for name in ("stdout", "stderr")}
+        for output in outputs.values():
+            output.unlink(missing_ok=True)
+        task = {"home": str(home), "code": code, "stdin": json.dumps(stdin)}
+        print(json.dumps({**task, **{name: str(path) for name, path in outputs.items()}}), file=readers.stdin)
+        readers.stdin.flush()
+        assert readers.stdout.readline() == "done\n", (folder / "log").read_text()
+        return checked(*(output.read_text() for output in outputs.values()), home)
+
+    with readers:
+        yield read
+        readers.stdin.close()
 
 
 def holding(token, folder):
@@ -247,13 +322,13 @@ print("RESULTS " + json.dumps(results))
 """
 
 
-def load(server, home, *options, blocks=(), **environment):
+def load(reader, home, *options, blocks=()):
     """Load with each of the options, a dict with "pretrained_model_name_or_path"; the images or the error of each."""
     home.mkdir()
     options = [{"pretrained_model_name_or_path": "user/name", **each} for each in options]
     loads = [{"options": each, "output": str(home / f"{k}.npy")} for k, each in enumerate(options)]
     tasks = {"loads": loads, "inputs": INPUTS, "blocks": list(blocks)}
-    results, _ = client(server, home, LOAD, tasks, **environment)
+    results, _ = reader(home, LOAD, tasks)
     return [result if result else np.load(home / f"{k}.npy") for k, result in enumerate(results)]
 
 
@@ -291,7 +366,8 @@ def test_a_token_on_the_command_line_beside_a_tracker_that_records_it(report_to)
 # Publishing
 
 
-def test_push_then_load_from_a_clean_cache(made, server, tmp_path):
+@pytest.mark.xdist_group("readers of the Hub")
+def test_push_then_load_from_a_clean_cache(made, server, reader, tmp_path):
     (url,) = push(server, tmp_path / "home", publish(made.folder, commit_message="after 100 updates"))
     repository = server.repositories["user/name"]
     files = repository.files()
@@ -320,11 +396,12 @@ def test_push_then_load_from_a_clean_cache(made, server, tmp_path):
     for block in blocks:
         ast.parse(block)
     blocks = [block.replace("num_inference_steps=50", "num_inference_steps=2") for block in blocks]
-    (images,) = load(server, tmp_path / "reader", {}, blocks=blocks)
+    (images,) = load(reader, tmp_path / "reader", {}, blocks=blocks)
     np.testing.assert_array_equal(images, made.images)
 
 
-def test_weights_in_a_variant_alone_are_loaded_by_the_code_of_the_card(made, server, tmp_path):
+@pytest.mark.xdist_group("readers of the Hub")
+def test_weights_in_a_variant_alone_are_loaded_by_the_code_of_the_card(made, server, reader, tmp_path):
     folder = tmp_path / "run"
     make_pipeline(folder, vae=made.pipe.vae)
     shutil.rmtree(folder / "transformer")
@@ -334,11 +411,12 @@ def test_weights_in_a_variant_alone_are_loaded_by_the_code_of_the_card(made, ser
     push(server, tmp_path / "home", publish(folder))
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     blocks = [block.replace("num_inference_steps=50", "num_inference_steps=2") for block in blocks]
-    (images,) = load(server, tmp_path / "reader", {"variant": "fp16"}, blocks=blocks)
+    (images,) = load(reader, tmp_path / "reader", {"variant": "fp16"}, blocks=blocks)
     np.testing.assert_array_equal(images, made.images)
 
 
-def test_private_repository_and_revision(made, run, server, tmp_path):
+@pytest.mark.xdist_group("readers of the Hub")
+def test_private_repository_and_revision(made, run, server, reader, tmp_path):
     make_pipeline(tmp_path / "other", seed=5, vae=made.pipe.vae)
     write_model_card(tmp_path / "other", "user/name", revision="draft")
     first, second = push(
@@ -360,7 +438,7 @@ def test_private_repository_and_revision(made, run, server, tmp_path):
         return {"cache_dir": str(tmp_path / name), **options}
 
     stranger, owner, draft, commit, nowhere = load(
-        server,
+        reader,
         tmp_path / "reader",
         where("stranger"),
         where("owner", token=TOKEN),
@@ -453,13 +531,14 @@ def test_a_commit_whose_answer_is_lost_is_made_once(made, server, tmp_path, afte
     assert set(repository.files()) == PUBLISHED | {".gitattributes"}
 
 
-def test_a_download_that_breaks_off(made, server, tmp_path):
+@pytest.mark.xdist_group("readers of the Hub")
+def test_a_download_that_breaks_off(made, server, reader, tmp_path):
     push(server, tmp_path / "home", publish(made.folder))
     digest = weights(made.folder)
     size = len(server.large_files[digest])
     # The client tries six times: the first load fails. The second, with the same cache, is broken off and resumes.
     server.faults = [Fault("GET", f"/object/{digest}", 6), Fault("GET", f"/object/{digest}", after_bytes=size // 2)]
-    failed, resumed = load(server, tmp_path / "reader", {}, {})
+    failed, resumed = load(reader, tmp_path / "reader", {}, {})
     assert "peer closed connection" in failed["message"]
     assert [fault.times for fault in server.faults] == [0, 0]
     assert any(path == f"/object/{digest}" and status == 206 for _, _, path, status in server.requests)
@@ -648,7 +727,8 @@ print("RESULTS " + json.dumps([swapped, pipe.transformer(*inputs).sample.tolist(
 """
 
 
-def test_a_swapped_pipeline_and_an_adapter_are_published_and_loaded(swapped, server, tmp_path):
+@pytest.mark.xdist_group("readers of the Hub")
+def test_a_swapped_pipeline_and_an_adapter_are_published_and_loaded(swapped, server, reader, tmp_path):
     push(
         server,
         tmp_path / "home",
@@ -677,7 +757,7 @@ def test_a_swapped_pipeline_and_an_adapter_are_published_and_loaded(swapped, ser
     assert 'load_rotation_adapter(pipe.transformer, "user/adapter")' in block
 
     task = {"card": card, "stock": str(swapped.base / "stock")}
-    (whole, adapted), _ = client(server, tmp_path / "reader", LOAD_SWAPPED, task)
+    (whole, adapted), _ = reader(tmp_path / "reader", LOAD_SWAPPED, task)
     np.testing.assert_allclose(whole, swapped.output, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(adapted, swapped.output, rtol=1e-5, atol=1e-6)
 

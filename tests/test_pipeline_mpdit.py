@@ -1,8 +1,6 @@
 """The pipeline on small real components: a tiny AutoencoderKL, real schedulers, a tiny transformer."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import PIL.Image
@@ -19,6 +17,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from helpers import tiny_model, tiny_vae
+from processes import run_python
 
 from diffusers_mp import MPDiTPipeline
 
@@ -358,11 +357,7 @@ class TestSaving:
             " output_type='np').images\n"
             "numpy.save(sys.argv[2], images)\n"
         )
-        subprocess.run(
-            [sys.executable, "-c", program, tmp_path / "pipe", tmp_path / "images.npy"],
-            check=True,
-            capture_output=True,
-        )
+        run_python(program, tmp_path / "pipe", tmp_path / "images.npy")
         assert np.array_equal(np.load(tmp_path / "images.npy"), images)
 
     def test_everything_needed_travels(self, tmp_path):

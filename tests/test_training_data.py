@@ -289,10 +289,10 @@ def test_wrong_counts_are_refused(options, message):
 
 
 def test_workers_give_the_same_batches(latents):
-    """Two data workers, and one started afresh (which pickles the data set), against none."""
+    """Two data workers, and one that is no copy of this process (which pickles the data set), against none."""
     samples = samples_of(latents)
     latents[0]  # files already mapped in this process must not travel
-    for context, num_workers in (("fork", 2), ("spawn", 1)):
+    for context, num_workers in (("fork", 2), ("forkserver", 1)):
         sampler = StreamBatchSampler(len(samples), seed=1, train_batch_size=5, max_train_steps=4)
         alone = list(DataLoader(samples, batch_sampler=sampler))
         workers = {"num_workers": num_workers, "multiprocessing_context": context}

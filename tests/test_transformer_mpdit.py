@@ -188,15 +188,21 @@ def test_rotation_saves_parameters():
     assert round(100 * (1 - 30_951_243 / 32_794_443), 2) == 5.62
 
 
-@pytest.mark.parametrize("size", ["XS", "S", "B", "L", "XL"])
-def test_every_preset_builds_and_runs_on_the_meta_device(size):
-    for patch_size in (2, 4, 8):
-        with torch.device("meta"):
-            model = MPDiTTransformer2DModel(**get_preset(f"{size}/{patch_size}"))
-            # No value of any input is looked at: on this device there is none to see.
-            sample = forward(model, meta_inputs())
-        assert sample.shape == (2, 4, 16, 16)
-        assert len(model.transformer_blocks) == model.config.num_layers
+# Every size and every patch; the products of both are alike.
+@pytest.mark.parametrize(
+    "size, patch_size",
+    [
+        pytest.param(size, patch_size, marks=() if patch_size == 2 or size == "XS" else pytest.mark.slow)
+        for size, patch_size in itertools.product(["XS", "S", "B", "L", "XL"], [2, 4, 8])
+    ],
+)
+def test_every_preset_builds_and_runs_on_the_meta_device(size, patch_size):
+    with torch.device("meta"):
+        model = MPDiTTransformer2DModel(**get_preset(f"{size}/{patch_size}"))
+        # No value of any input is looked at: on this device there is none to see.
+        sample = forward(model, meta_inputs())
+    assert sample.shape == (2, 4, 16, 16)
+    assert len(model.transformer_blocks) == model.config.num_layers
 
 
 def meta_inputs():
@@ -456,9 +462,12 @@ def assert_compiled_equals_eager(model, inputs, backend):
         assert relative_error(gradient, expected[name.removeprefix("_orig_mod.")]) < 1e-4, name
 
 
+# Only rows that are forced are another code in evaluation.
 @compiles
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("configuration", ["A", "E"])
+@pytest.mark.parametrize(
+    "configuration, training",
+    [("A", True), ("E", True), ("E", False), pytest.param("A", False, marks=pytest.mark.slow)],
+)
 def test_compiles_into_one_graph(configuration, training):
     model = tiny_model(configuration, num_layers=1).train(training)
     assert_compiled_equals_eager(model, tiny_inputs(), "aot_eager")
@@ -472,6 +481,23 @@ def test_compiles_into_one_graph_with_gradient_checkpointing():
     assert_compiled_equals_eager(model, tiny_inputs(), "aot_eager")
 
 
+# Each kernel costs a call of the C++ compiler where nothing is cached: half of a model's are in a block.
+@compiles
+@torch.no_grad()
+def test_a_block_compiles_with_inductor(monkeypatch):
+    torch._dynamo.reset()
+    # Too few kernels for processes, compiled headers and a trial of the processor's instructions to pay.
+    config = importlib.import_module("torch._inductor.config")
+    monkeypatch.setattr(config, "compile_threads", 1)
+    monkeypatch.setattr(config, "cpp_cache_precompile_headers", False)
+    monkeypatch.setattr(config.cpp, "vec_isa_ok", True)
+    block = tiny_model("E", num_layers=1).eval().transformer_blocks[0]
+    inputs = torch.randn(3, 16, 32), torch.randn(3, 32)
+    compiled = torch.compile(block, fullgraph=True, backend="inductor")
+    torch.testing.assert_close(compiled(*inputs), block(*inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 @compiles
 def test_compiles_with_inductor():
     with torch.no_grad():
