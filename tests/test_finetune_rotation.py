@@ -483,7 +483,7 @@ def experiment(folder, *more):
         "--max_train_steps": 4,
         "--finetune_steps": 2,
         "--validation_steps": 1,
-        "--train_batch_size": 8,
+        "--train_batch_size": 64,
         "--vae_steps": 4,
         "--num_layers": 1,
         "--num_images_per_class": 2,
@@ -497,6 +497,7 @@ def experiment(folder, *more):
     return args
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_experiment_is_resumed_run_by_run_and_reported(tmp_path):
     import rotation_digits
 
