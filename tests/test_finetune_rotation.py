@@ -498,9 +498,11 @@ def experiment(folder, *more):
 
 
 @pytest.mark.usefixtures("few_digits")
-def test_experiment_is_resumed_run_by_run_and_reported(tmp_path):
+def test_experiment_is_resumed_run_by_run_and_reported(tmp_path, monkeypatch):
     import rotation_digits
 
+    small = {"num_attention_heads": 1, "attention_head_dim": 8}
+    monkeypatch.setattr(rotation_digits, "MODEL", {**rotation_digits.MODEL, **small})
     args = experiment(tmp_path, "--seeds", 0, 1, "--learning_rates", 1e-4, 1e-2)
     records = {path: path.read_bytes() for path in (tmp_path / "records").iterdir()}
     # For each seed a base, two swaps without training and five arms; and five arms at the other rate.
