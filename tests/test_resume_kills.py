@@ -37,7 +37,9 @@ OPTIONS = [
 # argv: number of kills, the most updates between them, seed, the trainer's arguments.
 # Prints JSON: how many kills, how many of them while saving.
 HARNESS = f"""
-import json, os, random, signal, sys
+import json, multiprocessing, os, random, signal, sys
+# As in a process of its own: workers of another server would not see that their trainer was killed, and stay.
+multiprocessing.set_start_method("fork", force=True)
 sys.path.insert(0, {str(EXAMPLES)!r})
 import torch, train_mpdit, training_arguments
 from pathlib import Path

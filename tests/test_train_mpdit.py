@@ -487,7 +487,9 @@ def test_signal_saves_a_checkpoint_and_leaves_with_0(data, plain, tmp_path, monk
 # argv: the trainer's arguments. The sender has to be another process: PyTorch's workers take SIGTERM from their parent
 # for the end of their work.
 SIGNAL_TO_THE_GROUP = f"""
-import os, sys, time
+import multiprocessing, os, sys, time
+# As in a process of its own, which leads a group, and whose workers have its handlers.
+multiprocessing.set_start_method("fork", force=True)
 os.setsid()
 sys.path.insert(0, {str(EXAMPLES)!r})
 import torch
