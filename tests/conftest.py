@@ -40,3 +40,15 @@ def examples_run_here(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
     yield
     reset_accelerate()
+
+
+@pytest.fixture
+def few_digits(examples_run_here, monkeypatch):
+    """A hundred digits of each part instead of all: what is run and written is the same."""
+    import digits
+
+    few = {
+        part: digits.LabelledImages(of_part.images[:100], of_part.labels[:100], of_part.numbers[:100])
+        for part, of_part in digits.split_digits().items()
+    }
+    monkeypatch.setattr(digits, "split_digits", lambda: few)

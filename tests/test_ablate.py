@@ -4,9 +4,7 @@ import contextlib
 import json
 import math
 import multiprocessing
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import start
 
 from diffusers_mp.training import split_validation
 
@@ -48,7 +47,8 @@ RUNS = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("examples_run_here")
+# One worker for all: the miniature is made once.
+pytestmark = [pytest.mark.xdist_group("ablate"), pytest.mark.usefixtures("examples_run_here")]
 
 
 def run(folder, *more):
@@ -227,6 +227,8 @@ def finished(tmp_path_factory):
     killed = f"""
 import os, signal, sys
 sys.path.insert(0, {str(EXAMPLES)!r})
+import torch
+torch.set_num_threads(1)
 import ablate, train_mpdit
 ablate.JUDGE_STEPS = {JUDGE_STEPS}
 save = train_mpdit.save_checkpoint
@@ -236,9 +238,9 @@ def save_and_die(*args):
 train_mpdit.save_checkpoint = save_and_die
 ablate.main(ablate.parse_args({arguments!r}))
 """
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    died = subprocess.run([sys.executable, "-c", killed], env=env, capture_output=True, text=True)
-    assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
+    died = start(killed, output=folder / "killed.txt")
+    died.join()
+    assert died.exitcode == -signal.SIGKILL, (folder / "killed.txt").read_text()[-2000:]
     assert not list((folder / "records").glob("*.json"))
     assert (folder / "runs" / RUNS[0] / "checkpoint-1").is_dir()
     with (folder / "out.txt").open("w") as out, contextlib.redirect_stdout(out):

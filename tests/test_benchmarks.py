@@ -5,12 +5,12 @@ import importlib
 import itertools
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from helpers import reset_accelerate
+from processes import run_python
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -19,15 +19,38 @@ sys.path.insert(0, str(BENCHMARKS))
 import timing  # noqa: E402
 from timing import quiet_rounds, ratio, take_turns  # noqa: E402
 
+from diffusers_mp import get_preset  # noqa: E402
 
-def run(script, *arguments):
-    return subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    ).stdout
+
+# argv: a script and its arguments.
+RUN = """
+import runpy, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+del sys.argv[0]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# argv: arguments. Matrix products are made once, not until they have taken as long as the largest, and the import that
+# is timed is that of this process, not of three new ones.
+RUN_SPEED = f"""
+import contextlib, io, sys, types
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import speed
+
+def run(command, **options):
+    assert command[:2] == [sys.executable, "-c"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(command[2], {{}})
+    return types.SimpleNamespace(stdout=printed.getvalue())
+
+speed.round = lambda number: 1
+speed.subprocess = types.SimpleNamespace(run=run)
+speed.main()
+"""
 
 
 def test_functions_take_turns():
@@ -70,8 +93,8 @@ def test_rounds_that_others_disturb_are_played_again(monkeypatch):
 
 
 def test_speed_writes_its_table(tmp_path):
-    run(
-        *("speed.py", "--size", "XS/8", "--sample_size", "16", "--batch_size", "2", "--rounds", "2"),
+    run_python(
+        *(RUN_SPEED, "--size", "XS/8", "--sample_size", "16", "--batch_size", "2", "--rounds", "2"),
         *("--num_images", "64", "--num_inference_steps", "1", "--no_compile", "--keep_memory"),
         *("--output", str(tmp_path / "speed")),
     )
@@ -95,7 +118,8 @@ def test_speed_writes_its_table(tmp_path):
 
 @pytest.mark.slow  # compiles six models
 def test_parts_prints_its_tables():
-    printed = run("parts.py", "--size", "XS/8", "--batch_size", "2", "--rounds", "3")
+    arguments = ("--size", "XS/8", "--batch_size", "2", "--rounds", "3")
+    printed = run_python(RUN, BENCHMARKS / "parts.py", *arguments)
     common = ("products of tokens", "products of the conditioning", "attention")
     update = ("Adam", "forced normalisation", "two averages")
     compiled = ("compiled kernels", "copies, allocation, calls")
@@ -116,23 +140,9 @@ def test_parts_prints_its_tables():
         assert sum(map(sum, times[:-2])) == pytest.approx(sum(times[-1]), rel=0.3)
 
 
-def test_operations_prints_a_row_for_each_trick():
-    rows = [line for line in run("operations.py", "--rounds", "3", "--size", "XS/8").splitlines() if line[:2] == "| "]
-    operations, steps = rows[: 1 + 6 * 3 + 4], rows[1 + 6 * 3 + 4 :]
-    assert all(line.count("|") == 5 for line in operations)
-    assert [line.split(" | ")[0] for line in steps[1:]] == [
-        "| whole",
-        "| without: gradients of rows projected",
-        "| without: rotation",
-        "| without: queries and keys to RMS 1",
-        "| without: SiLU's constant",
-        "| without all four",
-    ]
-
-
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """As `run`, in this process: a new one takes longer to start than these runs."""
+    """A script in this process: a new one takes longer to start than these runs."""
 
     def run_here(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -141,6 +151,31 @@ def run_here(monkeypatch, capsys):
         return capsys.readouterr().out
 
     return run_here
+
+
+def test_operations_prints_a_row_for_each_trick(monkeypatch, run_here):
+    import operations
+
+    # One image instead of 16, and the upkeep of the smallest model, at which the same is done.
+    monkeypatch.setattr(operations, "B", 1)
+    of_one_image = {
+        name: (*functions, [(1, *shape[1:]) if len(shape) > 2 else shape for shape in shapes])
+        for name, (*functions, shapes) in operations.OPERATIONS.items()
+    }
+    monkeypatch.setattr(operations, "OPERATIONS", of_one_image)
+    monkeypatch.setattr(operations, "get_preset", lambda size, **more: get_preset("XS/8", **more))
+    printed = run_here("operations.py", "--rounds", "3", "--size", "XS/8")
+    rows = [line for line in printed.splitlines() if line[:2] == "| "]
+    tricks, steps = rows[: 1 + 6 * 3 + 4], rows[1 + 6 * 3 + 4 :]
+    assert all(line.count("|") == 5 for line in tricks)
+    assert [line.split(" | ")[0] for line in steps[1:]] == [
+        "| whole",
+        "| without: gradients of rows projected",
+        "| without: rotation",
+        "| without: queries and keys to RMS 1",
+        "| without: SiLU's constant",
+        "| without all four",
+    ]
 
 
 def test_guidance_interval_prints_its_table(run_here):
@@ -171,15 +206,17 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.usefixtures("examples_run_here")
+@pytest.mark.usefixtures("few_digits")
 def test_digits_magnitudes_goes_on_after_a_kill_and_draws(tmp_path, monkeypatch, run_here):
     import digits_magnitudes
     import train_mpdit
 
     def example(script, *arguments):
         module = importlib.import_module(script.stem)
+        # Limited by updates, whatever the machine makes of the seconds.
+        few = ("--max_train_steps", 4) if script.stem == "train_digits_vae" else ()
         try:
-            module.main(module.parse_args([*map(str, arguments)]))
+            module.main(module.parse_args([*map(str, (*arguments, *few))]))
         finally:
             reset_accelerate()
 

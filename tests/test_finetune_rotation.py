@@ -483,7 +483,7 @@ def experiment(folder, *more):
         "--max_train_steps": 4,
         "--finetune_steps": 2,
         "--validation_steps": 1,
-        "--train_batch_size": 8,
+        "--train_batch_size": 64,
         "--vae_steps": 4,
         "--num_layers": 1,
         "--num_images_per_class": 2,
@@ -497,9 +497,12 @@ def experiment(folder, *more):
     return args
 
 
-def test_experiment_is_resumed_run_by_run_and_reported(tmp_path):
+@pytest.mark.usefixtures("few_digits")
+def test_experiment_is_resumed_run_by_run_and_reported(tmp_path, monkeypatch):
     import rotation_digits
 
+    small = {"num_attention_heads": 1, "attention_head_dim": 8}
+    monkeypatch.setattr(rotation_digits, "MODEL", {**rotation_digits.MODEL, **small})
     args = experiment(tmp_path, "--seeds", 0, 1, "--learning_rates", 1e-4, 1e-2)
     records = {path: path.read_bytes() for path in (tmp_path / "records").iterdir()}
     # For each seed a base, two swaps without training and five arms; and five arms at the other rate.

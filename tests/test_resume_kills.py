@@ -1,14 +1,14 @@
 """A run killed again and again, at random moments and in the middle of saving, is the run that never was.
 
-The trainer is imported once and forked for each try, so that a try costs no start-up; children get SIGKILL.
+The trainer is imported once and forked for each try, so that a try costs no start-up. Moments are counted in updates,
+CPU time and operations on files, so that the speed of a machine decides nothing.
 """
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
+from processes import run_python
 from test_train_mpdit import (  # noqa: F401
     EXAMPLES,
     arguments,
@@ -29,74 +29,90 @@ pytestmark = pytest.mark.usefixtures("examples_run_here")
 OPTIONS = [
     *("--checkpointing_steps", "4", "--logging_steps", "3", "--checkpoints_total_limit", "2"),
     *("--train_batch_size", "3", "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2"),
-    *("--max_grad_norm", "0.5", "--num_validation_images", "5", "--validation_steps", "40", "--random_flip"),
+    *("--max_grad_norm", "0.5", "--num_validation_images", "5", "--random_flip"),
     # Some snapshots fall on a checkpoint, others between two.
     *("--ema_snapshot_steps", "6"),
 ]
 
-# argv: number of kills, seed, the trainer's arguments. Prints JSON: how many kills, how many of them while saving.
-HARNESS = """
-import contextlib, os, random, signal, sys, time
-sys.path.insert(0, {examples!r})
+# argv: number of kills, the most updates between them, seed, the trainer's arguments.
+# Prints JSON: how many kills, how many of them while saving.
+HARNESS = f"""
+import json, multiprocessing, os, random, signal, sys
+# As in a process of its own: workers of another server would not see that their trainer was killed, and stay.
+multiprocessing.set_start_method("fork", force=True)
+sys.path.insert(0, {str(EXAMPLES)!r})
 import torch, train_mpdit, training_arguments
 from pathlib import Path
 
 torch.set_num_threads(1)
 
-num_kills, seed, argv = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+(num_kills, most_updates, seed), argv = map(int, sys.argv[1:4]), sys.argv[4:]
 output_dir = Path(argv[argv.index("--output_dir") + 1])
 rng = random.Random(seed)
-kills = while_saving = tries = 0
+left = {{"updates": None, "operations": None}}
+update = train_mpdit.PowerFunctionEMA.update
 
-def unfinished():
-    # A checkpoint or a snapshot, and when it was last written to: what an earlier kill has left is no save.
-    found = set()
-    for path in [*output_dir.glob("*.unfinished"), *output_dir.glob("ema_snapshots/*.unfinished")]:
-        with contextlib.suppress(FileNotFoundError):
-            found.add((path, path.stat().st_ctime_ns))
-    return found
+def update_and_arm(self, step):
+    update(self, step)
+    count_update()
 
+def count_update():
+    if left["updates"] == 0:
+        arm()
+    if left["updates"] is not None:
+        left["updates"] -= 1
+
+def arm():
+    if at_save:
+        left["operations"] = operations
+    else:
+        # SIGPROF, which nobody handles, ends the process as SIGKILL does, in the middle of whatever it computes.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+def count_operation(event, arguments):
+    # Before a file of what is not yet a checkpoint or a snapshot is opened, renamed or removed.
+    if left["operations"] is not None and event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+        path = Path(os.fsdecode(arguments[0])) if isinstance(arguments[0], (str, bytes, os.PathLike)) else Path()
+        if output_dir in path.parents and ".unfinished" in str(path):
+            if left["operations"] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left["operations"] -= 1
+
+train_mpdit.PowerFunctionEMA.update = update_and_arm
+kills = while_saving = 0
 while True:
-    left = unfinished()
+    at_save, last = kills % 2 == 1, kills == num_kills
+    # Not always the first save: those of a few updates come before it. The first operation is to make the folder.
+    updates, operations = rng.randint(0, most_updates), rng.randint(1, 8)
+    seconds = rng.uniform(0.001, 0.01 if updates else 0.4)
+    sys.stdout.flush()
     child = os.fork()
     if child == 0:
         log = os.open(str(output_dir) + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
+        if not last:
+            sys.addaudithook(count_operation)
+            left["updates"] = updates
+            if updates == 0:
+                count_update()
         train_mpdit.main(training_arguments.parse_args([*argv, "--resume_from_checkpoint", "latest"]))
         os._exit(0)
-    tries += 1
-    if kills < num_kills:
-        deadline, at_save = time.monotonic() + rng.uniform(0.1, 0.8), kills % 2 == 1
-        # A save is waited for, however slow the machine is; not always the first one.
-        while time.monotonic() < deadline + 60 * at_save and os.waitpid(child, os.WNOHANG) == (0, 0):
-            if at_save and time.monotonic() > deadline - 0.4 and unfinished() - left:
-                time.sleep(rng.uniform(0, 0.005))
-                break
-            time.sleep(0.001)
-        try:
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-        except (ProcessLookupError, ChildProcessError):
-            raise SystemExit("the run ended before it could be killed often enough")
-        if os.WIFSIGNALED(status):
-            kills += 1
-            while_saving += bool(unfinished() - left)
-    else:
-        _, status = os.waitpid(child, 0)
-        if status:
-            raise SystemExit("the run failed, see its log: " + open(str(output_dir) + ".log").read()[-3000:])
-        print('{{"kills": %d, "while_saving": %d}}' % (kills, while_saving))
+    _, status = os.waitpid(child, 0)
+    if last:
         break
+    if not os.WIFSIGNALED(status):
+        raise SystemExit("not killed, see its log: " + open(str(output_dir) + ".log").read()[-3000:])
+    kills += 1
+    unfinished = [*output_dir.glob("*.unfinished"), *output_dir.glob("ema_snapshots/*.unfinished")]
+    while_saving += os.WTERMSIG(status) == signal.SIGKILL and bool(unfinished)
+if status:
+    raise SystemExit("the run failed, see its log: " + open(str(output_dir) + ".log").read()[-3000:])
+print(json.dumps({{"kills": kills, "while_saving": while_saving}}))
 """
 
 
-def run(data, output_dir, num_steps, num_kills, seed=0):  # noqa: F811
-    program = HARNESS.format(examples=str(EXAMPLES))
-    argv = arguments(data, output_dir, *OPTIONS, "--max_train_steps", str(num_steps))
-    command = [sys.executable, "-c", program, str(num_kills), str(seed), *argv]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def run(argv, num_kills, most_updates, seed=0):
+    return json.loads(run_python(HARNESS, num_kills, most_updates, seed, *argv).splitlines()[-1])
 
 
 def contents(folder):
@@ -108,14 +124,15 @@ def contents(folder):
     }
 
 
-@pytest.mark.parametrize("num_steps, num_kills", [(240, 4), pytest.param(1500, 24, marks=pytest.mark.slow)])
-def test_killed_run_is_the_uninterrupted_one(data, tmp_path, num_steps, num_kills):  # noqa: F811
+@pytest.mark.parametrize(
+    "num_steps, num_kills, validation_steps", [(60, 4, 20), pytest.param(1500, 24, 40, marks=pytest.mark.slow)]
+)
+def test_killed_run_is_the_uninterrupted_one(data, tmp_path, num_steps, num_kills, validation_steps):  # noqa: F811
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(data, whole, *OPTIONS, "--max_train_steps", str(num_steps))
-    report = run(data, killed, num_steps, num_kills)
-    print(report)
-    assert report["kills"] == num_kills
-    assert report["while_saving"] > 0 or num_kills < 20
+    more = (*OPTIONS, "--max_train_steps", str(num_steps), "--validation_steps", str(validation_steps))
+    train(data, whole, *more)
+    report = run(arguments(data, killed, *more), num_kills, num_steps // num_kills // 2)
+    assert report == {"kills": num_kills, "while_saving": num_kills // 2}
     assert metrics(killed, "train/loss") == metrics(whole, "train/loss")
     assert metrics(killed, "validation/loss") == metrics(whole, "validation/loss")
     last = f"checkpoint-{num_steps}"

@@ -75,7 +75,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 # PyTorch's own, about the API that it checkpoints through.
 warnings.simplefilter("ignore")
 folder, tolerance = Path(sys.argv[1]), float(sys.argv[2])
-dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+dist.init_process_group("gloo", timeout=timedelta(seconds=1200))
 rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
 
 class NothingIsSent:

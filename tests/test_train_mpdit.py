@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from helpers import reset_accelerate
 from PIL import Image
-from processes import run_processes
+from processes import run_processes, run_python
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -97,6 +97,21 @@ def train(data, output_dir, *more):
     train_mpdit.main(training_arguments.parse_args(arguments(data, output_dir, *more)))
     reset_accelerate()
     return output_dir
+
+
+@pytest.fixture(scope="module")
+def plain(data, tmp_path_factory):
+    """The run that the arguments alone describe. To be read; what goes on with it takes a copy."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        return train(data, tmp_path_factory.mktemp("plain") / "run")
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture
+def plain_copy(plain, tmp_path):
+    return shutil.copytree(plain, tmp_path / "run")
 
 
 def metrics(output_dir, name):
@@ -199,8 +214,8 @@ def test_resume_gives_the_weights_and_losses_of_an_uninterrupted_run(data, tmp_p
         assert_same_weights(weights(whole / part), weights(resumed / part))
 
 
-def test_going_back_leaves_no_later_checkpoint_for_latest(data, tmp_path, monkeypatch):
-    output_dir = train(data, tmp_path / "run")
+def test_going_back_leaves_no_later_checkpoint_for_latest(data, plain_copy, monkeypatch):
+    output_dir = plain_copy
     before = raw_weights(output_dir / "checkpoint-6")
 
     def die(self, step):
@@ -219,8 +234,8 @@ def test_going_back_leaves_no_later_checkpoint_for_latest(data, tmp_path, monkey
     assert_same_weights(raw_weights(output_dir / "checkpoint-6"), before)
 
 
-def test_resume_at_the_end_trains_nothing_more(data, tmp_path):
-    output_dir = train(data, tmp_path / "run")
+def test_resume_at_the_end_trains_nothing_more(data, plain_copy):
+    output_dir = plain_copy
     before = weights(output_dir / "transformer")
     # Nor does one that is to be shorter than it already is, whose card tells of all its updates.
     for num_steps in ("6", "4"):
@@ -238,8 +253,8 @@ def test_resume_with_another_number_of_steps_keeps_the_rates(data, tmp_path):
     assert rates == pytest.approx({u: 1e-2 / (u + 1) ** 0.5 for u in range(1, 9)})
 
 
-def test_resume_of_another_run_is_refused(data, tmp_path):
-    output_dir = train(data, tmp_path / "run")
+def test_resume_of_another_run_is_refused(data, plain_copy):
+    output_dir = plain_copy
     with pytest.raises(ValueError, match=r"seed 0 \(now 1\), total_batch_size 4 \(now 8\)"):
         train(data, output_dir, "--resume_from_checkpoint", "latest", "--seed", "1", "--train_batch_size", "8")
     with pytest.raises(ValueError, match=r"ema_stds \[0.05, 0.1\] \(now \[0.05\]\)"):
@@ -257,9 +272,8 @@ def damage(path):
     path.write_bytes(content)
 
 
-def test_damaged_checkpoint_is_passed_over_aloud(data, tmp_path, caplog):
-    whole = train(data, tmp_path / "whole")
-    output_dir = train(data, tmp_path / "run", "--checkpointing_steps", "2")
+def test_damaged_checkpoint_is_passed_over_aloud(data, plain, plain_copy, caplog):
+    whole, output_dir = plain, plain_copy
     damage(output_dir / "checkpoint-6" / "shards" / "__0_0.distcp")
     with pytest.raises(ValueError, match=r"checkpoint-6` is damaged: shards/__0_0.distcp has other content"):
         train(data, output_dir, "--resume_from_checkpoint", "checkpoint-6")
@@ -315,13 +329,12 @@ def test_latest_is_a_fresh_start_before_the_first_checkpoint(data, tmp_path):
 
 
 @pytest.mark.parametrize("due", [False, True])
-def test_a_validation_that_fails_costs_no_update(data, tmp_path, monkeypatch, due):
+def test_a_validation_that_fails_costs_no_update(data, plain, tmp_path, monkeypatch, due):
     import train_mpdit
 
     def fail(args, run, pipeline):
         raise torch.OutOfMemoryError("no memory for 10 images")
 
-    whole = train(data, tmp_path / "whole")
     more = ("--validation_steps", "3", "--checkpointing_steps", "3" if due else "5000")
     with monkeypatch.context() as patch:
         patch.setattr(train_mpdit, "validate_pipeline", fail)
@@ -330,7 +343,7 @@ def test_a_validation_that_fails_costs_no_update(data, tmp_path, monkeypatch, du
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
     reset_accelerate()
     output_dir = train(data, tmp_path / "run", *more, "--resume_from_checkpoint", "latest")
-    assert_same_weights(raw_weights(whole / "checkpoint-6"), raw_weights(output_dir / "checkpoint-6"))
+    assert_same_weights(raw_weights(plain / "checkpoint-6"), raw_weights(output_dir / "checkpoint-6"))
 
 
 def test_a_validation_that_fails_while_it_samples_leaves_snapshots_as_they_are_wanted(data, tmp_path, monkeypatch):
@@ -448,10 +461,9 @@ def test_a_second_trainer_of_two_processes_is_refused_in_both(data, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_signal_saves_a_checkpoint_and_leaves_with_0(data, tmp_path, monkeypatch, capfd, name):
+def test_signal_saves_a_checkpoint_and_leaves_with_0(data, plain, tmp_path, monkeypatch, capfd, name):
     import train_mpdit
 
-    whole = train(data, tmp_path / "whole", "--checkpointing_steps", "100")
     update = train_mpdit.PowerFunctionEMA.update
 
     def update_and_signal(self, step):
@@ -469,14 +481,19 @@ def test_signal_saves_a_checkpoint_and_leaves_with_0(data, tmp_path, monkeypatch
     assert not (output_dir / "model_index.json").exists()
     monkeypatch.syspath_prepend(str(EXAMPLES))
     train(data, output_dir, "--checkpointing_steps", "100", "--resume_from_checkpoint", "latest")
-    assert_same_weights(weights(whole / "transformer"), weights(output_dir / "transformer"))
+    assert_same_weights(weights(plain / "transformer"), weights(output_dir / "transformer"))
 
 
 # argv: the trainer's arguments. The sender has to be another process: PyTorch's workers take SIGTERM from their parent
 # for the end of their work.
 SIGNAL_TO_THE_GROUP = f"""
-import os, sys, time
+import multiprocessing, os, sys, time
+# As in a process of its own, which leads a group, and whose workers have its handlers.
+multiprocessing.set_start_method("fork", force=True)
+os.setsid()
 sys.path.insert(0, {str(EXAMPLES)!r})
+import torch
+torch.set_num_threads(1)
 import train_mpdit, training_arguments
 
 update = train_mpdit.PowerFunctionEMA.update
@@ -493,10 +510,7 @@ train_mpdit.main(training_arguments.parse_args(sys.argv[1:]))
 def test_signal_to_all_processes_of_a_group_does_not_end_the_workers(data, tmp_path):
     """As a cluster's scheduler sends it to all processes of a job."""
     argv = arguments(data, tmp_path / "run", "--checkpointing_steps", "100", "--dataloader_num_workers", "2")
-    command = [sys.executable, "-c", SIGNAL_TO_THE_GROUP, *argv]
-    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "SIGTERM: stopped after update 3" in done.stdout
+    assert "SIGTERM: stopped after update 3" in run_python(SIGNAL_TO_THE_GROUP, *argv)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
@@ -625,16 +639,16 @@ def test_another_rate_on_resume_is_applied(data, tmp_path, capfd):
     assert {group["name"]: group["lr"] for group in groups}["as_published"] == pytest.approx(2e-3)
 
 
-def test_another_model_on_resume_is_refused(data, tmp_path):
-    output_dir = train(data, tmp_path / "run")
+def test_another_model_on_resume_is_refused(data, plain_copy, tmp_path):
+    output_dir = plain_copy
     (tmp_path / "model.json").write_text(json.dumps({**MODEL, "cosine_attention": False}))
     more = ("--model_config_name_or_path", str(tmp_path / "model.json"), "--random_flip")
     with pytest.raises(ValueError, match=r"random_flip False \(now True\), model.cosine_attention True \(now False\)"):
         train(data, output_dir, "--resume_from_checkpoint", "latest", "--latents_dir", str(tmp_path / "new"), *more)
 
 
-def test_encoded_images_alone_are_enough_and_keep_their_settings(data, tmp_path):
-    first = train(data, tmp_path / "first")
+def test_encoded_images_alone_are_enough_and_keep_their_settings(data, plain, tmp_path):
+    first = plain
     (tmp_path / "second").mkdir()
     # What a run leaves that stopped before its first update does not stand in the way of the next try.
     shutil.copytree(first / "latents", tmp_path / "second" / "latents")
@@ -648,8 +662,8 @@ def test_encoded_images_alone_are_enough_and_keep_their_settings(data, tmp_path)
     assert_same_weights(weights(first / "transformer"), weights(tmp_path / "second" / "transformer"))
 
 
-def test_encoded_images_of_other_data_are_refused(data, tmp_path):
-    first = train(data, tmp_path / "first")
+def test_encoded_images_of_other_data_are_refused(data, plain_copy, tmp_path):
+    first = plain_copy
     for name in ("dark", "light"):
         (tmp_path / "other" / name).mkdir(parents=True)
         for path in sorted((data / "images" / name).iterdir())[1:]:
@@ -946,10 +960,9 @@ class TestErrors:
             train(data, tmp_path / "run", *more, "--model_config_name_or_path", str(tmp_path / "model.json"))
         assert not (tmp_path / "run" / "latents").exists()
 
-    def test_latents_of_another_vae(self, data, tmp_path):
-        train(data, tmp_path / "run")
+    def test_latents_of_another_vae(self, data, plain_copy, tmp_path):
         with pytest.raises(ValueError, match="holds an encoding with vae .* Take another folder"):
-            train(data, tmp_path / "other", "--vae", "none", "--latents_dir", str(tmp_path / "run" / "latents"))
+            train(data, tmp_path / "other", "--vae", "none", "--latents_dir", str(plain_copy / "latents"))
 
     def test_averages_that_would_never_move(self, data, tmp_path):
         import train_mpdit
@@ -1044,12 +1057,11 @@ def accelerate_launch(*command):
     return subprocess.run([*launcher, *command], capture_output=True, text=True)
 
 
-def test_accelerate_launch(data, tmp_path):
+def test_accelerate_launch(data, plain, tmp_path):
     script = str(EXAMPLES / "train_mpdit.py")
     done = accelerate_launch("--num_processes", "1", script, *arguments(data, tmp_path / "launched"))
     assert done.returncode == 0, done.stderr[-3000:]
-    called = train(data, tmp_path / "called")
-    assert_same_weights(weights(called / "transformer"), weights(tmp_path / "launched" / "transformer"))
+    assert_same_weights(weights(plain / "transformer"), weights(tmp_path / "launched" / "transformer"))
 
 
 def test_two_processes_are_the_same_run(data, tmp_path):

@@ -447,7 +447,7 @@ class Breaks(nn.Module):
         return x + torch.sqrt(x - x) if self.how == "backward" else x + 0
 
 torch.set_num_threads(1)
-dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+dist.init_process_group("gloo", timeout=timedelta(seconds=1200))
 rank = dist.get_rank()
 for engine in ("ddp", "fully_shard"):
     for how in ("forward", "backward", "loss"):
