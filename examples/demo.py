@@ -23,6 +23,8 @@ from pathlib import Path
 EXAMPLES = Path(__file__).resolve().parent
 RECORD_NAME = "demo.json"
 CELL_SIZE = 96
+# As good here as the six blocks of digits_model.json, in two thirds of the time.
+MODEL = {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 32, "patch_size": 2}
 
 
 def parse_args(argv=None):
@@ -30,8 +32,8 @@ def parse_args(argv=None):
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output_dir", type=Path, default=Path("demo"), help="folder for everything")
-    parser.add_argument("--max_train_steps", type=int, default=1500, help="updates of the transformer")
-    parser.add_argument("--vae_steps", type=int, default=400, help="updates of the VAE")
+    parser.add_argument("--max_train_steps", type=int, default=1800, help="updates of the transformer")
+    parser.add_argument("--vae_steps", type=int, default=300, help="updates of the VAE")
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="guidance of the samples")
     parser.add_argument("--num_inference_steps", type=int, default=25, help="sampling steps")
     parser.add_argument("--num_images_per_class", type=int, default=50, help="samples that are judged, of each digit")
@@ -185,12 +187,14 @@ def main(args):
         )
 
     print(f"3/5 A magnitude-preserving diffusion transformer, {args.max_train_steps:,} updates", flush=True)
+    model_config = args.output_dir / "model.json"
+    model_config.write_text(json.dumps(MODEL, indent=2) + "\n")
     run(
         "train_mpdit.py",
         *("--train_data_dir", data / "train"),
         *("--vae", vae),
         *("--resolution", digits.IMAGE_SIZE),
-        *("--model_config_name_or_path", EXAMPLES / "digits_model.json"),
+        *("--model_config_name_or_path", model_config),
         *("--output_dir", model),
         *("--train_batch_size", 64),
         *("--max_train_steps", args.max_train_steps),
