@@ -70,20 +70,22 @@ def arm():
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 def count_operation(event, arguments):
-    # Before a file of what is not yet a checkpoint or a snapshot is opened, renamed or removed.
-    if left["operations"] is not None and event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+    # Before a file of what is not yet a checkpoint or a snapshot is opened, or it is renamed to become one.
+    if left["operations"] is not None and event in ("open", "os.rename", "os.mkdir"):
         path = Path(os.fsdecode(arguments[0])) if isinstance(arguments[0], (str, bytes, os.PathLike)) else Path()
-        if output_dir in path.parents and ".unfinished" in str(path):
-            if left["operations"] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+        folders = [folder for folder in (path, *path.parents) if folder.name.endswith(".unfinished")]
+        if folders and output_dir in path.parents:
             left["operations"] -= 1
+            # Not where there is nothing yet that could be left over.
+            if left["operations"] < 0 and folders[0].exists():
+                os.kill(os.getpid(), signal.SIGKILL)
 
 train_mpdit.PowerFunctionEMA.update = update_and_arm
 kills = while_saving = 0
 while True:
     at_save, last = kills % 2 == 1, kills == num_kills
-    # Not always the first save: those of a few updates come before it. The first operation is to make the folder.
-    updates, operations = rng.randint(0, most_updates), rng.randint(1, 8)
+    # Not always the first save: those of a few updates come before it.
+    updates, operations = rng.randint(0, most_updates), rng.randint(0, 8)
     seconds = rng.uniform(0.001, 0.01 if updates else 0.4)
     sys.stdout.flush()
     child = os.fork()
