@@ -34,6 +34,8 @@ def _run(code, script, arguments, environment, folder, paths, output):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    # As in a process that nobody forked: workers of a loader see that it ended.
+    multiprocessing.set_start_method("fork", force=True)
     sys.argv = [str(script or "-c"), *arguments]
     sys.path[:0] = paths
     try:
