@@ -1,5 +1,7 @@
-# Needs Python 3.11 or newer and make; everything else is installed into .venv at the versions of constraints.txt.
+# Needs Python 3.11 to 3.13 and make; everything else is installed into .venv at the versions of constraints.txt.
 PYTHON ?= python3
+# Where torch comes from: a package index, a folder or a wheel (CONTRIBUTING.md); empty: where pip finds it.
+export TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -8,12 +10,17 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist
 
 .PHONY: install demo test test-all test-lowest test-wheel bench docs tiny style quality clean
 
-install: $(INSTALLED)
+install: $(INSTALLED)  ## says what it brings, and how much; repairs what was interrupted
 
 $(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $(INSTALLED)
+	@$(PYTHON) .ci/install.py
+
+# Also when TORCH is not the one of the last installation.
+ifneq ($(TORCH),)
+ifneq ($(TORCH),$(shell cat $(INSTALLED) 2>/dev/null))
+.PHONY: $(INSTALLED)
+endif
+endif
 
 demo: $(INSTALLED)  ## real digits, a VAE, a transformer, samples: under 8 minutes on 2 cores
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py --output_dir demo
