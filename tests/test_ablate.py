@@ -47,8 +47,7 @@ RUNS = [
 ]
 
 
-# One worker for all: the miniature is made once.
-pytestmark = [pytest.mark.xdist_group("ablate"), pytest.mark.usefixtures("examples_run_here")]
+pytestmark = pytest.mark.usefixtures("examples_run_here")
 
 
 def run(folder, *more):

@@ -366,7 +366,6 @@ def test_a_token_on_the_command_line_beside_a_tracker_that_records_it(report_to)
 # Publishing
 
 
-@pytest.mark.xdist_group("readers of the Hub")
 def test_push_then_load_from_a_clean_cache(made, server, reader, tmp_path):
     (url,) = push(server, tmp_path / "home", publish(made.folder, commit_message="after 100 updates"))
     repository = server.repositories["user/name"]
@@ -400,7 +399,6 @@ def test_push_then_load_from_a_clean_cache(made, server, reader, tmp_path):
     np.testing.assert_array_equal(images, made.images)
 
 
-@pytest.mark.xdist_group("readers of the Hub")
 def test_weights_in_a_variant_alone_are_loaded_by_the_code_of_the_card(made, server, reader, tmp_path):
     folder = tmp_path / "run"
     make_pipeline(folder, vae=made.pipe.vae)
@@ -415,7 +413,6 @@ def test_weights_in_a_variant_alone_are_loaded_by_the_code_of_the_card(made, ser
     np.testing.assert_array_equal(images, made.images)
 
 
-@pytest.mark.xdist_group("readers of the Hub")
 def test_private_repository_and_revision(made, run, server, reader, tmp_path):
     make_pipeline(tmp_path / "other", seed=5, vae=made.pipe.vae)
     write_model_card(tmp_path / "other", "user/name", revision="draft")
@@ -531,7 +528,6 @@ def test_a_commit_whose_answer_is_lost_is_made_once(made, server, tmp_path, afte
     assert set(repository.files()) == PUBLISHED | {".gitattributes"}
 
 
-@pytest.mark.xdist_group("readers of the Hub")
 def test_a_download_that_breaks_off(made, server, reader, tmp_path):
     push(server, tmp_path / "home", publish(made.folder))
     digest = weights(made.folder)
@@ -727,7 +723,6 @@ print("RESULTS " + json.dumps([swapped, pipe.transformer(*inputs).sample.tolist(
 """
 
 
-@pytest.mark.xdist_group("readers of the Hub")
 def test_a_swapped_pipeline_and_an_adapter_are_published_and_loaded(swapped, server, reader, tmp_path):
     push(
         server,

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # One environment for all: making it is most of the time.
-pytestmark = pytest.mark.xdist_group("installation")
+
 # Installs itself in the development mode, as setuptools would, which is not here.
 BACKEND = """
 from pathlib import Path

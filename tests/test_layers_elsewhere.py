@@ -19,8 +19,6 @@ INPUTS = {
     "txt_ids": torch.zeros(8, 3),
 }
 CPU = torch.device("cpu")
-# The page trains a model, so it is run once.
-pytestmark = pytest.mark.xdist_group("layers_in_your_model")
 
 
 @pytest.fixture(scope="module")

@@ -51,9 +51,7 @@ def fitted(snapshots, std, step=None):
     return sum(weight * loaded[name] for name, weight in fit.weights.items()), fit, loaded
 
 
-# A real run. One worker for all that look at it: it is made once.
-
-of_the_run = pytest.mark.xdist_group("reconstruct_ema")
+# A real run
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +105,6 @@ def misses(run, std, step, every):
     return ((rebuilt - wanted).norm() / nearest).item(), fit.fit_error_to_nearest
 
 
-@of_the_run
 @pytest.mark.parametrize("step, every", [(400, 40), (200, 40), (320, 80), (400, 80)])
 def test_a_width_tracked_but_not_stored_is_rebuilt_within_the_reported_error(run, step, every):
     measured, reported = misses(run, 0.075, step, every)
@@ -116,7 +113,6 @@ def test_a_width_tracked_but_not_stored_is_rebuilt_within_the_reported_error(run
     assert measured > 1e-4
 
 
-@of_the_run
 def test_measured_figures_of_the_docs(run):
     # Of docs/ema.md: from four stored steps, and from ten.
     assert misses(run, 0.075, 320, 80) == pytest.approx((0.09, 0.15), rel=0.2)
@@ -129,7 +125,6 @@ def test_measured_figures_of_the_docs(run):
         assert reported < measured < 3.5 * reported
 
 
-@of_the_run
 @pytest.mark.parametrize("std, step, every", [(0.03, 400, 200), (0.075, 400, 200), (0.075, 400, 40), (0.03, 200, 40)])
 def test_the_bound_holds_for_every_width_and_spacing(run, std, step, every):
     directory, tracked, trajectory = run
@@ -141,7 +136,6 @@ def test_the_bound_holds_for_every_width_and_spacing(run, std, step, every):
     assert 0 < miss < fit.fit_error * profile_norm * deviation
 
 
-@of_the_run
 def test_the_pipeline_is_the_tracked_average_with_normalised_rows(run, tmp_path):
     directory, tracked, _ = run
     fit = reconstruct_ema(directory, tmp_path / "pipeline", 0.075, step=200)
@@ -170,7 +164,6 @@ def test_the_pipeline_is_the_tracked_average_with_normalised_rows(run, tmp_path)
     assert sorted(report["weights"]) == [s.path.name for s in find_snapshots(directory) if s.step <= 200]
 
 
-@of_the_run
 def test_a_stored_average_is_itself_to_the_bit(run, tmp_path):
     directory, _, _ = run
     fit = reconstruct_ema(directory, tmp_path / "pipeline", 0.1)
@@ -180,7 +173,6 @@ def test_a_stored_average_is_itself_to_the_bit(run, tmp_path):
     assert torch.equal(vector(normalize_weights_(model).state_dict()), vector(rebuilt.state_dict()))
 
 
-@of_the_run
 def test_the_script_reports_and_writes(run, tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import reconstruct_ema as script

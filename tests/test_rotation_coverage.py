@@ -484,7 +484,6 @@ def saved(tmp_path_factory):
     return folder, outputs, torch.load(folder / "outputs.pt", weights_only=True)
 
 
-@pytest.mark.xdist_group("swapped_models")
 def test_reloads_to_the_bit_in_a_fresh_process(saved):
     folder, outputs, reloaded = saved
     assert outputs.keys() == reloaded.keys()
@@ -493,7 +492,6 @@ def test_reloads_to_the_bit_in_a_fresh_process(saved):
     assert len(list((folder / "Flux in shards").glob("*.safetensors"))) > 1
 
 
-@pytest.mark.xdist_group("swapped_models")
 def test_is_never_saved_under_the_stock_name(saved):
     folder, outputs, _ = saved
     for case in outputs:
@@ -502,7 +500,6 @@ def test_is_never_saved_under_the_stock_name(saved):
         assert set(config["rotation_modulation"]) == {"sublayers", "keep_shift", "mean_shift", "rank"}
 
 
-@pytest.mark.xdist_group("swapped_models")
 def test_stock_class_says_what_it_leaves_out(saved, caplog):
     """All that diffusers does for a class that is told to load another one's weights."""
     diffusers.utils.logging.enable_propagation()
@@ -515,13 +512,11 @@ def test_stock_class_says_what_it_leaves_out(saved, caplog):
     assert "norm_out.linear.rotation.weight" in caplog.text
 
 
-@pytest.mark.xdist_group("swapped_models")
 def test_auto_model_knows_classes_of_diffusers_only(saved):
     with pytest.raises(ValueError, match="`diffusers` has no class `RotationFluxTransformer2DModel`"):
         AutoModel.from_pretrained(saved[0] / "Flux")
 
 
-@pytest.mark.xdist_group("swapped_models")
 @pytest.mark.parametrize("options", [{"device_map": {"": "cpu"}}, {"low_cpu_mem_usage": False, "device_map": None}])
 def test_other_ways_to_load(saved, options):
     folder, outputs, _ = saved
@@ -529,7 +524,6 @@ def test_other_ways_to_load(saved, options):
     assert torch.equal(run(model.eval(), make("Flux")[1]), outputs["Flux"])
 
 
-@pytest.mark.xdist_group("swapped_models")
 def test_device_map_offloads_to_disk(saved, tmp_path):
     folder, outputs, _ = saved
     parts = [name for name, _ in make("Flux")[0].named_children()]
@@ -666,7 +660,6 @@ def swap_and_turn(transformer):
     turn_(transformer, 0.3)
 
 
-@pytest.mark.xdist_group("swapped_pipelines")
 def test_pipelines_reload_in_a_fresh_process(pipelines):
     _, outputs, reloaded = pipelines
     for case, output in outputs.items():
@@ -691,7 +684,6 @@ def test_a_pipeline_is_saved_under_the_class_that_was_assigned(tmp_path):
     }
 
 
-@pytest.mark.xdist_group("swapped_pipelines")
 def test_pipeline_without_the_import_says_what_to_import(pipelines):
     message = run_python(
         """

@@ -29,8 +29,7 @@ from diffusers_mp.snapshots import find_snapshots
 from diffusers_mp.training import check_checkpoint
 
 
-# One worker for all: the runs are made once.
-pytestmark = [pytest.mark.xdist_group("fsdp"), pytest.mark.usefixtures("examples_run_here")]
+pytestmark = pytest.mark.usefixtures("examples_run_here")
 
 # What only the order of sums may change in float32 after six updates.
 TOLERANCE = 1e-5
