@@ -15,8 +15,6 @@ import pytest
 
 
 ROOT = Path(__file__).parent.parent
-# One environment for all: making it is most of the time.
-
 # Installs itself in the development mode, as setuptools would, which is not here.
 BACKEND = """
 from pathlib import Path
@@ -94,7 +92,18 @@ def project(tmp_path_factory):
     write_info(folder, "small", "1", "Provides-Extra: dev", *extra)
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "python").symlink_to("/nowhere/python")
+    for name in ("parts", "liar", "wheels", "other"):
+        (folder / name).mkdir()
+    write_wheel(folder / "parts", "part", "1.0")
+    write_wheel(folder / "parts", "part", "2.0")  # constraints.txt has the other one
     return folder
+
+
+@pytest.fixture(scope="module")
+def first(project):
+    """The first installation, of a torch that is not what its wheel says. One for all: it is most of the time."""
+    write_wheel(project / "liar", "torch", "2.13.0+cpu", "2.12.1")
+    return install(project, PIP_FIND_LINKS="liar parts")
 
 
 @pytest.fixture
@@ -107,14 +116,8 @@ def script(project, monkeypatch):
     return module
 
 
-def test_install_repair_refuse(project, script, tmp_path):
-    stamp, site = project / ".venv" / ".installed", project / script.SITE
-    for name in ("parts", "liar", "wheels", "other"):
-        (tmp_path / name).mkdir()
-    write_wheel(tmp_path / "parts", "part", "1.0")
-    # A wheel that is not what it says: its torch is looked at.
-    write_wheel(tmp_path / "liar", "torch", "2.13.0+cpu", "2.12.1")
-    code, output, errors = install(project, PIP_FIND_LINKS=f"{tmp_path}/liar {tmp_path}/parts")
+def test_torch_is_looked_at_when_it_is_installed(first):
+    code, output, errors = first
     assert code == 2
     assert output[0].startswith(
         "Installing diffusers-mp and the 2 packages of constraints.txt into .venv with Python 3."
@@ -122,6 +125,10 @@ def test_install_repair_refuse(project, script, tmp_path):
     assert "up to 260 MB to download" in output[0]
     assert ".venv is made anew: it was left half made, or by another Python." in output[1:3]
     assert errors[0].startswith("Not installed: torch must be 2.13.0, as in constraints.txt; got 2.12.1.")
+
+
+def test_install_repair_refuse(project, first, script):
+    stamp, site = project / ".venv" / ".installed", project / script.SITE
     assert not stamp.exists()
     # A package whose installation was killed, as pip leaves it: the RECORD of the wheel, and not all of its files.
     record = site / "part-1.0.dist-info" / "RECORD"
@@ -129,8 +136,8 @@ def test_install_repair_refuse(project, script, tmp_path):
     record.write_text(re.sub(".*INSTALLER.*\n", "", record.read_text()))
     (site / "part.py").unlink()
     # It is mended; and another TORCH replaces torch, though it has the same version.
-    wheels = write_wheel(tmp_path / "wheels", "torch", "2.13.0+cpu").parent
-    code, output, errors = install(project, f"TORCH={wheels}", PIP_FIND_LINKS=f"{tmp_path}/parts")
+    wheels = write_wheel(project / "wheels", "torch", "2.13.0+cpu").parent
+    code, output, errors = install(project, f"TORCH={wheels}", PIP_FIND_LINKS="parts")
     assert (code, errors) == (0, [])
     assert f"and torch 2.13.0 from {wheels}." in output[0]
     assert output[-1] == "Installed into .venv: torch 2.13.0+cpu."
@@ -139,7 +146,7 @@ def test_install_repair_refuse(project, script, tmp_path):
     for arguments, expected in ([], False), ([f"TORCH={wheels}"], False), (["TORCH=elsewhere"], True):
         assert any(".ci/install.py" in line for line in install(project, "--dry-run", *arguments)[1]) == expected
     # What is refused at once changes nothing.
-    other = write_wheel(tmp_path / "other", "torch", "2.12.1+cpu")
+    other = write_wheel(project / "other", "torch", "2.12.1+cpu")
     assert refusal(project, f"TORCH={other}") == f"TORCH must be torch 2.13.0, as in constraints.txt; got {other}."
     assert refusal(project, "TORCH=nowhere.whl").endswith(
         "a folder with a torch wheel, or a .whl file; got nowhere.whl."
@@ -148,12 +155,8 @@ def test_install_repair_refuse(project, script, tmp_path):
 
 
 class TestOnceInstalled:
-    """With the environment that the test above leaves."""
-
     @pytest.fixture(autouse=True)
-    def _stamp(self, project):
-        assert (project / ".venv" / "bin" / "python").exists(), "run the whole module"
-        yield
+    def _stamp(self, project, first):
         (project / ".venv" / ".installed").touch()
 
     def test_an_index_or_a_folder_is_asked_for_the_version_of_constraints(self, script, monkeypatch):
