@@ -23,7 +23,7 @@ ifneq ($(TORCH),$(shell cat $(INSTALLED) 2>/dev/null))
 endif
 endif
 
-demo: $(INSTALLED)  ## real digits, a VAE, a transformer, samples: under 8 minutes on 2 cores
+demo: $(INSTALLED)  ## real digits, a VAE, a transformer, samples: about 4 minutes on 2 idle cores
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py --output_dir demo
 
 test: quality  ## what CI runs: no network, no GPU

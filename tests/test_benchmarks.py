@@ -207,6 +207,7 @@ class Killed(Exception):
 
 
 @pytest.mark.usefixtures("few_digits")
+@pytest.mark.slow  # recorder, trainer and plots, each of which has its tests
 def test_digits_magnitudes_goes_on_after_a_kill_and_draws(tmp_path, monkeypatch, run_here):
     import digits_magnitudes
     import train_mpdit

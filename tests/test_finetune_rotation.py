@@ -498,6 +498,7 @@ def experiment(folder, *more):
 
 
 @pytest.mark.usefixtures("few_digits")
+@pytest.mark.slow  # 21 runs of the experiment; the script itself is run above
 def test_experiment_is_resumed_run_by_run_and_reported(tmp_path, monkeypatch):
     import rotation_digits
 
