@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Two workers with a thread each beat one with two threads on these many small tests. A file goes to one worker, which
 # makes its fixtures once.
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: install demo test test-all test-lowest test-wheel bench docs tiny style quality clean
 
@@ -37,7 +37,7 @@ test-lowest:  ## the same tests on the oldest versions that pyproject.toml allow
 	$(PYTHON) -m venv .venv-lowest
 	$(PYTHON) .ci/lowest_versions.py > .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install --disable-pip-version-check --quiet --constraint .venv-lowest/constraints.txt --editable ".[dev]"
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-wheel: $(INSTALLED)  ## build, install in an empty environment, import, type-check a user's file
 	rm -rf dist .venv-wheel

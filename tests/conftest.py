@@ -1,3 +1,4 @@
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,25 @@ from diffusers_mp.images import load_image_dataset
 
 # On models this small, two threads spend their time waiting for each other.
 torch.set_num_threads(1)
+
+
+# The files that take longest begin first, so that the workers end together.
+LONGEST_FIRST = (
+    *("test_train_mpdit", "test_rotation_coverage", "test_transformer_mpdit", "test_latents", "test_hub"),
+    *("test_reconstruct_ema", "test_train_fsdp", "test_fused", "test_finetune_rotation", "test_diagnostics"),
+    *("test_docs", "test_ablate", "test_benchmarks", "test_train_and_publish", "test_resume_kills", "test_demo"),
+)
+
+
+def pytest_collection_finish():
+    # What is imported by now stays: the collector need not look through it during thousands of tests.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(autouse=True)

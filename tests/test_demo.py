@@ -18,8 +18,9 @@ import demo
 
 # On one CPU: two threads would wait for each other on a busy machine, as the server of processes has them spin.
 ON_ONE_CPU = """
-import os, runpy, sys
+import os, runpy, signal, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

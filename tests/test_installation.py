@@ -47,6 +47,11 @@ def write_wheel(folder, name, version, version_inside=None):
     return Path(path).rename(path.removesuffix(".zip") + ".whl")
 
 
+def heed_interrupts():
+    # A shell has its background jobs ignore them.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(project, *arguments, **variables):
     """`make install` with nothing but what is here."""
     ours = {key: value for key, value in os.environ.items() if not re.match("MAKE|MFLAGS|TORCH|PYTHON|PIP_", key)}
@@ -58,6 +63,7 @@ def start(project, *arguments, **variables):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
     )
 
 
