@@ -21,8 +21,9 @@ from diffusers.utils.logging import disable_progress_bar
 from facts import facts_of_run, head
 from torch.utils.data import DataLoader
 
-from diffusers_mp import MagnitudeRecorder, MPDiTPipeline, plots, reconstruct_ema
-from diffusers_mp.latents import LatentDataset
+from diffusers_mp import MagnitudeRecorder, MPDiTPipeline, reconstruct_ema
+from diffusers_mp.data.latents import LatentDataset
+from diffusers_mp.diagnostics import plots
 from diffusers_mp.presets import CONFIGURATIONS
 from diffusers_mp.training import (
     DDPMObjective,

@@ -33,7 +33,7 @@ from diffusers_mp import (
     normalize_weights_,
     trust_rows_,
 )
-from diffusers_mp.ema import power_function_decay
+from diffusers_mp.averages.ema import power_function_decay
 
 
 B, N, D, H = 16, 64, 384, 6

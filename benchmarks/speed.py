@@ -41,7 +41,7 @@ from diffusers_mp import (
     parameter_groups,
     trust_rows_,
 )
-from diffusers_mp.encoding import encode_dataset
+from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.training import StreamBatchSampler, TrainingSamples
 
 

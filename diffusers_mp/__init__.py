@@ -23,9 +23,9 @@ _EXPORTS = {
     "presets": ["get_preset"],
     "original_dit": ["OriginalDiTTransformer2DModel"],
     "class_embeddings": ["resize_class_embeddings_"],
-    "ema": ["PowerFunctionEMA"],
-    "reconstruction": ["reconstruct_ema"],
-    "evaluation": ["frechet_distance"],
+    "averages.ema": ["PowerFunctionEMA"],
+    "averages.reconstruction": ["reconstruct_ema"],
+    "evaluation.measures": ["frechet_distance"],
     "rotation_swap": [
         "drop_shift_",
         "load_rotation_adapter",
@@ -34,18 +34,19 @@ _EXPORTS = {
         "swap_adaln_for_rotation",
         "unswap_rotation",
     ],
-    "training": ["parameter_groups"],
-    "diagnostics": ["MagnitudeRecorder"],
+    "optimization": ["parameter_groups"],
+    "diagnostics.recorder": ["MagnitudeRecorder"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = ["__version__", *sorted(_MODULE_OF)]
 
 if TYPE_CHECKING:
+    from .averages.ema import PowerFunctionEMA as PowerFunctionEMA
+    from .averages.reconstruction import reconstruct_ema as reconstruct_ema
     from .class_embeddings import resize_class_embeddings_ as resize_class_embeddings_
-    from .diagnostics import MagnitudeRecorder as MagnitudeRecorder
-    from .ema import PowerFunctionEMA as PowerFunctionEMA
-    from .evaluation import frechet_distance as frechet_distance
+    from .diagnostics.recorder import MagnitudeRecorder as MagnitudeRecorder
+    from .evaluation.measures import frechet_distance as frechet_distance
     from .layers import MPEmbedding as MPEmbedding
     from .layers import MPLeakyReLU as MPLeakyReLU
     from .layers import MPLinear as MPLinear
@@ -58,17 +59,16 @@ if TYPE_CHECKING:
     from .modulation import RotationModulation as RotationModulation
     from .modulation import ScaleModulation as ScaleModulation
     from .modulation import ShiftModulation as ShiftModulation
+    from .optimization import parameter_groups as parameter_groups
     from .original_dit import OriginalDiTTransformer2DModel as OriginalDiTTransformer2DModel
     from .pipeline_mpdit import MPDiTPipeline as MPDiTPipeline
     from .presets import get_preset as get_preset
-    from .reconstruction import reconstruct_ema as reconstruct_ema
     from .rotation_swap import drop_shift_ as drop_shift_
     from .rotation_swap import load_rotation_adapter as load_rotation_adapter
     from .rotation_swap import save_rotation_adapter as save_rotation_adapter
     from .rotation_swap import set_shift_scale as set_shift_scale
     from .rotation_swap import swap_adaln_for_rotation as swap_adaln_for_rotation
     from .rotation_swap import unswap_rotation as unswap_rotation
-    from .training import parameter_groups as parameter_groups
     from .transformer_mpdit import MPDiTTransformer2DModel as MPDiTTransformer2DModel
 
 

@@ -44,11 +44,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from diffusers_mp import MPDiTPipeline, frechet_distance, get_preset
-from diffusers_mp.diagnostics import load_history
-from diffusers_mp.encoding import encode_dataset
-from diffusers_mp.evaluation import NonFiniteImageError, RunningStatistics, generate_images
-from diffusers_mp.images import load_image_dataset
-from diffusers_mp.latents import LatentDataset
+from diffusers_mp.data.encoding import encode_dataset
+from diffusers_mp.data.images import load_image_dataset
+from diffusers_mp.data.latents import LatentDataset
+from diffusers_mp.diagnostics.recorder import load_history
+from diffusers_mp.evaluation.measures import NonFiniteImageError, RunningStatistics, generate_images
 from diffusers_mp.training import (
     NonFiniteError,
     find_checkpoints,

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
-from diffusers_mp import plots
+from diffusers_mp.diagnostics import plots
 
 
 ADALN, ROTATION = "E_scale+shift+gate", "E_scale+rotate+gate"

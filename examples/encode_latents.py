@@ -15,9 +15,9 @@ import os
 from accelerate import Accelerator
 from training_arguments import HelpFormatter
 
-from diffusers_mp.encoding import check_encoding, encode_dataset, load_vae
-from diffusers_mp.images import load_image_dataset
-from diffusers_mp.latents import LatentDataset
+from diffusers_mp.data.encoding import check_encoding, encode_dataset, load_vae
+from diffusers_mp.data.images import load_image_dataset
+from diffusers_mp.data.latents import LatentDataset
 
 
 def make_parser() -> argparse.ArgumentParser:

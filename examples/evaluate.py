@@ -41,7 +41,11 @@ from training_arguments import HelpFormatter
 
 import diffusers_mp
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, reconstruct_ema
-from diffusers_mp.evaluation import (
+from diffusers_mp.averages.reconstruction import plan_reconstruction, snapshots_up_to
+from diffusers_mp.averages.snapshots import check_snapshots, find_snapshots, pipeline_parts
+from diffusers_mp.data.images import load_image_dataset
+from diffusers_mp.evaluation.features import load_extractor
+from diffusers_mp.evaluation.measures import (
     MAX_FEATURES,
     NonFiniteImageError,
     ReferenceStatistics,
@@ -52,8 +56,7 @@ from diffusers_mp.evaluation import (
     reference_statistics,
     sampler_for,
 )
-from diffusers_mp.feature_extractors import load_extractor
-from diffusers_mp.hub import (
+from diffusers_mp.publishing.hub import (
     HEAT_MAP_NAME,
     check_hub_access,
     download_pipeline,
@@ -61,10 +64,7 @@ from diffusers_mp.hub import (
     has_component,
     publish,
 )
-from diffusers_mp.images import load_image_dataset
-from diffusers_mp.model_card import write_evaluation, write_model_card
-from diffusers_mp.reconstruction import plan_reconstruction, snapshots_up_to
-from diffusers_mp.snapshots import check_snapshots, find_snapshots, pipeline_parts
+from diffusers_mp.publishing.model_card import write_evaluation, write_model_card
 
 
 NUM_SHOWN = 16

@@ -28,9 +28,9 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel
-from diffusers_mp.hub import files_to_publish
-from diffusers_mp.latents import LatentDataset
-from diffusers_mp.model_card import write_model_card
+from diffusers_mp.data.latents import LatentDataset
+from diffusers_mp.publishing.hub import files_to_publish
+from diffusers_mp.publishing.model_card import write_model_card
 from diffusers_mp.training import (
     DDPMObjective,
     TrainingSamples,

@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 
 from diffusers_mp import reconstruct_ema
-from diffusers_mp.reconstruction import plan_reconstruction
-from diffusers_mp.snapshots import find_snapshots
+from diffusers_mp.averages.reconstruction import plan_reconstruction
+from diffusers_mp.averages.snapshots import find_snapshots
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

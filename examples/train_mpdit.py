@@ -57,13 +57,13 @@ from diffusers_mp import (
     resize_class_embeddings_,
     trust_rows_,
 )
-from diffusers_mp.encoding import encode_dataset, load_vae
-from diffusers_mp.hashing import sha256_of_weights
-from diffusers_mp.hub import check_hub_access, public_arguments, publish
-from diffusers_mp.images import load_image_dataset
-from diffusers_mp.latents import LatentDataset, vae_fingerprint
-from diffusers_mp.model_card import write_model_card
-from diffusers_mp.snapshots import discard_snapshots_after, save_snapshots
+from diffusers_mp.averages.snapshots import discard_snapshots_after, save_snapshots
+from diffusers_mp.data.encoding import encode_dataset, load_vae
+from diffusers_mp.data.images import load_image_dataset
+from diffusers_mp.data.latents import LatentDataset, vae_fingerprint
+from diffusers_mp.files import sha256_of_weights
+from diffusers_mp.publishing.hub import check_hub_access, public_arguments, publish
+from diffusers_mp.publishing.model_card import write_model_card
 from diffusers_mp.training import (
     DDPMObjective,
     FlowMatchObjective,

@@ -10,9 +10,9 @@ from accelerate.tracking import get_available_trackers
 from diffusers.optimization import SchedulerType
 
 from diffusers_mp import MPDiTTransformer2DModel, get_preset
-from diffusers_mp.ema import exponent_of_std
-from diffusers_mp.hub import check_trackers
+from diffusers_mp.averages.ema import exponent_of_std
 from diffusers_mp.presets import CONFIGURATIONS
+from diffusers_mp.publishing.hub import check_trackers
 
 
 MODEL_FLAGS = tuple(CONFIGURATIONS["E"])

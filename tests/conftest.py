@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import random_picture, reset_accelerate
 
-from diffusers_mp.images import load_image_dataset
+from diffusers_mp.data.images import load_image_dataset
 
 
 # On models this small, two threads spend their time waiting for each other.

@@ -26,10 +26,10 @@ from diffusers_mp import (
     RotationModulation,
     normalize_weights_,
     parameter_groups,
-    plots,
     swap_adaln_for_rotation,
 )
-from diffusers_mp.diagnostics import NUM_ANGLE_BINS, load_history
+from diffusers_mp.diagnostics import plots
+from diffusers_mp.diagnostics.recorder import NUM_ANGLE_BINS, load_history
 from diffusers_mp.modulation import Modulation
 
 
@@ -939,7 +939,8 @@ def test_matplotlib_is_not_imported_with_the_package():
     code = """
         import sys
         assert "matplotlib" not in sys.modules
-        from diffusers_mp import MagnitudeRecorder, plots
+        from diffusers_mp import MagnitudeRecorder
+        from diffusers_mp.diagnostics import plots
         assert "matplotlib" not in sys.modules
     """
     run_python(code)

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_mp.ema import (
+from diffusers_mp.averages.ema import (
     MAX_STD,
     PowerFunctionEMA,
     exponent_of_std,
     power_function_decay,
     profile_inner_product,
 )
+from diffusers_mp.averages.reconstruction import reconstruction_weights
 from diffusers_mp.layers import MPEmbedding, MPLinear
-from diffusers_mp.reconstruction import reconstruction_weights
 
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures" / "golden" / "ema.json").read_text())

@@ -9,7 +9,7 @@ import torch
 from helpers import tiny_vae
 from processes import run_processes
 
-from diffusers_mp.latents import LatentDataset
+from diffusers_mp.data.latents import LatentDataset
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

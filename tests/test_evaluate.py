@@ -23,10 +23,10 @@ from test_evaluation import dinov2  # noqa: F401
 from test_hub import TOKEN, client
 
 from diffusers_mp import MPDiTPipeline, PowerFunctionEMA, frechet_distance, normalize_weights_, reconstruct_ema
-from diffusers_mp.evaluation import RunningStatistics, drawn, generate_images, precision_recall
-from diffusers_mp.feature_extractors import transformers_extractor
-from diffusers_mp.images import prepare_image
-from diffusers_mp.snapshots import save_snapshots
+from diffusers_mp.averages.snapshots import save_snapshots
+from diffusers_mp.data.images import prepare_image
+from diffusers_mp.evaluation.features import transformers_extractor
+from diffusers_mp.evaluation.measures import RunningStatistics, drawn, generate_images, precision_recall
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -16,8 +16,17 @@ from helpers import random_picture, tiny_model, tiny_vae
 from PIL import Image
 from scipy.linalg import sqrtm
 
-from diffusers_mp import MPDiTPipeline, evaluation, frechet_distance
-from diffusers_mp.evaluation import (
+from diffusers_mp import MPDiTPipeline, frechet_distance
+from diffusers_mp.data.images import load_image_dataset, prepare_image
+from diffusers_mp.evaluation import measures as evaluation
+from diffusers_mp.evaluation.features import (
+    FeatureExtractor,
+    inception_extractor,
+    load_extractor,
+    prepare_pixels,
+    transformers_extractor,
+)
+from diffusers_mp.evaluation.measures import (
     NonFiniteImageError,
     ReferenceStatistics,
     RunningStatistics,
@@ -29,14 +38,6 @@ from diffusers_mp.evaluation import (
     rank_warning,
     reference_statistics,
 )
-from diffusers_mp.feature_extractors import (
-    FeatureExtractor,
-    inception_extractor,
-    load_extractor,
-    prepare_pixels,
-    transformers_extractor,
-)
-from diffusers_mp.images import load_image_dataset, prepare_image
 from diffusers_mp.training import sample_generator
 
 

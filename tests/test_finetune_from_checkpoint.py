@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from test_hub import TOKEN, client
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, normalize_weights_
-from diffusers_mp.hashing import sha256_of_weights
-from diffusers_mp.latents import vae_fingerprint
+from diffusers_mp.data.latents import vae_fingerprint
+from diffusers_mp.files import sha256_of_weights
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -201,7 +201,7 @@ def test_from_the_hub(data, tmp_path):
 import json, sys
 sys.path.insert(0, {str(ROOT / "examples")!r})
 import train_mpdit, training_arguments
-from diffusers_mp.hub import publish
+from diffusers_mp.publishing.hub import publish
 folder, argv = json.load(sys.stdin)
 publish(folder, "user/tiny")
 train_mpdit.main(training_arguments.parse_args(argv))

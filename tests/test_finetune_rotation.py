@@ -16,7 +16,7 @@ from processes import run_processes, run_python
 from test_hub import TOKEN, client, holding
 
 from diffusers_mp import OriginalDiTTransformer2DModel, load_rotation_adapter, swap_adaln_for_rotation
-from diffusers_mp.latents import LatentDataset
+from diffusers_mp.data.latents import LatentDataset
 from diffusers_mp.training import NonFiniteError, TrainingSamples, split_validation
 
 

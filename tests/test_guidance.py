@@ -30,7 +30,7 @@ from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
 from helpers import relative_error, tiny_model, tiny_vae
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, PowerFunctionEMA, normalize_weights_
-from diffusers_mp.snapshots import save_snapshots
+from diffusers_mp.averages.snapshots import save_snapshots
 
 
 LABELS = torch.tensor([2, 5])

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import torch
 
-from diffusers_mp.hashing import sha256_of_file, sha256_of_weights
+from diffusers_mp.files import sha256_of_file, sha256_of_weights
 
 
 def test_weights_are_hashed_by_name_and_value():

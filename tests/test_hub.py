@@ -25,9 +25,10 @@ from hub_server import CHUNK_SIZE, Fault, HubServer, sha256
 from PIL import PngImagePlugin
 from processes import PRELOADED
 
-from diffusers_mp import MPDiTPipeline, hub, save_rotation_adapter, swap_adaln_for_rotation
-from diffusers_mp.hub import HubError
-from diffusers_mp.model_card import write_model_card, write_rotation_card
+from diffusers_mp import MPDiTPipeline, save_rotation_adapter, swap_adaln_for_rotation
+from diffusers_mp.publishing import hub
+from diffusers_mp.publishing.hub import HubError
+from diffusers_mp.publishing.model_card import write_model_card, write_rotation_card
 
 
 TOKEN, READ_TOKEN = "hf_" + "WriteSecret" * 3, "hf_" + "ReadSecret" * 3
@@ -169,7 +170,7 @@ PUSH = """
 import json, logging, os, sys, time, traceback
 logging.basicConfig(level=os.environ.get("LEVEL", "DEBUG"))
 time.sleep = lambda seconds: None
-from diffusers_mp import hub
+from diffusers_mp.publishing import hub
 results = []
 for name, arguments, options in json.load(sys.stdin):
     try:
@@ -500,7 +501,12 @@ def test_an_upload_that_fails_for_good_publishes_nothing_and_can_go_on(made, ser
     server.faults = [lasting]
     (failed,) = push(server, tmp_path / "home", publish(made.folder))
     assert failed["error"] == "HubError"
-    for fact in ("'user/name' failed and left it as it was", "is intact", "diffusers_mp.hub.publish(", "transformer/"):
+    for fact in (
+        "'user/name' failed and left it as it was",
+        "is intact",
+        "diffusers_mp.publishing.hub.publish(",
+        "transformer/",
+    ):
         assert fact in failed["message"], fact
     # The client tries six times, and publish three.
     assert lasting.times == 1000 - 18

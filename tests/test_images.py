@@ -11,7 +11,7 @@ import torch
 from helpers import random_picture
 from PIL import Image
 
-from diffusers_mp.images import load_image_dataset, prepare_image, read_picture
+from diffusers_mp.data.images import load_image_dataset, prepare_image, read_picture
 
 
 def test_an_image_folder_brings_its_classes(pictures, picture_folder):

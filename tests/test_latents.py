@@ -17,10 +17,10 @@ from helpers import random_picture, tiny_vae
 from PIL import Image
 from processes import PRELOADED, TIMEOUT
 
-from diffusers_mp import encoding
-from diffusers_mp.encoding import _ChannelStatistics, encode_dataset
-from diffusers_mp.images import load_image_dataset, prepare_image
-from diffusers_mp.latents import LatentDataset, vae_fingerprint
+from diffusers_mp.data import encoding
+from diffusers_mp.data.encoding import _ChannelStatistics, encode_dataset
+from diffusers_mp.data.images import load_image_dataset, prepare_image
+from diffusers_mp.data.latents import LatentDataset, vae_fingerprint
 
 
 RESOLUTION = 16
@@ -161,7 +161,7 @@ def test_a_corrupt_picture_is_named(damaged_folder, tmp_path, vae, num_workers):
 def test_corrupt_pictures_are_left_out_when_asked(damaged_folder, tmp_path, vae, caplog):
     dataset, _ = load_image_dataset(damaged_folder, cache_dir=str(tmp_path / "cache"))
     options = {"vae": vae, "resolution": RESOLUTION, "skip_corrupt": True, "batch_size": 1, "shard_size": 2}
-    with caplog.at_level(logging.WARNING, logger="diffusers_mp.encoding"):
+    with caplog.at_level(logging.WARNING, logger="diffusers_mp.data.encoding"):
         encoded = encode_dataset(dataset, tmp_path / "encoded", **options)
     assert len(encoded) == 4
     assert [os.path.basename(name) for name in encoded.index["skipped"]] == ["1.png", "4.png"]
@@ -184,7 +184,7 @@ def test_corrupt_pictures_are_left_out_when_asked(damaged_folder, tmp_path, vae,
     # Who did not ask is told.
     for asked, told in ((True, False), (False, True)):
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="diffusers_mp.encoding"):
+        with caplog.at_level(logging.WARNING, logger="diffusers_mp.data.encoding"):
             encode_dataset(dataset, tmp_path / "encoded", **{**options, "skip_corrupt": asked})
         assert ("lacks pictures that could not be read when it was encoded: 2 of them, such as" in caplog.text) is told
 

@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from test_hub import TOKEN, made, make_pipeline, rewrite, run  # noqa: F401
 
-from diffusers_mp import hub, save_rotation_adapter, swap_adaln_for_rotation
-from diffusers_mp.hub import files_to_publish
-from diffusers_mp.model_card import write_evaluation, write_model_card, write_rotation_card
+from diffusers_mp import save_rotation_adapter, swap_adaln_for_rotation
+from diffusers_mp.publishing import hub
+from diffusers_mp.publishing.hub import files_to_publish
+from diffusers_mp.publishing.model_card import write_evaluation, write_model_card, write_rotation_card
 
 
 def blocks_of(text):

@@ -8,7 +8,7 @@ from helpers import tiny_model
 from torch import nn
 
 from diffusers_mp import MPEmbedding, MPLinear, functional, normalize_weights_
-from diffusers_mp.training.optimization import inverse_sqrt_schedule, parameter_groups
+from diffusers_mp.optimization import inverse_sqrt_schedule, parameter_groups
 
 
 def _group_of(groups, parameter):

@@ -11,7 +11,7 @@ from helpers import NOT_IN_DEV, row_norms, tiny_inputs, tiny_model
 from torch import nn
 
 from diffusers_mp import MPEmbedding, MPLinear, functional, normalize_weights_
-from diffusers_mp.training.optimization import SCALINGS, check_optimizer, parameter_groups
+from diffusers_mp.optimization import SCALINGS, check_optimizer, parameter_groups
 
 
 FAN_IN, EPS = 64, 1e-2

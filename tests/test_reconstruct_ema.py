@@ -25,9 +25,9 @@ from diffusers_mp import (
     parameter_groups,
     reconstruct_ema,
 )
-from diffusers_mp.ema import exponent_of_std, profile_inner_product
-from diffusers_mp.reconstruction import plan_reconstruction, profile_fit_error, reconstruction_weights
-from diffusers_mp.snapshots import Snapshot, discard_snapshots_after, find_snapshots, save_snapshots
+from diffusers_mp.averages.ema import exponent_of_std, profile_inner_product
+from diffusers_mp.averages.reconstruction import plan_reconstruction, profile_fit_error, reconstruction_weights
+from diffusers_mp.averages.snapshots import Snapshot, discard_snapshots_after, find_snapshots, save_snapshots
 from diffusers_mp.training import DDPMObjective, inverse_sqrt_schedule
 
 
@@ -336,7 +336,7 @@ def test_a_kill_while_saving_leaves_no_snapshot(tmp_path, monkeypatch):
     def die(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffusers_mp.snapshots.sha256_of_file", die)
+    monkeypatch.setattr("diffusers_mp.averages.snapshots.sha256_of_file", die)
     with pytest.raises(KeyboardInterrupt):
         save_snapshots(ema, tmp_path, pipeline)
     assert [snapshot.step for snapshot in find_snapshots(tmp_path)] == [1, 1]
@@ -359,7 +359,7 @@ def test_memory_is_that_of_two_models(tmp_path):
     from diffusers import DDPMScheduler
     from helpers import tiny_model
     from diffusers_mp import MPDiTPipeline, PowerFunctionEMA, reconstruct_ema
-    from diffusers_mp.snapshots import save_snapshots
+    from diffusers_mp.averages.snapshots import save_snapshots
     torch.set_num_threads(1)
 
     def resident(key):

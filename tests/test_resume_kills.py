@@ -20,7 +20,7 @@ from test_train_mpdit import (  # noqa: F401
     weights,
 )
 
-from diffusers_mp.snapshots import find_snapshots
+from diffusers_mp.averages.snapshots import find_snapshots
 
 
 pytestmark = pytest.mark.usefixtures("examples_run_here")

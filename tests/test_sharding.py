@@ -65,7 +65,7 @@ import warnings
 import torch.distributed.checkpoint as dcp
 from diffusers import DDPMScheduler
 from diffusers_mp import MPDiTPipeline
-from diffusers_mp.snapshots import save_snapshots
+from diffusers_mp.averages.snapshots import save_snapshots
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -11,8 +11,8 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, normalize_weights_
-from diffusers_mp.encoding import encode_dataset
-from diffusers_mp.images import load_image_dataset
+from diffusers_mp.data.encoding import encode_dataset
+from diffusers_mp.data.images import load_image_dataset
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -25,7 +25,7 @@ from test_train_mpdit import (  # noqa: F401
 )
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel
-from diffusers_mp.snapshots import find_snapshots
+from diffusers_mp.averages.snapshots import find_snapshots
 from diffusers_mp.training import check_checkpoint
 
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils.data import DataLoader
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, normalize_weights_
-from diffusers_mp.latents import LatentDataset
+from diffusers_mp.data.latents import LatentDataset
 from diffusers_mp.presets import CONFIGURATIONS
 from diffusers_mp.training import (
     DDPMObjective,

@@ -8,7 +8,7 @@ import torch
 from test_train_mpdit import data, metrics, train  # noqa: F401
 
 from diffusers_mp import MPDiTPipeline
-from diffusers_mp.latents import LatentDataset
+from diffusers_mp.data.latents import LatentDataset
 
 
 pytestmark = pytest.mark.usefixtures("examples_run_here")

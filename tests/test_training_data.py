@@ -9,9 +9,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffusers_mp.encoding import encode_dataset
-from diffusers_mp.images import load_image_dataset
-from diffusers_mp.training.data import (
+from diffusers_mp.data.encoding import encode_dataset
+from diffusers_mp.data.images import load_image_dataset
+from diffusers_mp.training.samples import (
     StreamBatchSampler,
     TrainingSamples,
     conditions_of,

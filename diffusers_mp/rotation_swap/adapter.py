@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .. import __version__
-from ..hub import is_repo_id
+from ..publishing.hub import is_repo_id
 from .linear import RotationLinear
 from .sites import find_sites
 from .swap import (

@@ -1,22 +1,22 @@
 """What a training loop needs beside the model; `examples/train_mpdit.py` puts it together."""
 
+from ..optimization import check_optimizer as check_optimizer
+from ..optimization import inverse_sqrt_schedule as inverse_sqrt_schedule
+from ..optimization import parameter_groups as parameter_groups
 from .checkpoints import check_checkpoint as check_checkpoint
 from .checkpoints import find_checkpoints as find_checkpoints
 from .checkpoints import load_checkpoint as load_checkpoint
 from .checkpoints import read_state as read_state
 from .checkpoints import resolve_checkpoint as resolve_checkpoint
 from .checkpoints import save_checkpoint as save_checkpoint
-from .data import StreamBatchSampler as StreamBatchSampler
-from .data import TrainingSamples as TrainingSamples
-from .data import conditions_of as conditions_of
-from .data import sample_generator as sample_generator
-from .data import split_validation as split_validation
 from .flow_matching import FlowMatchObjective as FlowMatchObjective
 from .objectives import DDPMObjective as DDPMObjective
 from .objectives import Objective as Objective
-from .optimization import check_optimizer as check_optimizer
-from .optimization import inverse_sqrt_schedule as inverse_sqrt_schedule
-from .optimization import parameter_groups as parameter_groups
+from .samples import StreamBatchSampler as StreamBatchSampler
+from .samples import TrainingSamples as TrainingSamples
+from .samples import conditions_of as conditions_of
+from .samples import sample_generator as sample_generator
+from .samples import split_validation as split_validation
 from .signals import StopRequest as StopRequest
 from .signals import leave_signals_to_main_process as leave_signals_to_main_process
 from .tracking import JSONLinesTracker as JSONLinesTracker

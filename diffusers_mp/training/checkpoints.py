@@ -30,8 +30,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..ema import PowerFunctionEMA
-from ..hashing import sha256_of_file
+from ..averages.ema import PowerFunctionEMA
+from ..files import sha256_of_file
 from ..layers import return_to_shards
 from .watchdog import NonFiniteError, all_finite
 

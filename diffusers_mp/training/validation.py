@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data import conditions_of
 from .objectives import Objective
+from .samples import conditions_of
 
 
 def validation_timesteps(objective: Objective, num_levels: int) -> torch.Tensor:

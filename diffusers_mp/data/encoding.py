@@ -34,7 +34,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from .hashing import sha256_of_file
+from ..files import sha256_of_file
 from .images import read_picture
 from .latents import FORMAT_VERSION, INDEX_NAME, LatentDataset, content_hash, to_unit_range, vae_fingerprint
 

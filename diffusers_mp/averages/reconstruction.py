@@ -16,10 +16,10 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from ..layers import normalize_weights_
+from ..transformer_mpdit import MPDiTTransformer2DModel
 from .ema import exponent_of_std, profile_inner_product
-from .layers import normalize_weights_
 from .snapshots import UNFINISHED, Snapshot, check_snapshots, find_snapshots, pipeline_parts
-from .transformer_mpdit import MPDiTTransformer2DModel
 
 
 REPORT_FILE = "reconstruction.json"

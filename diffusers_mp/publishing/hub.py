@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
 
-from . import __version__
+from .. import __version__
 
 
 CARD_NAME, GRID_NAME, CURVE_NAME = "README.md", "sample_grid.png", "training_curve.png"
@@ -302,7 +302,7 @@ def publish(
             if seconds is None or not _is_transient(error):
                 _raise_hub_error(
                     f"publishing to {repo_id!r} failed and left it as it was; {folder} is intact, and "
-                    f"`diffusers_mp.hub.publish({str(folder)!r}, {repo_id!r})` tries again",
+                    f"`diffusers_mp.publishing.hub.publish({str(folder)!r}, {repo_id!r})` tries again",
                     error,
                     token,
                 )

@@ -18,7 +18,7 @@ import torch
 import transformers
 from PIL import Image
 
-from .hashing import sha256_of_weights
+from ..files import sha256_of_weights
 
 
 INCEPTION = "torch-fidelity"

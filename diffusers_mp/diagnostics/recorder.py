@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .functional import compute_dtype
-from .layers import return_to_shards, unwrapped
-from .modulation import Modulation
+from ..functional import compute_dtype
+from ..layers import return_to_shards, unwrapped
+from ..modulation import Modulation
 
 
 # Equal bins of angles over (-pi, pi].

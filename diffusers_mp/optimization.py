@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..layers import MPEmbedding, MPLinear
+from .layers import MPEmbedding, MPLinear
 
 
 # Optimisers, by the name of their class, for which rates on rows of RMS 1 carry over to unit rows exactly; by how

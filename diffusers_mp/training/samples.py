@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 
 if TYPE_CHECKING:
-    from ..latents import LatentDataset
+    from ..data.latents import LatentDataset
 
 
 def _generator(seed: int, *key: int) -> torch.Generator:

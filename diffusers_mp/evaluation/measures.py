@@ -27,16 +27,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from .feature_extractors import FeatureExtractor
-from .images import read_picture
-from .training.data import _generator
+from ..data.images import read_picture
+from ..training.samples import _generator
+from .features import FeatureExtractor
 
 
 if TYPE_CHECKING:
     import datasets
     from diffusers import SchedulerMixin
 
-    from .pipeline_mpdit import MPDiTPipeline
+    from ..pipeline_mpdit import MPDiTPipeline
 
 # Features kept for precision and recall: as many as arXiv 1904.06991 compares.
 MAX_FEATURES = 50_000
@@ -268,7 +268,7 @@ def sampler_for(scheduler: "SchedulerMixin", name: str) -> "SchedulerMixin":
     """
     import diffusers
 
-    from .pipeline_mpdit import FLOW_SCHEDULERS
+    from ..pipeline_mpdit import FLOW_SCHEDULERS
 
     scheduler_class, options = getattr(diffusers, name), {}
     if isinstance(scheduler, FLOW_SCHEDULERS) and "use_flow_sigmas" in inspect.signature(scheduler_class).parameters:

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import Dataset
 
-from .hashing import sha256_of_file, sha256_of_weights
+from ..files import sha256_of_file, sha256_of_weights
 
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .functional import compute_dtype
-from .layers import normalize_weights_, return_to_shards, settle_rows_
+from ..functional import compute_dtype
+from ..layers import normalize_weights_, return_to_shards, settle_rows_
 
 
 # The width of γ = 0, the plain mean of all weights so far: no power function that grows is wider.

@@ -21,11 +21,11 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
+from ..files import sha256_of_file
+from ..layers import unwrapped
+from ..publishing.hub import component_names
+from ..transformer_mpdit import MPDiTTransformer2DModel
 from .ema import PowerFunctionEMA, whole
-from .hashing import sha256_of_file
-from .hub import component_names
-from .layers import unwrapped
-from .transformer_mpdit import MPDiTTransformer2DModel
 
 
 SNAPSHOT_NAME = re.compile(r"step-(\d+)_std-(\d+(?:\.\d+)?(?:e-\d+)?)")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .diagnostics import load_history
+from .recorder import load_history
 
 
 if TYPE_CHECKING:

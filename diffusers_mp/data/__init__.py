@@ -1,0 +1,1 @@
+"""Images, their encoding by an autoencoder, and the data set of latents that comes of it."""

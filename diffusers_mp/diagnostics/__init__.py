@@ -1,0 +1,1 @@
+"""Magnitudes of a model in training, recorded and drawn."""

@@ -1,0 +1,1 @@
+"""Distances between generated and real images: features, statistics, generation and reference."""
