@@ -14,9 +14,8 @@ _EXPORTS = {
         "MPPatchEmbed",
         "MPSiLU",
         "MPTimestepEmbedding",
-        "normalize_weights_",
-        "trust_rows_",
     ],
+    "rows": ["normalize_weights_", "trust_rows_"],
     "modulation": ["GateModulation", "RotationModulation", "ScaleModulation", "ShiftModulation"],
     "transformer_mpdit": ["MPDiTTransformer2DModel"],
     "pipeline_mpdit": ["MPDiTPipeline"],
@@ -53,8 +52,6 @@ if TYPE_CHECKING:
     from .layers import MPPatchEmbed as MPPatchEmbed
     from .layers import MPSiLU as MPSiLU
     from .layers import MPTimestepEmbedding as MPTimestepEmbedding
-    from .layers import normalize_weights_ as normalize_weights_
-    from .layers import trust_rows_ as trust_rows_
     from .modulation import GateModulation as GateModulation
     from .modulation import RotationModulation as RotationModulation
     from .modulation import ScaleModulation as ScaleModulation
@@ -69,6 +66,8 @@ if TYPE_CHECKING:
     from .rotation_swap import set_shift_scale as set_shift_scale
     from .rotation_swap import swap_adaln_for_rotation as swap_adaln_for_rotation
     from .rotation_swap import unswap_rotation as unswap_rotation
+    from .rows import normalize_weights_ as normalize_weights_
+    from .rows import trust_rows_ as trust_rows_
     from .transformer_mpdit import MPDiTTransformer2DModel as MPDiTTransformer2DModel
 
 

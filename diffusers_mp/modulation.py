@@ -14,7 +14,8 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from torch import nn
 
 from . import functional
-from .layers import MPLinear, rows_as_loaded
+from .layers import MPLinear
+from .rows import LoadsRowsAsStored
 
 
 # From the Hub, unlike from a folder, diffusers loads components of the libraries in this table alone.
@@ -106,16 +107,6 @@ class Modulation(nn.Module):
         if gate is not None:
             gate = gate if self.gain is None else 1 + gate
         return hidden_states, gate
-
-
-class LoadsRowsAsStored:
-    """For models beside `ModelMixin`: loading changes no row, so that a merged LoRA survives it."""
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As `ModelMixin.from_pretrained`, with the rows exactly as they were saved."""
-        with rows_as_loaded():
-            return super().from_pretrained(*args, **kwargs)
 
 
 class _OneModulation(Modulation, LoadsRowsAsStored, ModelMixin, ConfigMixin):

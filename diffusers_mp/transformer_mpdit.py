@@ -20,7 +20,8 @@ from torch import nn
 
 from . import functional
 from .layers import MPEmbedding, MPLeakyReLU, MPLinear, MPPatchEmbed, MPSiLU, MPTimestepEmbedding
-from .modulation import LoadsRowsAsStored, Modulation, check_kinds
+from .modulation import Modulation, check_kinds
+from .rows import LoadsRowsAsStored
 
 
 _ACTIVATIONS = {

@@ -1,4 +1,4 @@
-"""The row contract (module docstring of `diffusers_mp.layers`) and magnitudes of the layers."""
+"""The row contract (module docstring of `diffusers_mp.rows`) and magnitudes of the layers."""
 
 import copy
 import io
@@ -21,8 +21,8 @@ from diffusers_mp import (
     MPPatchEmbed,
     MPSiLU,
     MPTimestepEmbedding,
-    layers,
     normalize_weights_,
+    rows,
 )
 
 
@@ -34,12 +34,12 @@ FAN_INS = [1, 2, 3, 5, 17, 64, 65, 257, 384, 1000, 1152, 4609]
 
 @pytest.fixture(autouse=True)
 def _not_warned_yet(monkeypatch):
-    monkeypatch.setattr(layers, "_drift_warned", False)
+    monkeypatch.setattr(rows, "_drift_warned", False)
 
 
 @pytest.fixture
 def _drift_is_fine(monkeypatch):
-    monkeypatch.setattr(layers, "_drift_warned", True)
+    monkeypatch.setattr(rows, "_drift_warned", True)
 
 
 @torch.no_grad()
@@ -293,7 +293,7 @@ def test_rows_as_loaded_spares_a_module_that_leaves_training_mode():
     layer = MPLinear(7, 5)
     rescale_rows(layer)
     before = layer.weight.detach().clone()
-    with layers.rows_as_loaded():
+    with rows.rows_as_loaded():
         layer.eval()
     assert torch.equal(layer.weight, before)
     with pytest.warns(UserWarning, match="drifted"):
@@ -342,7 +342,7 @@ def test_a_foreign_loop_learns_and_its_rows_are_at_norm_one_after_eval():
     # A rate high enough that rows drift.
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
     losses = [regression_step(layer, target, optimizer) for _ in range(50)]
-    assert (row_norms(layer.weight) - 1).max() > layers.DRIFT_WORTH_A_WARNING
+    assert (row_norms(layer.weight) - 1).max() > rows.DRIFT_WORTH_A_WARNING
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     losses += [regression_step(layer, target, optimizer) for _ in range(400)]

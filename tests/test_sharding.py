@@ -14,7 +14,7 @@ from helpers import tiny_model
 from processes import run_processes, run_python
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from diffusers_mp import MPDiTTransformer2DModel, MPLinear, get_preset, layers, trust_rows_
+from diffusers_mp import MPDiTTransformer2DModel, MPLinear, get_preset, sharding, trust_rows_
 from diffusers_mp.presets import SIZES
 
 
@@ -302,7 +302,7 @@ def test_a_sharded_run_is_that_of_one_process_and_resumes_on_one(tmp_path):
 
 def test_a_weight_that_is_not_sharded_is_used_as_it_is():
     layer = MPLinear(4, 3)
-    assert layers._rows_here(layer.weight) is layer.weight
+    assert sharding.local_rows(layer.weight) is layer.weight
 
 
 # The figures of docs/scale_out.md

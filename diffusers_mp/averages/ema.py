@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ..functional import compute_dtype
-from ..layers import normalize_weights_, return_to_shards, settle_rows_
+from ..rows import normalize_weights_, settle_rows_
+from ..sharding import is_sharded, return_to_shards, whole
 
 
 # The width of γ = 0, the plain mean of all weights so far: no power function that grows is wider.
@@ -263,21 +264,10 @@ class PowerFunctionEMA:
         return [parameters[name] for name in averages]
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor as it is without shards. Of a DTensor all processes gather it; any other is returned as it is.
-
-    Args:
-        tensor (torch.Tensor): sharded or not.
-    Returns:
-        torch.Tensor: of the same shape and device.
-    """
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def _copy_each(targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> None:
     # One by one: DTensors know `copy_` but not `_foreach_copy_`, and no more than one is gathered at a time.
     for target, source in zip(targets, sources, strict=True):
-        target.copy_(source if hasattr(target, "full_tensor") else whole(source))
+        target.copy_(source if is_sharded(target) else whole(source))
 
 
 def _floating_parameters(model: nn.Module) -> dict[str, torch.Tensor]:

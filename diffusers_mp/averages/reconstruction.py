@@ -16,7 +16,7 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from ..layers import normalize_weights_
+from ..rows import normalize_weights_
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .ema import exponent_of_std, profile_inner_product
 from .snapshots import UNFINISHED, Snapshot, check_snapshots, find_snapshots, pipeline_parts

@@ -22,10 +22,10 @@ from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from ..files import sha256_of_file
-from ..layers import unwrapped
 from ..publishing.hub import component_names
+from ..sharding import is_sharded, unwrapped, whole
 from ..transformer_mpdit import MPDiTTransformer2DModel
-from .ema import PowerFunctionEMA, whole
+from .ema import PowerFunctionEMA
 
 
 SNAPSHOT_NAME = re.compile(r"step-(\d+)_std-(\d+(?:\.\d+)?(?:e-\d+)?)")
@@ -81,7 +81,7 @@ def save_snapshots(ema: PowerFunctionEMA, directory: str | Path, pipeline: Diffu
         )
     if ema.step < 1:
         raise ValueError("`ema` must have been updated before its averages are stored, its step is 0")
-    if any(hasattr(parameter, "placements") for parameter in transformer.parameters()):
+    if any(is_sharded(parameter) for parameter in transformer.parameters()):
         raise ValueError("`pipeline` must have a whole transformer, whose class has its own name; this one is sharded")
     directory = Path(directory)
     writes = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..functional import compute_dtype
-from ..layers import return_to_shards, unwrapped
 from ..modulation import Modulation
+from ..sharding import local, return_to_shards, unwrapped
 
 
 # Equal bins of angles over (-pi, pi].
@@ -263,7 +263,7 @@ class MagnitudeRecorder:
     def _add_maps(self, site: str, kinds: Sequence[str], maps: Sequence[torch.Tensor]) -> None:
         for index, (kind, rows) in enumerate(zip(kinds, maps, strict=True)):
             name = site if kinds.count(kind) == 1 else f"{site}/{kinds[:index].count(kind)}"
-            rows = _local(rows).to(compute_dtype(rows.dtype)).flatten()
+            rows = local(rows).to(compute_dtype(rows.dtype)).flatten()
             numbers = torch.stack([rows.sum(), torch.linalg.vector_norm(rows), rows.abs().max()])
             if kind == "rotate":
                 numbers = torch.cat([numbers, _angle_counts(rows)])
@@ -385,14 +385,9 @@ def _is_measurable(value) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() > 0
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor: all of it unless it is a DTensor."""
-    return tensor.to_local() if hasattr(tensor, "placements") else tensor
-
-
 @torch.no_grad()
 def _norm(tensor: torch.Tensor) -> torch.Tensor:
-    tensor, dtype = _local(tensor), compute_dtype(tensor.dtype)
+    tensor, dtype = local(tensor), compute_dtype(tensor.dtype)
     if tensor.is_sparse:  # the gradient of a sparse embedding
         tensor = tensor.coalesce().values()
     # PyTorch takes no norms of float8, in which layerwise casting stores weights.
@@ -401,7 +396,7 @@ def _norm(tensor: torch.Tensor) -> torch.Tensor:
 
 def _norm_of_difference(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     dtype = compute_dtype(new.dtype)
-    return torch.linalg.vector_norm(_local(new).to(dtype) - _local(old).to(dtype))
+    return torch.linalg.vector_norm(local(new).to(dtype) - local(old).to(dtype))
 
 
 def _angle_counts(angles: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..averages.ema import PowerFunctionEMA
 from ..files import sha256_of_file
-from ..layers import return_to_shards
+from ..sharding import return_to_shards
 from .watchdog import NonFiniteError, all_finite
 
 

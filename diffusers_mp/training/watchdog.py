@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only
 
-from ..layers import unwrapped
+from ..sharding import is_sharded, local, unwrapped, whole
 
 
 REPORT_FILE = "report.json"
@@ -127,8 +127,7 @@ class Watchdog:
         recorded, self._recorded = self._recorded, []
         if grad_norm is None:
             grad_norm = gradient_norm(self.model)
-        if hasattr(grad_norm, "full_tensor"):
-            grad_norm = grad_norm.full_tensor()
+        grad_norm = whole(grad_norm)
         losses = [loss for _, loss in recorded]
         device = losses[0].device if losses else grad_norm.device
         finite = torch.stack([torch.isfinite(value).all().to(device) for value in (*losses, grad_norm)])
@@ -240,7 +239,7 @@ class Watchdog:
             # Not `state_dict`, which may put rows back to their norm: evidence is what was there.
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 # Of shards all processes gather one tensor at a time, and the first one keeps it.
-                tensor = tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor
+                tensor = whole(tensor.detach())
                 if process == 0:
                     weights[name] = tensor
         folder.mkdir(parents=True, exist_ok=True)
@@ -302,7 +301,7 @@ class _Trace:
             ]
         for name, parameter in self.model.named_parameters():
             # The hooks of a DTensor do not run under `fully_shard`, which works on the gathered parameter.
-            if parameter.requires_grad and not hasattr(parameter, "placements"):
+            if parameter.requires_grad and not is_sharded(parameter):
                 hook = self._on_gradient("parameter", *_owner(self.model, name), parameter=name)
                 self._handles.append(parameter.register_hook(hook))
         return self
@@ -434,8 +433,7 @@ def _not_finite(batch: Any) -> list[str]:
 
 @torch.no_grad()
 def _is_finite(tensor: torch.Tensor) -> bool:
-    if hasattr(tensor, "placements"):
-        tensor = tensor.to_local()
+    tensor = local(tensor)
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
     if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
