@@ -1,7 +1,16 @@
 """Sphinx: `make docs` builds the pages of this folder, every warning an error."""
 
+import sys
+from pathlib import Path
+
 import diffusers_mp
 
+
+sys.path.insert(0, str(Path(__file__).parent))
+import write_api
+
+
+write_api.write()
 
 project = "diffusers-mp"
 version = release = diffusers_mp.__version__

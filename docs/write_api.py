@@ -1,7 +1,4 @@
-"""Write docs/api.md, the API page, from the docstrings.
-
-python docs/write_api.py
-"""
+"""The API pages, from the docstrings: `conf.py` writes them to docs/api when the site is built."""
 
 import abc
 import ast
@@ -15,51 +12,50 @@ import diffusers_mp
 
 
 ROOT = Path(__file__).resolve().parent.parent
-FILE = Path(__file__).with_name("api.md")
+FOLDER = Path(__file__).with_name("api")
 
-# Titles of the page in their order, and the modules that are under each.
+# Titles of the pages in their order, and the modules that are on each.
 SECTIONS = {
     "Transformer": ["transformer_mpdit"],
-    "Pipeline": ["pipeline_mpdit"],
-    "Published sizes and configurations": ["presets"],
-    "Layers": ["layers"],
+    "Pipeline": ["pipeline_mpdit", "guidance", "schedulers"],
+    "Sizes and configurations": ["presets"],
+    "Layers": ["layers", "rows"],
     "Modulations": ["modulation"],
     "Equations as functions": ["functional"],
-    "Rotation swap": ["rotation_swap", "rotation_swap.swap", "rotation_swap.sites"],
-    "Another set of classes": ["class_embeddings"],
-    "DiT as published": ["original_dit"],
-    "Training": ["training"],
-    "Averages of weights": ["ema"],
-    "Snapshots of averages": ["snapshots"],
-    "Averages of other widths": ["reconstruction"],
-    "Magnitudes in training": ["diagnostics"],
-    "Pictures of magnitudes": ["plots"],
-    "Evaluation": ["evaluation"],
-    "Feature extractors": ["feature_extractors"],
-    "Images": ["images"],
-    "Images to latents": ["encoding"],
-    "Latents on disk": ["latents"],
-    "Hashes": ["hashing"],
-    "Hub and trackers": ["hub"],
-    "Model cards": ["model_card"],
+    "Rotation swap": ["rotation_swap", "rotation_swap.swap", "rotation_swap.checks", "rotation_swap.sites"],
+    "Classes of a model": ["class_embeddings", "original_dit"],
+    "Optimization": ["optimization"],
+    "Training": ["training", "training.engine"],
+    "Averages of weights": ["averages.ema", "averages.snapshots", "averages.reconstruction"],
+    "Diagnostics": ["diagnostics.recorder", "diagnostics.plots"],
+    "Evaluation": [
+        "evaluation.frechet",
+        "evaluation.precision_recall",
+        "evaluation.generation",
+        "evaluation.reference",
+        "evaluation.features",
+    ],
+    "Data": ["data.images", "data.encoding", "data.latents"],
+    "Files": ["files"],
+    "Publishing": ["publishing.hub", "publishing.model_card"],
 }
 # Modules that are meant to be used as a whole.
-WHOLE = ("functional", "plots", "training")
+WHOLE = ("functional", "diagnostics.plots", "training")
 # What the functions of the page return, take, raise or put into a model, and what docs/equations.md names.
 ALSO = {
     ("rotation_swap", "RotationLinear"),
     ("rotation_swap.swap", "SwapReport"),
     ("rotation_swap.sites", "Site"),
-    ("diagnostics", "load_history"),
-    ("hub", "HubError"),
-    ("reconstruction", "Reconstruction"),
-    ("reconstruction", "reconstruction_weights"),
-    ("snapshots", "Snapshot"),
+    ("diagnostics.recorder", "load_history"),
+    ("publishing.hub", "HubError"),
+    ("averages.reconstruction", "Reconstruction"),
+    ("averages.reconstruction", "reconstruction_weights"),
+    ("averages.snapshots", "Snapshot"),
 }
 HEAD = """# API
 
 All names of `diffusers_mp`; of its modules, those that code in the README, on these pages and in the examples imports,
-with what belongs to them. Written by `python docs/write_api.py` from the docstrings.
+with what belongs to them. From the docstrings.
 
 """
 QUOTES = str.maketrans("'", '"')
@@ -257,29 +253,42 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-def page() -> str:
-    """The whole text."""
+def file_name(title: str) -> str:
+    return f"{anchor(title)}.md"
+
+
+def pages() -> dict[str, str]:
+    """The text of each page by its file name."""
     names = documented_names()
-    index, body = [], []
+    place = {name: title for title, modules in SECTIONS.items() for module in modules for name in names[module]}
+    texts, index = {}, []
     for title, modules in SECTIONS.items():
         members = [(module, name) for module in modules for name in names[module]]
-        links = ", ".join(f"[`{name}`](#{anchor(name)})" for _, name in members)
-        index.append(f"- [{title}](#{anchor(title)}): {links}\n")
-        body.append(f"## {title}\n\n{to_markdown(inspect.getdoc(module_of(modules[0])))}")
-        body.extend(with_links(describe(module, name), name, names) for module, name in members)
-    return HEAD + "".join(index) + "\n" + "\n".join(body)
+        links = ", ".join(f"[`{name}`]({file_name(title)}#{anchor(name)})" for _, name in members)
+        index.append(f"- [{title}]({file_name(title)}): {links}\n")
+        body = [with_links(describe(module, name), name, names, place) for module, name in members]
+        head = f"# {title}\n\n{to_markdown(inspect.getdoc(module_of(modules[0])))}"
+        texts[file_name(title)] = "\n".join([head, *body])
+    contents = "\n".join(file_name(title).removesuffix(".md") for title in SECTIONS)
+    texts["index.md"] = f"{HEAD}{''.join(index)}\n```{{toctree}}\n:hidden:\n\n{contents}\n```\n"
+    return texts
 
 
-def with_links(text: str, own_name: str, names: dict[str, list[str]]) -> str:
+def with_links(text: str, own_name: str, names: dict[str, list[str]], place: dict[str, str]) -> str:
     """The text with links at names of the package, and at names of modules that are written with their module."""
 
     def link(match):
         module, _, name = match[1].rpartition(".")
-        is_known = name in names.get(module, ()) or match[1] in diffusers_mp.__all__
-        return f"[{match[0]}](#{anchor(name)})" if is_known and name != own_name else match[0]
+        known = [full for full in names if full.rpartition(".")[2] == module and name in names[full]]
+        is_known = known or match[1] in diffusers_mp.__all__
+        return f"[{match[0]}]({file_name(place[name])}#{anchor(name)})" if is_known and name != own_name else match[0]
 
     return CODE.sub(link, text)
 
 
-if __name__ == "__main__":
-    FILE.write_text(page())
+def write() -> None:
+    """Write the pages, and nothing where they are the same, so that a build that changes nothing does nothing."""
+    FOLDER.mkdir(exist_ok=True)
+    for name, text in pages().items():
+        if not (FOLDER / name).is_file() or (FOLDER / name).read_text() != text:
+            (FOLDER / name).write_text(text)
