@@ -24,7 +24,7 @@ _EXPORTS = {
     "class_embeddings": ["resize_class_embeddings_"],
     "averages.ema": ["PowerFunctionEMA"],
     "averages.reconstruction": ["reconstruct_ema"],
-    "evaluation.measures": ["frechet_distance"],
+    "evaluation.frechet": ["frechet_distance"],
     "rotation_swap": [
         "drop_shift_",
         "load_rotation_adapter",
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from .averages.reconstruction import reconstruct_ema as reconstruct_ema
     from .class_embeddings import resize_class_embeddings_ as resize_class_embeddings_
     from .diagnostics.recorder import MagnitudeRecorder as MagnitudeRecorder
-    from .evaluation.measures import frechet_distance as frechet_distance
+    from .evaluation.frechet import frechet_distance as frechet_distance
     from .layers import MPEmbedding as MPEmbedding
     from .layers import MPLeakyReLU as MPLeakyReLU
     from .layers import MPLinear as MPLinear

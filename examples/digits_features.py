@@ -13,7 +13,7 @@ import torch
 from sklearn.neural_network import MLPClassifier
 
 from diffusers_mp import frechet_distance
-from diffusers_mp.evaluation.measures import RunningStatistics
+from diffusers_mp.evaluation.frechet import RunningStatistics
 
 
 @functools.cache

@@ -45,17 +45,10 @@ from diffusers_mp.averages.reconstruction import plan_reconstruction, snapshots_
 from diffusers_mp.averages.snapshots import check_snapshots, find_snapshots, pipeline_parts
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.evaluation.features import load_extractor
-from diffusers_mp.evaluation.measures import (
-    MAX_FEATURES,
-    NonFiniteImageError,
-    ReferenceStatistics,
-    RunningStatistics,
-    generate_images,
-    image_metrics,
-    rank_warning,
-    reference_statistics,
-    sampler_for,
-)
+from diffusers_mp.evaluation.frechet import RunningStatistics, rank_warning
+from diffusers_mp.evaluation.generation import NonFiniteImageError, generate_images, sampler_for
+from diffusers_mp.evaluation.precision_recall import MAX_FEATURES
+from diffusers_mp.evaluation.reference import ReferenceStatistics, image_metrics, reference_statistics
 from diffusers_mp.publishing.hub import (
     HEAT_MAP_NAME,
     check_hub_access,

@@ -26,7 +26,10 @@ from diffusers_mp import MPDiTPipeline, PowerFunctionEMA, frechet_distance, norm
 from diffusers_mp.averages.snapshots import save_snapshots
 from diffusers_mp.data.images import prepare_image
 from diffusers_mp.evaluation.features import transformers_extractor
-from diffusers_mp.evaluation.measures import RunningStatistics, drawn, generate_images, precision_recall
+from diffusers_mp.evaluation.frechet import RunningStatistics
+from diffusers_mp.evaluation.generation import generate_images
+from diffusers_mp.evaluation.precision_recall import precision_recall
+from diffusers_mp.evaluation.reference import drawn
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -18,7 +18,7 @@ from scipy.linalg import sqrtm
 
 from diffusers_mp import MPDiTPipeline, frechet_distance
 from diffusers_mp.data.images import load_image_dataset, prepare_image
-from diffusers_mp.evaluation import measures as evaluation
+from diffusers_mp.evaluation import reference as reference_module
 from diffusers_mp.evaluation.features import (
     FeatureExtractor,
     inception_extractor,
@@ -26,18 +26,10 @@ from diffusers_mp.evaluation.features import (
     prepare_pixels,
     transformers_extractor,
 )
-from diffusers_mp.evaluation.measures import (
-    NonFiniteImageError,
-    ReferenceStatistics,
-    RunningStatistics,
-    drawn,
-    generate_images,
-    image_generator,
-    image_metrics,
-    precision_recall,
-    rank_warning,
-    reference_statistics,
-)
+from diffusers_mp.evaluation.frechet import RunningStatistics, rank_warning
+from diffusers_mp.evaluation.generation import NonFiniteImageError, generate_images, image_generator
+from diffusers_mp.evaluation.precision_recall import precision_recall
+from diffusers_mp.evaluation.reference import ReferenceStatistics, drawn, image_metrics, reference_statistics
 from diffusers_mp.training import sample_generator
 
 
@@ -193,7 +185,7 @@ def test_precision_and_recall_by_hand(k, monkeypatch):
     expected = brute_force(real.numpy(), made.numpy(), k), brute_force(made.numpy(), real.numpy(), k)
     assert 0 < expected[1] < expected[0] < 1
     assert precision_recall(real, made, k) == pytest.approx(expected)
-    monkeypatch.setattr(evaluation, "_BLOCK_SIZE", 100)
+    monkeypatch.setattr(reference_module, "_BLOCK_SIZE", 100)
     assert precision_recall(real, made, k) == pytest.approx(expected)
 
 
@@ -423,16 +415,16 @@ def test_cache_goes_by_content(reference_of, pictures, picture_folder, tmp_path)
 
 
 def test_two_jobs_may_write_the_same_statistics(reference_of, tmp_path, monkeypatch):
-    reference, path, save_file = reference_of(), tmp_path / "jobs" / "statistics.safetensors", evaluation.save_file
+    reference, path, save_file = reference_of(), tmp_path / "jobs" / "statistics.safetensors", reference_module.save_file
 
     def save_while_another_does(tensors, unfinished, metadata):
         save_file(tensors, unfinished, metadata=metadata)
-        monkeypatch.setattr(evaluation, "save_file", save_file)
+        monkeypatch.setattr(reference_module, "save_file", save_file)
         with monkeypatch.context() as another:
             another.setattr(os, "getpid", lambda: 0)
             reference.save(path)
 
-    monkeypatch.setattr(evaluation, "save_file", save_while_another_does)
+    monkeypatch.setattr(reference_module, "save_file", save_while_another_does)
     reference.save(path)
     assert [file.name for file in path.parent.iterdir()] == ["statistics.safetensors"]
     assert torch.equal(ReferenceStatistics.load(path).covariance, reference.covariance)
