@@ -4,33 +4,24 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from numbers import Real
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
     ImagePipelineOutput,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.guiders import BaseGuidance, MagnitudeAwareGuidance
+from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from . import guidance, schedulers
 from .transformer_mpdit import MPDiTTransformer2DModel
-
-
-DEFAULT_GUIDANCE_SCALE = 4.0
-# The best FID of arXiv 2406.02507 on ImageNet-512 is at 2.1 for its small model, 2.05 for its largest.
-DEFAULT_AUTOGUIDANCE_SCALE = 2.0
-_LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
-FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
 
 
 class MPDiTPipeline(DiffusionPipeline):
@@ -81,11 +72,11 @@ class MPDiTPipeline(DiffusionPipeline):
         prediction_type: str | None = None,
     ):
         super().__init__()
-        _check_transformer(transformer)
+        guidance.check_transformer(transformer)
         if not isinstance(scheduler, SchedulerMixin):
             raise TypeError(f"`scheduler` must be a scheduler of diffusers, got a {type(scheduler).__name__}.")
-        _check_guidance_transformer(guidance_transformer, transformer)
-        _check_guider(guider)
+        guidance.check_guidance_transformer(guidance_transformer, transformer)
+        guidance.check_guider(guider)
         in_channels, num_classes = transformer.config.in_channels, transformer.config.num_classes
         if vae is not None and vae.config.latent_channels != in_channels:
             raise ValueError(
@@ -122,9 +113,9 @@ class MPDiTPipeline(DiffusionPipeline):
             id2label=None if id2label is None else {str(id): label for id, label in id2label.items()},
             latents_mean=None if latents_mean is None else [float(value) for value in latents_mean],
             latents_std=None if latents_std is None else [float(value) for value in latents_std],
-            prediction_type=_prediction_type(scheduler) if prediction_type is None else prediction_type,
+            prediction_type=schedulers.prediction_type_of(scheduler) if prediction_type is None else prediction_type,
         )
-        self._check_scheduler()
+        schedulers.check_scheduler(self.scheduler, self.config.prediction_type)
         self.id2label = id2label
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -138,11 +129,6 @@ class MPDiTPipeline(DiffusionPipeline):
     def do_classifier_free_guidance(self) -> bool:
         """Whether the call in progress needs unconditional predictions, at some steps at least."""
         return self.guidance_transformer is None and (self.guider is not None or self._guidance_scale != 1)
-
-    @property
-    def _is_conditional(self) -> bool:
-        config = self.transformer.config
-        return config.num_classes is not None or config.pooled_projection_dim is not None
 
     @property
     def num_timesteps(self) -> int:
@@ -206,12 +192,6 @@ class MPDiTPipeline(DiffusionPipeline):
                 raise ValueError(f"`class_labels` must be ids (int) or names (str), got {label!r}.")
         return ids
 
-    @property
-    def _can_guide(self) -> bool:
-        if self.guidance_transformer is not None:
-            return True
-        return self._is_conditional and self.transformer.config.class_dropout_prob > 0
-
     def check_guidance(
         self, guidance_scale: float | None, guidance_interval: tuple[float, float] | None = None
     ) -> None:
@@ -227,35 +207,7 @@ class MPDiTPipeline(DiffusionPipeline):
                 neither a null condition that the transformer saw in training nor a guidance transformer; if that one
                 is of another task.
         """
-        _check_guidance_transformer(self.guidance_transformer, self.transformer)
-        _check_guider(self.guider)
-        if self.guider is not None and (guidance_scale is not None or guidance_interval is not None):
-            raise ValueError(
-                "`guidance_scale` and `guidance_interval` must be None in a pipeline with a `guider`, which has its "
-                f"own (`pipe.guider.new(guidance_scale=..., start=..., stop=...)`), got {guidance_scale} and "
-                f"{guidance_interval}."
-            )
-        if guidance_interval is not None and not _is_interval(guidance_interval):
-            raise ValueError(
-                "`guidance_interval` must be two noise levels (low, high) with 0 <= low < high, got "
-                f"{guidance_interval!r}."
-            )
-        if guidance_scale is not None and not (isinstance(guidance_scale, Real) and math.isfinite(guidance_scale)):
-            raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale!r}.")
-        if self._can_guide or guidance_scale == 1:
-            return
-        rule, received = "`guidance_scale` must be 1", guidance_scale
-        if self.guider is not None:
-            rule, received = "`guider` must be None", type(self.guider).__name__
-        if not self._is_conditional:
-            raise ValueError(
-                f"{rule} for an unconditional transformer without a `guidance_transformer`: it has no condition to be "
-                f"guided to; got {received}."
-            )
-        raise ValueError(
-            f"{rule} for a transformer trained without dropping conditions (`class_dropout_prob=0`) and without a "
-            f"`guidance_transformer`: it has never seen the null condition; got {received}."
-        )
+        guidance.check_guidance(self, guidance_scale, guidance_interval)
 
     def check_inputs(
         self,
@@ -430,71 +382,6 @@ class MPDiTPipeline(DiffusionPipeline):
             return latents
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
 
-    def _variance_is_learned(self) -> bool:
-        config = self.transformer.config
-        return config.out_channels == 2 * config.in_channels
-
-    def _check_scheduler(self) -> None:
-        # `from_config` of another class leaves out, with no more than a line in the log, that a model predicts a flow.
-        wanted, taken_for = self.config.prediction_type, _prediction_type(self.scheduler)
-        if taken_for is None:
-            raise ValueError(
-                "`scheduler` must have a prediction_type, or be one for flows: what it takes the transformer's output "
-                f"for; {type(self.scheduler).__name__} has none."
-            )
-        if wanted == "flow_prediction" and not (taken_for == wanted and _is_flow(self.scheduler)):
-            raise ValueError(
-                "`scheduler` must be for the flow that the transformer predicts: a FlowMatchEulerDiscreteScheduler or "
-                "FlowMatchHeunDiscreteScheduler, or a DPM-Solver, DEIS, UniPC or SA-Solver made by "
-                "`from_config(config, use_flow_sigmas=True, prediction_type='flow_prediction', "
-                f"flow_shift=config.shift)`, got a {type(self.scheduler).__name__} for {taken_for!r} with "
-                f"use_flow_sigmas {_is_flow(self.scheduler)}."
-            )
-        if taken_for != wanted:
-            raise ValueError(
-                f"`scheduler` must have prediction_type {wanted!r}, which is what the transformer predicts, got a "
-                f"{type(self.scheduler).__name__} for {taken_for!r}."
-            )
-        if _is_flow(self.scheduler) != (wanted == "flow_prediction"):
-            raise ValueError(
-                f"`scheduler` must have the noise levels of a diffusion for a transformer that predicts {wanted!r}, "
-                f"got a {type(self.scheduler).__name__} with use_flow_sigmas True."
-            )
-        if _option(self.scheduler, "use_dynamic_shifting"):
-            raise ValueError(
-                "`scheduler` must have use_dynamic_shifting False: the shift by image size is for a `mu` that this "
-                f"pipeline does not give, got a {type(self.scheduler).__name__} with True."
-            )
-
-    def _sampler(self):
-        """The registered scheduler, or a copy that does not look for a variance it will not get."""
-        self._check_scheduler()
-        scheduler = self.scheduler
-        expects_variance = _option(scheduler, "variance_type") in _LEARNED_VARIANCE_TYPES
-        if isinstance(scheduler, DDPMScheduler):
-            if expects_variance and not self._variance_is_learned():
-                raise ValueError(
-                    "`scheduler` must have variance_type 'fixed_small' or 'fixed_large' for a transformer that "
-                    f"predicts no variance (out_channels {self.transformer.config.out_channels}), got "
-                    f"{scheduler.config.variance_type!r}."
-                )
-            return scheduler
-        if expects_variance:
-            # DPM-Solver would cut the prediction to its first 3 channels.
-            return type(scheduler).from_config(scheduler.config, variance_type=None)
-        return scheduler
-
-    def _predict(
-        self, transformer: torch.nn.Module, model_input: torch.Tensor, timestep: torch.Tensor, conditions: dict
-    ) -> torch.Tensor:
-        prediction = transformer(
-            model_input.to(transformer.dtype),
-            timestep=timestep.to(model_input.device).expand(len(model_input)),
-            **conditions,
-            return_dict=False,
-        )[0]
-        return prediction.to(model_input.dtype)
-
     @torch.no_grad()
     def __call__(
         self,
@@ -551,15 +438,13 @@ class MPDiTPipeline(DiffusionPipeline):
             TypeError: if a transformer is not of this package, or the guider not of diffusers.
             ValueError: naming the argument, the rule and what was received.
         """
-        _check_transformer(self.transformer)
+        guidance.check_transformer(self.transformer)
         config = self.transformer.config
         default_size = config.sample_size * self.vae_scale_factor
         height = default_size if height is None else height
         width = default_size if width is None else width
-        if guidance_scale is None and self.guider is None:
-            guidance_scale = DEFAULT_GUIDANCE_SCALE if self._can_guide else 1.0
-            if self.guidance_transformer is not None:
-                guidance_scale = DEFAULT_AUTOGUIDANCE_SCALE
+        if guidance_scale is None:
+            guidance_scale = guidance.default_scale(self)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
@@ -580,7 +465,8 @@ class MPDiTPipeline(DiffusionPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
         )
-        scheduler = self._sampler()
+        schedulers.check_scheduler(self.scheduler, self.config.prediction_type)
+        scheduler = schedulers.sampler_of(self.scheduler, self.transformer)
         self._guidance_scale = guidance_scale
         self._interrupt = False
         device = self._execution_device
@@ -603,15 +489,11 @@ class MPDiTPipeline(DiffusionPipeline):
                 negative = negative.repeat_interleave(num_images_per_class, dim=0)
             conditions["pooled_projections"] = pooled_projections
             null_conditions["pooled_projections"] = negative
-        both_conditions = {name: torch.cat([value, null_conditions[name]]) for name, value in conditions.items()}
 
         # 3. Timesteps, then initial noise: some schedulers know its magnitude only after that
         scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(scheduler.timesteps)
-        guided_steps = [guidance_scale != 1] * self._num_timesteps
-        if guidance_interval is not None:
-            low, high = guidance_interval
-            guided_steps = [guidance_scale != 1 and low < sigma <= high for sigma in _noise_levels(scheduler)]
+        predict = guidance.GuidedPrediction(self, conditions, null_conditions, guidance_interval, scheduler)
         # Flow matching starts from noise of RMS 1 and leaves the model's input as it is: its schedulers know neither.
         init_noise_sigma = getattr(scheduler, "init_noise_sigma", 1.0)
         scales_input = hasattr(scheduler, "scale_model_input")
@@ -619,9 +501,7 @@ class MPDiTPipeline(DiffusionPipeline):
         step_kwargs = {}
         if "generator" in inspect.signature(scheduler.step).parameters:
             step_kwargs["generator"] = generator
-        passes_variance = self._variance_is_learned() and (
-            isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in _LEARNED_VARIANCE_TYPES
-        )
+        passes_variance = schedulers.predicts_variance(self.transformer) and schedulers.takes_variance(scheduler)
 
         # 4. Denoise
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
@@ -629,35 +509,7 @@ class MPDiTPipeline(DiffusionPipeline):
                 if self.interrupt:
                     break
                 model_input = scheduler.scale_model_input(latents, timestep) if scales_input else latents
-                is_guided = guided_steps[step]
-                if self.guider is not None:
-                    self.guider.set_state(step=step, num_inference_steps=self._num_timesteps, timestep=timestep)
-                    # No inputs to sort, but guiders with a momentum start it anew here.
-                    guider_states = self.guider.prepare_inputs({})
-                    is_guided = len(guider_states) == 2
-
-                # Where guided, a second prediction: of the null condition in one batch, or of a weaker transformer.
-                if not is_guided:
-                    predictions = [self._predict(self.transformer, model_input, timestep, conditions)]
-                elif self.guidance_transformer is None:
-                    model_inputs = torch.cat([model_input, model_input])
-                    predictions = self._predict(self.transformer, model_inputs, timestep, both_conditions).chunk(2)
-                else:
-                    predictions = [
-                        self._predict(transformer, model_input, timestep, conditions)
-                        for transformer in (self.transformer, self.guidance_transformer)
-                    ]
-                # The variance is never guided.
-                variance = predictions[0][:, config.in_channels :]
-                noise_pred, *weak_pred = [prediction[:, : config.in_channels] for prediction in predictions]
-                if self.guider is not None:
-                    for state, prediction in zip(guider_states, [noise_pred, *weak_pred], strict=True):
-                        # Its norm takes two dimensions at most, and is the same whatever their shape.
-                        is_flat = isinstance(self.guider, MagnitudeAwareGuidance)
-                        state.noise_pred = prediction.flatten(2) if is_flat else prediction
-                    noise_pred = self.guider(guider_states).pred.reshape(noise_pred.shape)
-                elif is_guided:
-                    noise_pred = torch.lerp(*weak_pred, noise_pred, self.guidance_scale)
+                noise_pred, variance = predict(step, timestep, model_input)
                 if passes_variance:
                     noise_pred = torch.cat([noise_pred, variance], dim=1)
                 latents = scheduler.step(noise_pred, timestep, latents, **step_kwargs, return_dict=False)[0]
@@ -676,86 +528,3 @@ class MPDiTPipeline(DiffusionPipeline):
 
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=image) if return_dict else (image,)
-
-
-def _check_transformer(transformer: torch.nn.Module, name: str = "transformer") -> None:
-    # By its config: compiled and wrapped ones have another class.
-    if "class_dropout_prob" not in getattr(transformer, "config", {}):
-        raise TypeError(
-            f"`{name}` must be an MPDiTTransformer2DModel, possibly compiled, got a "
-            f"{type(transformer).__name__}; diffusers' own DiT runs in its DiTPipeline."
-        )
-
-
-def _check_guidance_transformer(guidance_transformer: torch.nn.Module | None, transformer: torch.nn.Module) -> None:
-    if guidance_transformer is None:
-        return
-    _check_transformer(guidance_transformer, "guidance_transformer")
-    for key in ("in_channels", "num_classes", "pooled_projection_dim", "sample_size"):
-        expected, received = transformer.config[key], guidance_transformer.config[key]
-        if received != expected:
-            raise ValueError(
-                f"`guidance_transformer` must be of the task of the transformer, whose `{key}` is {expected}; got "
-                f"{received}."
-            )
-
-
-def _check_guider(guider: BaseGuidance | None) -> None:
-    if guider is None:
-        return
-    name = type(guider).__name__
-    if not isinstance(guider, BaseGuidance):
-        raise TypeError(f"`guider` must be a guider of `diffusers.guiders`, got a {name}.")
-    if guider._input_predictions != ["pred_cond", "pred_uncond"]:
-        raise ValueError(
-            "`guider` must make one prediction of two, a conditional and an unconditional one, as "
-            f"ClassifierFreeGuidance does; {name} needs {', '.join(guider._input_predictions)}."
-        )
-    if type(guider).prepare_models is not BaseGuidance.prepare_models:
-        raise ValueError(
-            f"`guider` must leave the transformer as it is, which {name} does not: it disturbs chosen layers. For "
-            "guidance by a weaker model give this pipeline a `guidance_transformer`."
-        )
-
-
-def _is_interval(interval: tuple[float, float]) -> bool:
-    return (
-        isinstance(interval, (tuple, list))
-        and len(interval) == 2
-        and all(isinstance(level, Real) for level in interval)
-        and 0 <= interval[0] < interval[1]
-    )
-
-
-def _prediction_type(scheduler) -> str | None:
-    """What a scheduler takes the model's output for; None if it does not say."""
-    if isinstance(scheduler, FLOW_SCHEDULERS):
-        return "flow_prediction"
-    prediction_type = _option(scheduler, "prediction_type")
-    # EDM's samplers scale what goes into the model and what comes out of it, for a model trained in that way.
-    return f"edm_{prediction_type}" if hasattr(scheduler, "precondition_inputs") else prediction_type
-
-
-def _is_flow(scheduler) -> bool:
-    return isinstance(scheduler, FLOW_SCHEDULERS) or bool(_option(scheduler, "use_flow_sigmas"))
-
-
-def _option(scheduler, name: str):
-    # `from_config` leaves in the config what another class had there and this one does not look at.
-    return scheduler.config.get(name) if name in inspect.signature(type(scheduler)).parameters else None
-
-
-def _noise_levels(scheduler) -> list[float]:
-    """Standard deviation of the noise over the share of the signal, at each of a scheduler's timesteps."""
-    timesteps = scheduler.timesteps.cpu().double()  # in this order: MPS knows no float64
-    if _is_flow(scheduler):
-        noise_share = timesteps / scheduler.config.num_train_timesteps
-        return (noise_share / (1 - noise_share)).tolist()
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(
-            "`guidance_interval` must be None with a scheduler that has neither `alphas_cumprod` nor the timesteps of "
-            f"a flow, got a {type(scheduler).__name__}."
-        )
-    alphas_cumprod = scheduler.alphas_cumprod.cpu().double().numpy()
-    alphas_cumprod = torch.from_numpy(np.interp(timesteps.numpy(), np.arange(len(alphas_cumprod)), alphas_cumprod))
-    return (1 / alphas_cumprod - 1).sqrt().tolist()

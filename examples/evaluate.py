@@ -46,7 +46,7 @@ from diffusers_mp.averages.snapshots import check_snapshots, find_snapshots, pip
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.evaluation.features import load_extractor
 from diffusers_mp.evaluation.frechet import RunningStatistics, rank_warning
-from diffusers_mp.evaluation.generation import NonFiniteImageError, generate_images, sampler_for
+from diffusers_mp.evaluation.generation import NonFiniteImageError, generate_images
 from diffusers_mp.evaluation.precision_recall import MAX_FEATURES
 from diffusers_mp.evaluation.reference import ReferenceStatistics, image_metrics, reference_statistics
 from diffusers_mp.publishing.hub import (
@@ -58,6 +58,7 @@ from diffusers_mp.publishing.hub import (
     publish,
 )
 from diffusers_mp.publishing.model_card import write_evaluation, write_model_card
+from diffusers_mp.schedulers import sampler_for
 
 
 NUM_SHOWN = 16

@@ -185,7 +185,7 @@ def test_precision_and_recall_by_hand(k, monkeypatch):
     expected = brute_force(real.numpy(), made.numpy(), k), brute_force(made.numpy(), real.numpy(), k)
     assert 0 < expected[1] < expected[0] < 1
     assert precision_recall(real, made, k) == pytest.approx(expected)
-    monkeypatch.setattr(reference_module, "_BLOCK_SIZE", 100)
+    monkeypatch.setattr(sys.modules["diffusers_mp.evaluation.precision_recall"], "_BLOCK_SIZE", 100)
     assert precision_recall(real, made, k) == pytest.approx(expected)
 
 
@@ -415,7 +415,11 @@ def test_cache_goes_by_content(reference_of, pictures, picture_folder, tmp_path)
 
 
 def test_two_jobs_may_write_the_same_statistics(reference_of, tmp_path, monkeypatch):
-    reference, path, save_file = reference_of(), tmp_path / "jobs" / "statistics.safetensors", reference_module.save_file
+    reference, path, save_file = (
+        reference_of(),
+        tmp_path / "jobs" / "statistics.safetensors",
+        reference_module.save_file,
+    )
 
     def save_while_another_does(tensors, unfinished, metadata):
         save_file(tensors, unfinished, metadata=metadata)

@@ -11,7 +11,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from helpers import tiny_model
 
 from diffusers_mp import MPDiTPipeline
-from diffusers_mp.evaluation.generation import sampler_for
+from diffusers_mp.schedulers import sampler_for
 
 
 MEAN, STD = 0.7, 0.5

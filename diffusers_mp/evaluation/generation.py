@@ -1,6 +1,5 @@
 """Images of an evaluation: each has its own seed and class, whatever it is generated together with."""
 
-import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +9,6 @@ from ..training.samples import _generator
 
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
-
     from ..pipeline_mpdit import MPDiTPipeline
 
 
@@ -30,26 +27,6 @@ def image_generator(seed: int, index: int) -> torch.Generator:
     """
     # Training's keys have up to two numbers.
     return _generator(seed, 0, 0, index)
-
-
-def sampler_for(scheduler: "SchedulerMixin", name: str) -> "SchedulerMixin":
-    """Another sampler for the same model.
-
-    Args:
-        scheduler (SchedulerMixin): one that suits the model, as a pipeline has it.
-        name (str): class of diffusers.
-    Returns:
-        SchedulerMixin: made from the config; a solver that can follow a flow does so if `scheduler` does.
-    """
-    import diffusers
-
-    from ..pipeline_mpdit import FLOW_SCHEDULERS
-
-    scheduler_class, options = getattr(diffusers, name), {}
-    if isinstance(scheduler, FLOW_SCHEDULERS) and "use_flow_sigmas" in inspect.signature(scheduler_class).parameters:
-        shift = scheduler.config.shift
-        options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
-    return scheduler_class.from_config(scheduler.config, **options)
 
 
 def generate_images(
