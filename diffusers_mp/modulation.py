@@ -10,16 +10,12 @@ from collections.abc import Sequence
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from torch import nn
 
-from . import functional
+from . import _registration, functional  # noqa: F401
 from .layers import MPLinear
 from .rows import LoadsRowsAsStored
 
-
-# From the Hub, unlike from a folder, diffusers loads components of the libraries in this table alone.
-LOADABLE_CLASSES["diffusers_mp"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 
 # In the order in which they are applied; a gate acts on the output of the branch that follows.
 MODULATION_KINDS = ("scale", "shift", "rotate", "gate")

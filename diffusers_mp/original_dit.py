@@ -4,6 +4,8 @@ import functools
 
 from diffusers import DiTTransformer2DModel
 
+from . import _registration  # noqa: F401
+
 
 class OriginalDiTTransformer2DModel(DiTTransformer2DModel):
     """diffusers' `DiTTransformer2DModel` with time features of the frequencies `10000^(-i/128)`, i = 0..127.

@@ -18,7 +18,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
-from . import functional
+from . import _registration, functional  # noqa: F401
 from .layers import MPEmbedding, MPLeakyReLU, MPLinear, MPPatchEmbed, MPSiLU, MPTimestepEmbedding
 from .modulation import Modulation, check_kinds
 from .rows import LoadsRowsAsStored

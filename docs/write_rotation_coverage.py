@@ -9,8 +9,9 @@ import diffusers
 import torch
 
 from diffusers_mp.rotation_swap.coverage import COVERAGE, SUPPORTED
+from diffusers_mp.rotation_swap.linear import make_rotation_linears
 from diffusers_mp.rotation_swap.sites import ROWS, find_sites
-from diffusers_mp.rotation_swap.swap import make_rotation_linears, num_parameters
+from diffusers_mp.rotation_swap.swap import num_parameters
 
 
 FILE = Path(__file__).with_name("rotation_swap_coverage.md")

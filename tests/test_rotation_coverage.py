@@ -20,8 +20,8 @@ from tiny_transformers import CASES, cast, make, run
 import diffusers_mp
 from diffusers_mp import set_shift_scale, swap_adaln_for_rotation, unswap_rotation
 from diffusers_mp.rotation_swap.coverage import COVERAGE, SUPPORTED
+from diffusers_mp.rotation_swap.linear import rotation_linears
 from diffusers_mp.rotation_swap.sites import find_sites
-from diffusers_mp.rotation_swap.swap import rotation_linears
 
 
 # Without the variants of a class: what a test of mechanics needs.

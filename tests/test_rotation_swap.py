@@ -24,8 +24,8 @@ from diffusers_mp import (
     unswap_rotation,
 )
 from diffusers_mp.rotation_swap import ModulationMaps, Rotation, RotationLinear
+from diffusers_mp.rotation_swap.linear import rotation_linears
 from diffusers_mp.rotation_swap.sites import find_sites
-from diffusers_mp.rotation_swap.swap import rotation_linears
 
 
 ZERO = ("rotate", "scale", "gate", "rotate", "scale", "gate")

@@ -21,21 +21,11 @@ from torch import nn
 
 from .. import __version__
 from ..publishing.hub import is_repo_id
-from .linear import RotationLinear
+from .checks import check_loaded, check_model, check_plain, check_sites, check_swapped
+from .linear import RotationLinear, make_rotation_linears, rotation_linears, rotation_tensors
+from .model_class import install
 from .sites import find_sites
-from .swap import (
-    SwapReport,
-    check_loaded,
-    check_model,
-    check_plain,
-    check_sites,
-    check_swapped,
-    install,
-    make_rotation_linears,
-    num_parameters,
-    rotation_linears,
-    rotation_tensors,
-)
+from .swap import SwapReport, num_parameters
 
 
 logger = logging.get_logger(__name__)

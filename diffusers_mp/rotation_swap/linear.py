@@ -1,10 +1,11 @@
 """The one module that a swap puts into a model: the modulation's linear map with rotation heads beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from .sites import Site
 from .values import ModulationMaps, Rotation
 
 
@@ -148,3 +149,32 @@ class RotationLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kinds={self.kinds}, keep_shift={self.shift_scale is not None}"
+
+
+def rotation_linears(model: nn.Module) -> dict[str, RotationLinear]:
+    """The swapped maps of a model by their paths."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RotationLinear)}
+
+
+def rotation_tensors(rotations: Mapping[str, RotationLinear]) -> list[torch.Tensor]:
+    """All that `rotation_linears` hold."""
+    return [tensor for each in rotations.values() for tensor in (*each.parameters(), *each.buffers())]
+
+
+def make_rotation_linears(sites: Sequence[Site], options: Mapping) -> dict[str, RotationLinear]:
+    """The modules that take the places of a model's maps, not yet put there.
+
+    Args:
+        sites (sequence of Site): from `find_sites`.
+        options (mapping): `keep_shift`, `mean_shift` and `rank` of `RotationLinear`.
+    Returns:
+        dict: module for each path.
+    """
+    options = {name: options[name] for name in ("keep_shift", "mean_shift", "rank")}
+    return {site.name: RotationLinear(site.linear, site.kinds, **options) for site in sites}
+
+
+def replace_maps(model: nn.Module, linears: Mapping[str, RotationLinear]) -> None:
+    """Put the modules of `make_rotation_linears` in the places of a model's maps."""
+    for name, linear in linears.items():
+        model.set_submodule(name, linear)

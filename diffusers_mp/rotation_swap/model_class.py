@@ -2,11 +2,15 @@
 
 import functools
 import inspect
+from collections.abc import Mapping
 
 import diffusers
 from diffusers import ConfigMixin, ModelMixin
 
+from .. import _registration  # noqa: F401
 from .coverage import COVERAGE, SUPPORTED
+from .linear import RotationLinear, make_rotation_linears, replace_maps
+from .sites import find_sites
 
 
 PREFIX = "Rotation"
@@ -27,8 +31,6 @@ def rotation_class(stock_class: type[ModelMixin]) -> type[ModelMixin]:
     stock_init = stock_class.__init__
 
     def __init__(self, *args, rotation_modulation=None, **kwargs):
-        from .swap import find_sites, install, make_rotation_linears
-
         stock_init(self, *args, **kwargs)
         if rotation_modulation is None:
             raise ValueError(
@@ -36,7 +38,8 @@ def rotation_class(stock_class: type[ModelMixin]) -> type[ModelMixin]:
                 "`swap_adaln_for_rotation`, or load a model saved after that."
             )
         sites = find_sites(self, rotation_modulation["sublayers"])
-        install(self, make_rotation_linears(sites, rotation_modulation), rotation_modulation)
+        replace_maps(self, make_rotation_linears(sites, rotation_modulation))
+        self.register_to_config(rotation_modulation=dict(rotation_modulation))
 
     # diffusers reads the names of config entries from here.
     signature = inspect.signature(stock_init)
@@ -57,6 +60,19 @@ def rotation_class(stock_class: type[ModelMixin]) -> type[ModelMixin]:
             "__doc__": f"{stock_class.__name__} with rotations in the places of its shifts.",
         },
     )
+
+
+def install(model: ModelMixin, linears: Mapping[str, RotationLinear], options: Mapping) -> None:
+    """Put rotations into a stock model, and make it one of its swapped class.
+
+    Args:
+        model (ModelMixin): of a stock class.
+        linears (mapping): from `make_rotation_linears`.
+        options (mapping): of the swap, for the config.
+    """
+    replace_maps(model, linears)
+    model.__class__ = rotation_class(type(model))
+    model.register_to_config(rotation_modulation=dict(options))
 
 
 def is_rotation_class(cls: type) -> bool:
