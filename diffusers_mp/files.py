@@ -1,10 +1,95 @@
-"""SHA-256 of files and of weights."""
+"""Files that are there whole or not at all, JSON, and SHA-256 of files and of weights."""
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+
+
+# What a killed process leaves has this suffix, and may be deleted once no process writes there.
+UNFINISHED = ".unfinished"
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Write a file that is there whole or not at all, whenever a kill comes, and then outlasts the machine.
+
+        with whole_file(path) as unfinished:
+            save_file(tensors, unfinished)
+
+    Several processes may write the same file. An error leaves the former file, or none.
+
+    Args:
+        path (str or Path): the file; its folder is made if missing.
+    Yields:
+        Path: where to write it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
+    try:
+        yield unfinished
+        sync(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Write a folder that is there whole or not at all; one that is there already is replaced.
+
+    Args:
+        path (str or Path): the folder.
+    Yields:
+        Path: an empty folder to write to, beside it.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}{UNFINISHED}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    if path.exists():
+        discard_folder(path)
+    unfinished.rename(path)
+
+
+def discard_folder(path: str | Path) -> None:
+    """Delete a folder that must never be there in part: it loses its name first."""
+    path = Path(path)
+    discarded = path.with_name(f"{path.name}.discarded{UNFINISHED}")
+    shutil.rmtree(discarded, ignore_errors=True)
+    path.rename(discarded)
+    shutil.rmtree(discarded)
+
+
+def sync(path: str | Path) -> None:
+    """Put a file, or the names in a folder, on the disk, where they outlast the machine and not only the process."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: str | Path, default: Any = None) -> Any:
+    """Content of a JSON file, or `default` if there is no such file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+
+
+def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:
+    """Write a JSON file, whole or not at all."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
 def sha256_of_file(path: str | Path) -> str:

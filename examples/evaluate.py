@@ -49,6 +49,7 @@ from diffusers_mp.evaluation.frechet import RunningStatistics, rank_warning
 from diffusers_mp.evaluation.generation import NonFiniteImageError, generate_images
 from diffusers_mp.evaluation.precision_recall import MAX_FEATURES
 from diffusers_mp.evaluation.reference import ReferenceStatistics, image_metrics, reference_statistics
+from diffusers_mp.files import read_json, write_json
 from diffusers_mp.publishing.hub import (
     HEAT_MAP_NAME,
     check_hub_access,
@@ -255,7 +256,7 @@ def parts_and_transformer(folder: Path, snapshots_dir: Path | None) -> tuple[Pat
 def check_pipeline(args, folder: Path, snapshots_dir: Path | None) -> None:
     """Refuse by its configs, without weights, what would be refused once the reference has been measured."""
     parts, transformer = parts_and_transformer(folder, snapshots_dir)
-    index = read_json(parts / "model_index.json")
+    index = read_json(parts / "model_index.json", {})
     name = index.get("_class_name")
     if name != MPDiTPipeline.__name__:
         raise ValueError(f"--pretrained_model_name_or_path must be an MPDiTPipeline, {parts} holds a {name}")
@@ -264,7 +265,7 @@ def check_pipeline(args, folder: Path, snapshots_dir: Path | None) -> None:
             "--pretrained_model_name_or_path must be a pipeline without a `guider`, which has a scale of its own, "
             f"{parts} has a {index['guider'][1]}; after `pipe.guider = None` save it to another folder"
         )
-    config = read_json(transformer / "config.json")
+    config = read_json(transformer / "config.json", {})
     if config.get("pooled_projection_dim") is not None:
         raise ValueError("the pipeline must be class-conditional or unconditional; this one takes condition vectors")
     _, num_channels = image_shape(folder, snapshots_dir)
@@ -277,7 +278,7 @@ def check_pipeline(args, folder: Path, snapshots_dir: Path | None) -> None:
     options = {name: index.get(name) for name in ("id2label", "prediction_type")}
     with init_empty_weights():
         if has_component(parts, "guidance_transformer"):
-            weak = read_json(parts / "guidance_transformer" / "config.json")
+            weak = read_json(parts / "guidance_transformer" / "config.json", {})
             options["guidance_transformer"] = MPDiTTransformer2DModel.from_config(weak)
         pipe = MPDiTPipeline(
             MPDiTTransformer2DModel.from_config(config),
@@ -293,10 +294,10 @@ def check_pipeline(args, folder: Path, snapshots_dir: Path | None) -> None:
 def image_shape(folder: Path, snapshots_dir: Path | None) -> tuple[int, int]:
     """Side in pixels and number of channels of the images that a pipeline generates."""
     parts, transformer = parts_and_transformer(folder, snapshots_dir)
-    config = read_json(transformer / "config.json")
+    config = read_json(transformer / "config.json", {})
     if not has_component(parts, "vae"):
         return config["sample_size"], config["in_channels"]
-    vae = read_json(parts / "vae" / "config.json")
+    vae = read_json(parts / "vae" / "config.json", {})
     return config["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1), vae["out_channels"]
 
 
@@ -369,8 +370,8 @@ def describe(args, folder, snapshots_dir, extractors, references) -> dict:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").digest()
             content.update(path.relative_to(parts).as_posix().encode() + digest)
-    index = read_json(parts / "model_index.json")
-    num_classes = read_json(transformer / "config.json").get("num_classes")
+    index = read_json(parts / "model_index.json", {})
+    num_classes = read_json(transformer / "config.json", {}).get("num_classes")
     return {
         "model": args.pretrained_model_name_or_path,
         "model_sha256": content.hexdigest(),
@@ -392,7 +393,7 @@ def describe(args, folder, snapshots_dir, extractors, references) -> dict:
 def keep_settings(path: Path, settings: dict) -> None:
     """Refuse to mix cells that cannot be compared."""
     if path.is_file():
-        stored = read_json(path)
+        stored = read_json(path, {})
         # The same model may have moved.
         different = sorted(name for name in settings if name != "model" and stored.get(name) != settings[name])
         if different:
@@ -519,7 +520,7 @@ def inception_score(logits: torch.Tensor) -> dict[str, float]:
 
 
 def is_finished(args, cell: dict) -> bool:
-    return "metrics" in read_json(cell_path(args, cell))
+    return "metrics" in read_json(cell_path(args, cell), {})
 
 
 def name_of(cell: dict) -> str:
@@ -546,9 +547,9 @@ def line_of(cell: dict) -> str:
 
 def finish(args, folder, snapshots_dir, settings, references, cells, repo_id) -> None:
     """Results of all cells in the folder, also of earlier sweeps with the same settings."""
-    finished = [read_json(path) for path in sorted((args.output_dir / "cells").glob("*.json"))]
+    finished = [read_json(path, {}) for path in sorted((args.output_dir / "cells").glob("*.json"))]
     finished = [cell for cell in finished if "metrics" in cell]
-    failed = [read_json(cell_path(args, cell)) for cell in cells if not is_finished(args, cell)]
+    failed = [read_json(cell_path(args, cell), {}) for cell in cells if not is_finished(args, cell)]
     if finished:
         best = min(finished, key=lambda cell: cell["metrics"][0]["frechet_distance"])
         warnings = [warning for reference in references for warning in reference.description["warnings"]]
@@ -605,7 +606,7 @@ def pipeline_of_best(args, folder, snapshots_dir, best) -> Path:
         return Path(shutil.copytree(folder, target))
     reconstruct_ema(snapshots_dir, target, best["ema_std"], args.step)
     # What the card tells of the training lies in the folder of the run.
-    arguments = read_json(snapshots_dir.parent / "training_arguments.json")
+    arguments = read_json(snapshots_dir.parent / "training_arguments.json", {})
     if arguments:
         write_json(target / "training_arguments.json", {**arguments, "ema_stds": [best["ema_std"]]})
         for name in (f"{arguments.get('logging_dir') or 'logs'}/metrics.jsonl", "latents/index.json"):
@@ -659,21 +660,6 @@ def draw_heat_map(path: Path, results: dict) -> None:
     bar = figure.colorbar(image, ax=figure.axes, ticks=ticks, format="%.3g", label=f"Fréchet distance\n({name})")
     bar.minorticks_off()
     figure.savefig(path, dpi=150, metadata={"Software": None})
-
-
-# Files.
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Whole or not at all, whenever a kill comes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
 
 
 def shortened(value) -> str:

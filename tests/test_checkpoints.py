@@ -93,9 +93,9 @@ def test_the_new_checkpoint_stays_among_later_ones(total_limit, left, tmp_path):
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_before_older_ones_go(tmp_path, monkeypatch):
     run, events = Run(torch.optim.Adam), []
     save_checkpoint(run.accelerator, tmp_path, 1, *run.parts, facts={})
-    sync, rename, rmtree = checkpoints._sync, Path.rename, shutil.rmtree
+    sync, rename, rmtree = checkpoints.sync, Path.rename, shutil.rmtree
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_sync", lambda path: (sync(path), events.append(("sync", path))))
+        patch.setattr(checkpoints, "sync", lambda path: (sync(path), events.append(("sync", path))))
         patch.setattr(Path, "rename", lambda path, to: (events.append(("rename", path)), rename(path, to))[1])
         patch.setattr(shutil, "rmtree", lambda path: (events.append(("rmtree", path)), rmtree(path)))
         saved = save_checkpoint(run.accelerator, tmp_path, 2, *run.parts, facts={}, total_limit=1)

@@ -101,7 +101,7 @@ def test_index_explains_itself_and_survives_reloading(encoded):
     assert index["skipped"] == []
     assert again.id2label == {0: "cat", 1: "dog", 2: "test"}
     assert again.latents_std == encoded.latents_std
-    assert not list(encoded.folder.glob("*.tmp"))
+    assert not list(encoded.folder.glob("*.unfinished"))
 
 
 def test_pickled_after_reading(encoded):
@@ -471,7 +471,7 @@ def test_killed_during_a_save_nothing_is_lost_or_repeated(many, tmp_path):
         process.join(TIMEOUT)
         assert process.exitcode == -signal.SIGKILL
         assert not (tmp_path / "a" / "index.json").exists()
-    assert list((tmp_path / "a").glob("*.tmp"))
+    assert list((tmp_path / "a").glob("*.unfinished"))
     finish(start(many, tmp_path / "a"))
     assert content_of(tmp_path / "a") == content_of(many / "reference")
 

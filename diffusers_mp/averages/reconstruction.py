@@ -4,7 +4,6 @@ The average of any width, at the step of a snapshot, is close to a combination o
 the profiles alone, before a single weight is read.
 """
 
-import json
 import operator
 import shutil
 from collections.abc import Sequence
@@ -16,10 +15,11 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from ..files import whole_folder, write_json
 from ..rows import normalize_weights_
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .ema import exponent_of_std, profile_inner_product
-from .snapshots import UNFINISHED, Snapshot, check_snapshots, find_snapshots, pipeline_parts
+from .snapshots import Snapshot, check_snapshots, find_snapshots, pipeline_parts
 
 
 REPORT_FILE = "reconstruction.json"
@@ -245,15 +245,11 @@ def reconstruct_ema(
         parameter.copy_(total)
     normalize_weights_(model)
 
-    unfinished = output_dir.with_name(f"{output_dir.name}{UNFINISHED}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished / "transformer")
-    for part in parts:
-        (shutil.copytree if part.is_dir() else shutil.copyfile)(part, unfinished / part.name)
-    (unfinished / REPORT_FILE).write_text(json.dumps(asdict(plan), indent=2) + "\n", encoding="utf-8")
-    if output_dir.exists():
-        output_dir.rmdir()
-    unfinished.rename(output_dir)
+    with whole_folder(output_dir) as unfinished:
+        model.save_pretrained(unfinished / "transformer")
+        for part in parts:
+            (shutil.copytree if part.is_dir() else shutil.copyfile)(part, unfinished / part.name)
+        write_json(unfinished / REPORT_FILE, asdict(plan))
     return plan
 
 

@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from ..files import sha256_of_file
+from ..files import UNFINISHED, discard_folder, sha256_of_file, whole_folder, write_json
 from ..publishing.hub import component_names
 from ..sharding import is_sharded, unwrapped, whole
 from ..transformer_mpdit import MPDiTTransformer2DModel
@@ -31,7 +31,6 @@ from .ema import PowerFunctionEMA
 SNAPSHOT_NAME = re.compile(r"step-(\d+)_std-(\d+(?:\.\d+)?(?:e-\d+)?)")
 SNAPSHOT_FILE = "snapshot.json"
 PIPELINE_FILE = "model_index.json"
-UNFINISHED = ".unfinished"
 # Entries of a config that say where a model came from, not what it is.
 _OF_THE_FILE = ("_diffusers_version", "_name_or_path")
 
@@ -102,16 +101,11 @@ def save_snapshots(ema: PowerFunctionEMA, directory: str | Path, pipeline: Diffu
 
 
 def _save_snapshot(folder: Path, step: int, std: float, tensors: dict, transformer: ModelMixin) -> None:
-    unfinished = folder.with_name(f"{folder.name}{UNFINISHED}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    transformer.save_config(unfinished)
-    weights = unfinished / SAFETENSORS_WEIGHTS_NAME
-    save_file(tensors, weights, metadata={"format": "pt"})
-    record = {"step": step, "std": std, "sha256": sha256_of_file(weights)}
-    (unfinished / SNAPSHOT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    if folder.exists():
-        _discard(folder)
-    unfinished.rename(folder)
+    with whole_folder(folder) as unfinished:
+        transformer.save_config(unfinished)
+        weights = unfinished / SAFETENSORS_WEIGHTS_NAME
+        save_file(tensors, weights, metadata={"format": "pt"})
+        write_json(unfinished / SNAPSHOT_FILE, {"step": step, "std": std, "sha256": sha256_of_file(weights)})
 
 
 def find_snapshots(directory: str | Path) -> list[Snapshot]:
@@ -137,7 +131,7 @@ def discard_snapshots_after(directory: str | Path, step: int) -> None:
     directory = Path(directory)
     for snapshot in find_snapshots(directory):
         if snapshot.step > step:
-            _discard(snapshot.path)
+            discard_folder(snapshot.path)
     for path in directory.glob(f"*{UNFINISHED}"):
         shutil.rmtree(path)
     # Nothing that `save_snapshots` has not written: it may be the folder of a run. A pipeline has a transformer.
@@ -234,14 +228,6 @@ def _save_pipeline_parts(pipeline: DiffusionPipeline, directory: Path) -> None:
     # The index last: once it is there, so is what it names.
     (unfinished / PIPELINE_FILE).rename(index)
     unfinished.rmdir()
-
-
-def _discard(folder: Path) -> None:
-    # Renamed first: half a folder must not have a snapshot's name.
-    discarded = folder.with_name(f"{folder.name}.discarded{UNFINISHED}")
-    shutil.rmtree(discarded, ignore_errors=True)
-    folder.rename(discarded)
-    shutil.rmtree(discarded)
 
 
 def _comparable(config: Path | str) -> dict:

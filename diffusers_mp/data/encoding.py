@@ -34,7 +34,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..files import sha256_of_file
+from ..files import UNFINISHED, read_json, sha256_of_file, whole_file
 from .images import read_picture
 from .latents import FORMAT_VERSION, INDEX_NAME, LatentDataset, content_hash, to_unit_range, vae_fingerprint
 
@@ -228,7 +228,7 @@ def encode_dataset(
         "num_rows": num_rows,
     }
     settings = _claim(folder, settings, process_index)
-    index = _read_json(folder / INDEX_NAME)
+    index = read_json(folder / INDEX_NAME)
     is_finished = index is not None and all(_is_whole(folder, shard) for shard in index["shards"])
     if is_finished and num_rows is None:
         # A stream would have to be read to its end to be compared.
@@ -283,7 +283,7 @@ def _claim(folder: Path, settings: dict[str, Any], process_index: int) -> dict[s
         else:
             folder.mkdir(parents=True, exist_ok=True)
             _write_json(path, settings)
-    stored, wanted = _read_json(path), dict(settings)
+    stored, wanted = read_json(path), dict(settings)
     if stored.get("num_rows") is None or wanted["num_rows"] is None:  # the rows of a stream are counted by reading it
         wanted["num_rows"] = stored.get("num_rows")
     if stored.get("vae") and wanted["vae"]:  # the same VAE under another name is the same
@@ -464,12 +464,12 @@ def _complete(folder: Path, settings: dict[str, Any], num_shards: int, process_i
         _wait_until(lambda number=number: _finished(folder, number) is not None, folder / _shard_name(number))
     index = _assemble(settings, [_finished(folder, number) for number in range(num_shards)])
     if process_index == 0:
-        for path in folder.glob("*.tmp"):  # what killed processes left
+        for path in folder.glob(f"*{UNFINISHED}"):  # what killed processes left
             path.unlink(missing_ok=True)
-        if _read_json(folder / INDEX_NAME) != index:
+        if read_json(folder / INDEX_NAME) != index:
             _write_json(folder / INDEX_NAME, index)
     # Its content, not its presence: it could be the one of before a repair, about to be replaced.
-    _wait_until(lambda: _read_json(folder / INDEX_NAME) == index, folder / INDEX_NAME)
+    _wait_until(lambda: read_json(folder / INDEX_NAME) == index, folder / INDEX_NAME)
 
 
 def _assemble(settings: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[str, Any]:
@@ -518,7 +518,7 @@ def _sidecar_name(number: int) -> str:
 
 def _finished(folder: Path, number: int) -> dict[str, Any] | None:
     """The sidecar of a shard, None if the shard has to be made (again)."""
-    sidecar = _read_json(folder / _sidecar_name(number))
+    sidecar = read_json(folder / _sidecar_name(number))
     return sidecar if sidecar is not None and (not sidecar["num_samples"] or _is_whole(folder, sidecar)) else None
 
 
@@ -537,26 +537,16 @@ def _wait_until(ready: Callable[[], bool], path: Path) -> None:
             last_said = time.monotonic()
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-
-
 def _write_json(path: Path, content: Any) -> None:
-    _replace(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
+    _replace(path, lambda unfinished: unfinished.write_text(json.dumps(content, indent=1)))
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> str:
     """Writes beside `path` and renames, so that a kill leaves the old file or none, never half of one; its SHA-256."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    write(temporary)
     try:
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        os.replace(temporary, path)
+        with whole_file(path) as unfinished:
+            write(unfinished)
+            sha256 = sha256_of_file(unfinished)
     except FileNotFoundError:
         # A second encoder in this folder had all files before, this one among them, and has swept.
         return sha256_of_file(path)

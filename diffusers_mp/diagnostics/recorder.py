@@ -7,7 +7,6 @@ them are read at once. `plots` draws what it has recorded.
 import contextlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from ..files import write_json
 from ..functional import compute_dtype
 from ..modulation import Modulation
 from ..sharding import local, return_to_shards, unwrapped
@@ -152,9 +152,7 @@ class MagnitudeRecorder:
         columns = {name: [_rounded(entry.get(name)) for entry in entries] for name in names}
         last = self.history[-1] if self.history else {}
         histograms = {name: last[name] for name in last if name.startswith(_HISTOGRAM)}
-        unfinished = Path(path).with_suffix(".tmp")
-        unfinished.write_text(json.dumps({"columns": columns, "histograms": histograms}) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_json(path, {"columns": columns, "histograms": histograms}, indent=None)
 
     def load(self, path: str | Path) -> None:
         """Take over what a run that is resumed here has recorded, up to the updates that it has made.

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..data.images import read_picture
+from ..files import whole_file
 from .features import FeatureExtractor
 from .frechet import RunningStatistics, frechet_distance, rank_warning
 from .precision_recall import MAX_FEATURES, precision_recall
@@ -53,14 +54,10 @@ class ReferenceStatistics:
         Args:
             path (str or Path): the file; its folder is made if missing.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: getattr(self, name).contiguous() for name in ("mean", "covariance", "features")}
         metadata = {"description": json.dumps(self.description), "sha256": _sha256_of(tensors)}
-        # A name of its own: another job may be writing the same statistics.
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-        save_file(tensors, unfinished, metadata=metadata)
-        os.replace(unfinished, path)
+        with whole_file(path) as unfinished:
+            save_file(tensors, unfinished, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "ReferenceStatistics":

@@ -13,7 +13,6 @@ of processes or another engine. The folder must be one that all of them see.
 import contextlib
 import json
 import logging
-import os
 import re
 import shutil
 import warnings
@@ -31,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..averages.ema import PowerFunctionEMA
-from ..files import sha256_of_file
+from ..files import UNFINISHED, sha256_of_file, sync, write_json
 from ..sharding import return_to_shards
 from .watchdog import NonFiniteError, all_finite
 
@@ -151,9 +150,9 @@ def save_checkpoint(
     if not all_finite(model):
         raise NonFiniteError(f"weights are not finite after update {step}: no checkpoint of them is written")
     output_dir = Path(output_dir)
-    final, unfinished = output_dir / f"checkpoint-{step}", output_dir / f"checkpoint-{step}.unfinished"
+    final, unfinished = output_dir / f"checkpoint-{step}", output_dir / f"checkpoint-{step}{UNFINISHED}"
     if accelerator.is_main_process:
-        for leftover in output_dir.glob("checkpoint-*.unfinished"):
+        for leftover in output_dir.glob(f"checkpoint-*{UNFINISHED}"):
             shutil.rmtree(leftover)
         unfinished.mkdir(parents=True)
     accelerator.wait_for_everyone()
@@ -163,20 +162,20 @@ def save_checkpoint(
     save_accelerator_state(str(unfinished), [], [], [lr_scheduler], [], index, step, scaler)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (unfinished / STATE_FILE).write_text(json.dumps({"step": step, **facts}, indent=2) + "\n")
+        write_json(unfinished / STATE_FILE, {"step": step, **facts})
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())
         manifest = {
             path.relative_to(unfinished).as_posix(): {"num_bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
             for path in files
         }
-        (unfinished / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+        write_json(unfinished / MANIFEST_FILE, manifest)
         for path in (*files, unfinished / MANIFEST_FILE, unfinished / SHARDS_FOLDER, unfinished):
-            _sync(path)
+            sync(path)
         if final.exists():  # a damaged one that was passed over
             shutil.rmtree(final)
         unfinished.rename(final)
         # Before older ones go: a machine that fails now has this one.
-        _sync(output_dir)
+        sync(output_dir)
         if total_limit is not None:
             # This one stays even among later ones, of a run that was sent back to an earlier checkpoint.
             others = [path for path in find_checkpoints(output_dir) if path != final]
@@ -223,15 +222,6 @@ def load_checkpoint(
     # A run may go on in float16 that began without, and then has no scaler yet.
     scaler = accelerator.scaler if (checkpoint / SCALER_NAME).is_file() else None
     load_accelerator_state(str(checkpoint), [], [], [lr_scheduler], [], accelerator.process_index, scaler)
-
-
-def _sync(path: Path) -> None:
-    """Put a file, or the names in a folder, on the disk, where they outlast the machine and not only the process."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _state(model: nn.Module, optimizer: AcceleratedOptimizer, ema: PowerFunctionEMA) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """A tracker for Accelerate that needs no service and no package: one JSON object a line."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import GeneralTracker, on_main_process
+
+from ..files import whole_file
 
 
 class JSONLinesTracker(GeneralTracker):
@@ -46,9 +47,8 @@ class JSONLinesTracker(GeneralTracker):
         if self.path.is_file():
             kept = [line for line in self._whole_lines() if (json.loads(line)["step"] or 0) <= step]
             # Replaced as a whole: a run killed here must not lose its curve.
-            shortened = self.path.with_suffix(".tmp")
-            shortened.write_text("".join(kept), encoding="utf-8")
-            os.replace(shortened, self.path)
+            with whole_file(self.path) as unfinished:
+                unfinished.write_text("".join(kept), encoding="utf-8")
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs) -> None:
