@@ -10,7 +10,6 @@ arguments, whatever the number of processes. The trainer takes the folder as `--
 """
 
 import argparse
-import os
 
 from accelerate import Accelerator
 from training_arguments import HelpFormatter
@@ -18,6 +17,7 @@ from training_arguments import HelpFormatter
 from diffusers_mp.data.encoding import check_encoding, encode_dataset, load_vae
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.latents import LatentDataset
+from diffusers_mp.training.engine import check_processes
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -61,12 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args):
     accelerator = Accelerator()
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
-        raise RuntimeError(
-            f"launched as {launched} processes, but Accelerate runs {accelerator.num_processes}: each would encode "
-            "everything. Without accelerators, use `ACCELERATE_USE_CPU=1 torchrun`."
-        )
+    check_processes(accelerator, "encode everything")
     processes = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
     if args.verify:
         latents = LatentDataset(args.latents_dir)

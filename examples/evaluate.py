@@ -22,7 +22,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -60,6 +59,7 @@ from diffusers_mp.publishing.hub import (
 )
 from diffusers_mp.publishing.model_card import write_evaluation, write_model_card
 from diffusers_mp.schedulers import sampler_for
+from diffusers_mp.training.engine import check_processes
 
 
 NUM_SHOWN = 16
@@ -205,12 +205,7 @@ def start() -> Accelerator:
     # The main process alone rebuilds averages and computes distances, which takes it minutes.
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
     accelerator = Accelerator(kwargs_handlers=[patience])
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
-        raise RuntimeError(
-            f"launched as {launched} processes, but Accelerate runs {accelerator.num_processes}: each would generate "
-            "everything. Without accelerators, use `ACCELERATE_USE_CPU=1 torchrun`."
-        )
+    check_processes(accelerator, "generate everything")
     return accelerator
 
 

@@ -39,7 +39,6 @@ from diffusers.models.embeddings import LabelEmbedding
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from train_mpdit import check_engine
 from training_arguments import HelpFormatter
 
 from diffusers_mp import drop_shift_, save_rotation_adapter, set_shift_scale, swap_adaln_for_rotation
@@ -60,6 +59,7 @@ from diffusers_mp.training import (
     validation_losses,
     validation_timesteps,
 )
+from diffusers_mp.training.engine import check_engine
 
 
 AT_LEAST_1 = (

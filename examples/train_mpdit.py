@@ -13,12 +13,9 @@ the number of processes, workers and micro batches does not change the run.
 import contextlib
 import copy
 import datetime
-import fcntl
 import hashlib
 import json
 import math
-import os
-import platform
 import shutil
 import time
 import traceback
@@ -32,7 +29,6 @@ from accelerate import Accelerator, init_empty_weights
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import (
-    DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
@@ -45,7 +41,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from training_arguments import DEFAULT_VAE, LOCK_NAME, OBJECTIVE_FLAGS, latents_folder, model_config, parse_args
+from training_arguments import DEFAULT_VAE, OBJECTIVE_FLAGS, latents_folder, model_config, parse_args
 
 from diffusers_mp import (
     MagnitudeRecorder,
@@ -85,6 +81,7 @@ from diffusers_mp.training import (
     validation_losses,
     validation_timesteps,
 )
+from diffusers_mp.training.engine import check_engine, lock_folder
 
 
 logger = get_logger(__name__)
@@ -123,7 +120,7 @@ def main(args):
         args.vae = vae_of_pretrained(args)
     vae = load_vae(args.vae, args.cache_dir)
     pretrained = None if args.pretrained_model_name_or_path is None else load_pretrained(args, vae)
-    with lock(args.output_dir, accelerator):
+    with lock_folder(args.output_dir, accelerator):
         checkpoint = checkpoint_to_resume(args, accelerator, curve)
         latents = load_latents(args, vae, accelerator, pretrained)
         run = set_up(args, accelerator, curve, vae, latents, pretrained, checkpoint)
@@ -168,33 +165,6 @@ def start(args):
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
     return accelerator, curve
-
-
-@contextlib.contextmanager
-def lock(output_dir, accelerator):
-    """The folder for this run alone, until the block ends or the process does, however it does; or all are refused."""
-    refusal = [None]
-    with contextlib.ExitStack() as held:
-        if accelerator.is_main_process:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context((output_dir / LOCK_NAME).open("a+"))
-            try:
-                # Not flock, whose lock workers inherit: they outlive a trainer that is killed by some seconds.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                refusal = [
-                    f"`--output_dir` must be a folder that no other trainer is at work in, {output_dir} is in use by "
-                    f"{file.read().strip() or 'another process'}: give another folder, or end that process first."
-                ]
-            except OSError as error:
-                accelerator.print(f"{output_dir} cannot be locked ({error}): start no second trainer in it")
-            else:
-                file.truncate(0)
-                print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
-        if broadcast_object_list(refusal)[0] is not None:
-            raise RuntimeError(refusal[0])
-        yield
 
 
 def checkpoint_to_resume(args, accelerator, curve) -> Path | None:
@@ -616,57 +586,6 @@ def training_objective(args):
         clip_sample=False,
     )
     return DDPMObjective(scheduler, snr_gamma=args.snr_gamma)
-
-
-def check_engine(accelerator, gradient_accumulation_steps):
-    """Refuse what is not supported, or was asked for and not given: Accelerate says nothing about it."""
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
-        raise RuntimeError(
-            f"launched as {launched} processes, but Accelerate runs {accelerator.num_processes}: each would train a "
-            "model of its own in the same folder. Without accelerators, use `ACCELERATE_USE_CPU=1 torchrun`."
-        )
-    asked_for = [
-        engine
-        for engine in ("DEEPSPEED", "MEGATRON_LM", "FSDP")
-        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1")
-    ]
-    if asked_for and asked_for[0] != "FSDP":
-        raise RuntimeError(
-            f"{asked_for[0]} was asked for, but this trainer runs on one process, DDP or FSDP2: shard a large model "
-            "with `--use_fsdp --fsdp_version 2`."
-        )
-    if asked_for and accelerator.distributed_type != DistributedType.FSDP:
-        raise RuntimeError(
-            f"FSDP was asked for, but Accelerate chose {accelerator.distributed_type.value}: it shards on several "
-            "accelerators only. Launch without it."
-        )
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise RuntimeError(
-            "FSDP version 1 was asked for, which flattens parameters and has no rows to normalise: launch with "
-            "`--fsdp_version 2`."
-        )
-    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing:
-        raise RuntimeError(
-            "`--fsdp_activation_checkpointing` renames parameters, and checkpoints would fit no other engine: use "
-            "the trainer's own `--gradient_checkpointing`."
-        )
-    if accelerator.mixed_precision == "fp8":
-        raise RuntimeError(
-            "fp8 was asked for, by `accelerate launch` or `accelerate config`, which puts other linear maps in the "
-            "place of those with unit rows: train in bf16, with `--mixed_precision bf16`."
-        )
-    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
-        raise RuntimeError(
-            "`--mixed_precision fp16` was asked for, which Accelerate leaves out on this device "
-            f"({accelerator.device.type}): use `no` or `bf16`."
-        )
-    if gradient_accumulation_steps != accelerator.gradient_accumulation_steps:
-        raise RuntimeError(
-            "`--gradient_accumulation_steps` must be what ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment "
-            f"says, which overrides it, {accelerator.gradient_accumulation_steps}; got {gradient_accumulation_steps}: "
-            "unset the variable."
-        )
 
 
 def validate(args, run):

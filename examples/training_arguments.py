@@ -13,11 +13,11 @@ from diffusers_mp import MPDiTTransformer2DModel, get_preset
 from diffusers_mp.averages.ema import exponent_of_std
 from diffusers_mp.presets import CONFIGURATIONS
 from diffusers_mp.publishing.hub import check_trackers
+from diffusers_mp.training.engine import LOCK_NAME
 
 
 MODEL_FLAGS = tuple(CONFIGURATIONS["E"])
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
-LOCK_NAME = ".lock"
 AT_LEAST_1 = (
     "checkpointing_steps",
     "checkpoints_total_limit",

@@ -41,6 +41,7 @@ from diffusers_mp.training import (
     validation_losses,
     validation_timesteps,
 )
+from diffusers_mp.training.engine import check_engine
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -1131,7 +1132,7 @@ def test_engine_that_is_not_given_is_refused(monkeypatch, engine, message):
     accelerator = train_mpdit.Accelerator()
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(RuntimeError, match=message):
-        train_mpdit.check_engine(accelerator, 1)
+        check_engine(accelerator, 1)
 
 
 @pytest.mark.parametrize(
@@ -1152,4 +1153,4 @@ def test_kind_of_fsdp_that_is_not_supported_is_refused(monkeypatch, options, mes
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
         with pytest.raises(RuntimeError, match=message):
-            train_mpdit.check_engine(accelerator, 1)
+            check_engine(accelerator, 1)

@@ -1,0 +1,104 @@
+"""What runs a script: processes that found each other, an engine that is supported, a folder for one run alone."""
+
+import contextlib
+import fcntl
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list
+
+
+LOCK_NAME = ".lock"
+
+
+def check_processes(accelerator: Accelerator, consequence: str) -> None:
+    """Refuse processes that did not find each other.
+
+    Args:
+        accelerator (Accelerator): of this process.
+        consequence (str): what each process would do by itself, for the message.
+    Raises:
+        RuntimeError: if the launcher started another number of processes than Accelerate knows.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise RuntimeError(
+            f"launched as {launched} processes, but Accelerate runs {accelerator.num_processes}: each would "
+            f"{consequence}. Without accelerators, use `ACCELERATE_USE_CPU=1 torchrun`."
+        )
+
+
+def check_engine(accelerator: Accelerator, gradient_accumulation_steps: int) -> None:
+    """Refuse what is not supported, or was asked for and not given: Accelerate says nothing about it."""
+    check_processes(accelerator, "train a model of its own in the same folder")
+    asked_for = [
+        engine
+        for engine in ("DEEPSPEED", "MEGATRON_LM", "FSDP")
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1")
+    ]
+    if asked_for and asked_for[0] != "FSDP":
+        raise RuntimeError(
+            f"{asked_for[0]} was asked for, but this trainer runs on one process, DDP or FSDP2: shard a large model "
+            "with `--use_fsdp --fsdp_version 2`."
+        )
+    if asked_for and accelerator.distributed_type != DistributedType.FSDP:
+        raise RuntimeError(
+            f"FSDP was asked for, but Accelerate chose {accelerator.distributed_type.value}: it shards on several "
+            "accelerators only. Launch without it."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise RuntimeError(
+            "FSDP version 1 was asked for, which flattens parameters and has no rows to normalise: launch with "
+            "`--fsdp_version 2`."
+        )
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing:
+        raise RuntimeError(
+            "`--fsdp_activation_checkpointing` renames parameters, and checkpoints would fit no other engine: use "
+            "the trainer's own `--gradient_checkpointing`."
+        )
+    if accelerator.mixed_precision == "fp8":
+        raise RuntimeError(
+            "fp8 was asked for, by `accelerate launch` or `accelerate config`, which puts other linear maps in the "
+            "place of those with unit rows: train in bf16, with `--mixed_precision bf16`."
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise RuntimeError(
+            "`--mixed_precision fp16` was asked for, which Accelerate leaves out on this device "
+            f"({accelerator.device.type}): use `no` or `bf16`."
+        )
+    if gradient_accumulation_steps != accelerator.gradient_accumulation_steps:
+        raise RuntimeError(
+            "`--gradient_accumulation_steps` must be what ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment "
+            f"says, which overrides it, {accelerator.gradient_accumulation_steps}; got {gradient_accumulation_steps}: "
+            "unset the variable."
+        )
+
+
+@contextlib.contextmanager
+def lock_folder(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
+    """The folder for this run alone, until the block ends or the process does, however it does; or all are refused."""
+    refusal = [None]
+    with contextlib.ExitStack() as held:
+        if accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((output_dir / LOCK_NAME).open("a+"))
+            try:
+                # Not flock, whose lock workers inherit: they outlive a trainer that is killed by some seconds.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                refusal = [
+                    f"`--output_dir` must be a folder that no other trainer is at work in, {output_dir} is in use by "
+                    f"{file.read().strip() or 'another process'}: give another folder, or end that process first."
+                ]
+            except OSError as error:
+                accelerator.print(f"{output_dir} cannot be locked ({error}): start no second trainer in it")
+            else:
+                file.truncate(0)
+                print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+        if broadcast_object_list(refusal)[0] is not None:
+            raise RuntimeError(refusal[0])
+        yield
