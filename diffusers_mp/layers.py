@@ -70,10 +70,8 @@ class MPLinear(NormalizedRows, nn.Linear):
             torch.Tensor: shape (..., out_features).
         """
         weight = self.weight
-        if self.training and self.rows_are_trusted:
-            weight = fused.unit_rows(weight)
-        elif self._normalize_on_use():
-            weight = functional.unit_norm(weight)
+        if self._normalize_on_use():
+            weight = fused.unit_rows(weight) if self.rows_are_trusted else functional.unit_norm(weight)
         return F.linear(hidden_states, weight)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from . import _registration, functional  # noqa: F401
 from .layers import MPLinear
-from .rows import LoadsRowsAsStored
+from .rows import ModelOfRows
 
 
 # In the order in which they are applied; a gate acts on the output of the branch that follows.
@@ -105,7 +105,7 @@ class Modulation(nn.Module):
         return hidden_states, gate
 
 
-class _OneModulation(Modulation, LoadsRowsAsStored, ModelMixin, ConfigMixin):
+class _OneModulation(Modulation, ModelOfRows, ModelMixin, ConfigMixin):
     """A `Modulation` of one kind that can be saved and loaded alone."""
 
     _no_split_modules = []

@@ -12,8 +12,10 @@ Rows of a weight-normalised layer are stored at a fixed norm (1 in `MPLinear`, s
 - in evaluation mode with forced normalisation the stored rows are used as they are, which is what LoRA merging,
   quantisation and export see. Without it rows keep a norm of their own and are always normalised on use.
 
-Rows that are meant to have another norm (a LoRA was merged into them) survive saving and loading: save in evaluation
-mode; `from_pretrained` leaves rows as they are stored, and so does `load_state_dict` in evaluation mode.
+Rows that no training moves are whatever they are stored as: frozen ones, under a LoRA, quantised or not, whichever
+library froze them, and those that a parametrisation computes. Merged, fused or residual rows (PiSSA) are therefore in
+effect as they are in either mode, and are saved and loaded as they are. They are normalised once they are trained.
+Rows of an average, which are shorter than their norm, are normalised when a copy in training mode is saved.
 """
 
 import collections
@@ -65,7 +67,15 @@ def _normalize_(layers: Iterable["NormalizedRows"]) -> None:
     # One tensor of the norms of all layers, since what is done to norms takes longer to start than to do.
     kinds = collections.defaultdict(list)
     # By weight: one that layers share would be divided by its norm twice.
-    for weight, row_norm in {id(layer.weight): (layer.weight, layer.row_norm) for layer in layers}.values():
+    weights = {}
+    for layer in layers:
+        weight, row_norm = weights.setdefault(id(layer.weight), (layer.weight, layer.row_norm))
+        if layer.row_norm != row_norm:
+            raise ValueError(
+                f"a weight of shape {tuple(weight.shape)} must have rows of one norm, got layers that share it with "
+                f"norms {row_norm:g} and {layer.row_norm:g}: untie them, or use two layers of one class."
+            )
+    for weight, row_norm in weights.values():
         rows = local_rows(weight)
         kinds[rows.device, rows.dtype].append((rows, _relative_row_norms(rows, row_norm)))
     for (_, dtype), rows_and_norms in kinds.items():
@@ -84,37 +94,54 @@ def _normalize_(layers: Iterable["NormalizedRows"]) -> None:
             torch._foreach_div_(rows, norms)
 
 
+@torch.no_grad()
+def _settle_(modules: Iterable[nn.Module]) -> None:
+    """Normalise rows in training that are about to be read as they are stored, and tell of drift; one host read."""
+    layers = [module for module in modules if isinstance(module, NormalizedRows) and module._rows_may_have_drifted()]
+    if not layers or _loading.get():
+        return
+    drifts = collections.defaultdict(list)
+    for layer in layers:
+        norm = _relative_row_norms(local_rows(layer.weight), layer.row_norm)
+        if norm.numel():  # With more processes than rows, some hold none.
+            drift = (norm - 1).abs_().masked_fill_(norm == 0, 0).max().float()
+            drifts[norm.device].append(torch.stack([drift, drift - _row_tolerance(layer.weight.dtype)]))
+    largest = [torch.stack(of_device).amax(dim=0).tolist() for of_device in drifts.values()]
+    if not any(above_tolerance > 0 for _, above_tolerance in largest):
+        return
+    drift = max(drift for drift, _ in largest)
+    global _drift_warned
+    # However little it is, replicas go apart if it is put right on one process alone, which saves or samples.
+    is_distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    is_replica = is_distributed and not any(is_sharded(layer.weight) for layer in layers)
+    if not _drift_warned and (drift > DRIFT_WORTH_A_WARNING or is_replica):
+        _drift_warned = True
+        warnings.warn(
+            f"the rows of a {type(layers[0]).__name__} have drifted {100 * drift:.2g}% from their norm during "
+            "training, which lowers the effective learning rate; add `normalize_weights_(model)` after "
+            "`optimizer.step()`, on every process, since replicas go apart where one of them saves or samples alone. "
+            "Averages of weights, as those of EMAModel and AveragedModel, are shorter by nature: they are put right "
+            "here, and nothing is to be done",
+            stacklevel=4,
+        )
+    _normalize_(layers)
+
+
 class NormalizedRows(nn.Module):
     """The row contract, for modules that own a `weight` of shape (rows, n) and the attributes below."""
 
     forced_weight_normalization: bool
     row_norm: float
 
-    @torch.no_grad()
-    def _settle_rows(self) -> None:
-        """Normalise rows of a training module that is about to be read as it is stored."""
-        if not (self.training and self.forced_weight_normalization) or self.weight.is_meta or _loading.get():
-            return
-        norm = _relative_row_norms(local_rows(self.weight), self.row_norm)
-        if not norm.numel():
-            return  # More processes than rows: this one holds none.
-        drift = (norm - 1).abs().masked_fill(norm == 0, 0).max().item()
-        if drift <= _row_tolerance(self.weight.dtype):
-            return
-        global _drift_warned
-        # However little it is, replicas go apart if it is put right on one process alone, which saves or samples.
-        is_distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        is_replica = is_distributed and not is_sharded(self.weight)
-        if not _drift_warned and (drift > DRIFT_WORTH_A_WARNING or is_replica):
-            _drift_warned = True
-            warnings.warn(
-                f"the rows of a {type(self).__name__} have drifted {100 * drift:.2g}% from their norm during "
-                "training, which lowers the effective learning rate; add `normalize_weights_(model)` after "
-                "`optimizer.step()`, on every process, since replicas go apart where one of them saves or samples "
-                "alone. If a LoRA was merged: merge it in evaluation mode",
-                stacklevel=3,
-            )
-        self.normalize_rows_()
+    def _is_used_as_stored(self) -> bool:
+        # A weight that stands in for the parameter, as those of `torch.func.functional_call`, is trained.
+        weight = self.weight
+        is_frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
+        return is_frozen or "parametrizations" in self._modules
+
+    def _rows_may_have_drifted(self) -> bool:
+        is_trained = self.training and self.forced_weight_normalization and not self._is_used_as_stored()
+        return is_trained and not self.weight.is_meta
 
     def normalize_rows_(self) -> None:
         """Put every row back to its norm, whatever the module is used for."""
@@ -122,15 +149,17 @@ class NormalizedRows(nn.Module):
 
     def train(self, mode: bool = True):
         if not mode:
-            self._settle_rows()
+            _settle_([self])
         return super().train(mode)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self._settle_rows()
+        _settle_([self])
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _normalize_on_use(self) -> bool:
-        return self.training or not self.forced_weight_normalization
+        if not self.forced_weight_normalization:
+            return True
+        return self.training and not self._is_used_as_stored()
 
 
 def trust_rows_(module: nn.Module) -> nn.Module:
@@ -174,15 +203,33 @@ def normalize_weights_(module: nn.Module) -> nn.Module:
 def settle_rows_(modules: Iterable[nn.Module]) -> None:
     """As `normalize_weights_` of these modules themselves, without those within them; others pass."""
     _normalize_(
-        module for module in modules if isinstance(module, NormalizedRows) and module.forced_weight_normalization
+        module
+        for module in modules
+        if isinstance(module, NormalizedRows)
+        and module.forced_weight_normalization
+        and not module._is_used_as_stored()
     )
 
 
-class LoadsRowsAsStored:
-    """For models beside `ModelMixin`: loading changes no row, so that a merged LoRA survives it."""
+class ModelOfRows:
+    """For models beside `ModelMixin`: loading changes no row, and all rows are looked at together."""
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """As `ModelMixin.from_pretrained`, with the rows exactly as they were saved."""
         with rows_as_loaded():
             return super().from_pretrained(*args, **kwargs)
+
+    def train(self, mode: bool = True):
+        """As `torch.nn.Module.train`; leaving training mode puts rows back to their norm."""
+        if mode:
+            return super().train(mode)
+        _settle_(self.modules())
+        with rows_as_loaded():
+            return super().train(mode)
+
+    def state_dict(self, *args, **kwargs):
+        """As `torch.nn.Module.state_dict`; in training mode rows are put back to their norm first."""
+        _settle_(self.modules())
+        with rows_as_loaded():
+            return super().state_dict(*args, **kwargs)

@@ -7,6 +7,7 @@ from numbers import Integral
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -17,11 +18,12 @@ from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import _registration, functional  # noqa: F401
 from .layers import MPEmbedding, MPLeakyReLU, MPLinear, MPPatchEmbed, MPSiLU, MPTimestepEmbedding
 from .modulation import Modulation, check_kinds
-from .rows import LoadsRowsAsStored
+from .rows import ModelOfRows
 
 
 _ACTIVATIONS = {
@@ -29,10 +31,22 @@ _ACTIVATIONS = {
     "silu": (MPSiLU, nn.SiLU),
     "leaky_relu": (MPLeakyReLU, nn.LeakyReLU),
 }
+_ACTIVATE_IN_PLACE = {
+    MPSiLU: lambda act, x: functional.mp_silu(x, inplace=True),
+    MPLeakyReLU: lambda act, x: functional.mp_leaky_relu(x, act.negative_slope, inplace=True),
+    nn.SiLU: lambda act, x: F.silu(x, inplace=True),
+    nn.LeakyReLU: lambda act, x: F.leaky_relu(x, act.negative_slope, inplace=True),
+}
 
 
 # Ways to start a LoRA that change the weight beside it, by the beginning of their names in PEFT, in small letters.
 _CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
+
+
+_NOT_MERGED = (
+    "`fuse_lora` and PEFT's merges need rows that are used as they are stored; with "
+    "`forced_weight_normalization=False` they are normalised on use: keep the LoRA unmerged."
+)
 
 
 class MPDiTAttnProcessor:
@@ -124,6 +138,11 @@ class MPDiTAttention(nn.Module, AttentionModuleMixin):
             self.fused_projections = False
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something may look at what goes into a module or comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook())
+
+
 def _hooks_of_diffusers(module: nn.Module) -> dict:
     return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
 
@@ -143,12 +162,12 @@ class MPDiTFeedForward(nn.Module):
         self.linear_2 = linear(int(dim * mult), dim)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(hidden_states)))
-
-    def train(self, mode: bool = True):
-        # The widest tensor of the model: no second one of it where no gradient will need the first.
-        self.act.inplace = not mode
-        return super().train(mode)
+        hidden_states = self.linear_1(hidden_states)
+        # The widest tensor of the model: no second one of it where neither a gradient nor a hook needs the first.
+        is_needed = torch.is_grad_enabled() or has_hooks(self.linear_1) or has_hooks(self.act)
+        if is_needed or torch.compiler.is_compiling():
+            return self.linear_2(self.act(hidden_states))
+        return self.linear_2(_ACTIVATE_IN_PLACE[type(self.act)](self.act, hidden_states))
 
 
 class MPDiTPooledEmbedding(nn.Module):
@@ -292,7 +311,7 @@ def _make_norm(dim: int, layer_norm: bool) -> nn.Module:
     return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) if layer_norm else nn.Identity()
 
 
-class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
+class MPDiTTransformer2DModel(ModelOfRows, ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     """Class-conditional diffusion transformer, magnitude preserving in its default configuration (E).
 
     Every linear map, activation and sum keeps RMS 1, so that no normalisation layer is needed. `get_preset` gives the
@@ -500,6 +519,8 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAd
                 device, is out of range.
         """
         self._check_inputs(hidden_states, timestep, class_labels, pooled_projections)
+        if self._normalizes_on_use() and any(getattr(module, "merged", False) for module in self.modules()):
+            raise ValueError(_NOT_MERGED)  # by PEFT itself, which asks nobody
         patch_size = self.config.patch_size
         height, width = hidden_states.shape[-2] // patch_size, hidden_states.shape[-1] // patch_size
         dtype = hidden_states.dtype
@@ -587,51 +608,44 @@ class MPDiTTransformer2DModel(LoadsRowsAsStored, ModelMixin, ConfigMixin, PeftAd
         return self.config.weight_normalization and not self.config.forced_weight_normalization
 
     def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
-        """As in diffusers; refuses the kinds of LoRA that move part of a weight into the adapter.
+        """As in diffusers; where rows are normalised on use, refuses a LoRA that moves part of a weight into itself.
 
         Raises:
-            ValueError: if `init_lora_weights` is "pissa", "olora", "corda", "loftq" or "lora_ga", or there is a
-                `kasa_config`, for a model whose rows have a fixed norm: they leave rows of another, which training
-                would bring back to it.
+            ValueError: for a model whose rows are normalised on use (`weight_normalization` without
+                `forced_weight_normalization`), if `init_lora_weights` is "pissa", "olora", "corda", "loftq" or
+                "lora_ga", or there is a `kasa_config`.
         """
         kind = getattr(adapter_config, "init_lora_weights", None)
         if getattr(adapter_config, "kasa_config", None) is not None:
             kind = "kasa_config"  # comes beside any of the names
         # PEFT takes some names in any case.
-        if self.config.weight_normalization and isinstance(kind, str) and kind.lower().startswith(_CHANGES_WEIGHTS):
+        if self._normalizes_on_use() and isinstance(kind, str) and kind.lower().startswith(_CHANGES_WEIGHTS):
             raise ValueError(
-                "`init_lora_weights` must leave the weights as they are, since training normalises their rows: True, "
-                f"False, 'gaussian', 'orthogonal', 'eva' or 'mica'; got {kind!r}."
+                "`init_lora_weights` must leave the weights as they are for a model with "
+                "`forced_weight_normalization=False`, whose rows are normalised on use: True, False, 'gaussian', "
+                f"'orthogonal', 'eva' or 'mica'; got {kind!r}."
             )
         super().add_adapter(adapter_config, adapter_name)
 
     def train(self, mode: bool = True):
-        """As `torch.nn.Module.train`; refuses training mode while attention maps are fused or a LoRA is.
+        """As `torch.nn.Module.train`; refuses training mode while attention maps are fused.
 
         Raises:
-            ValueError: if training would change fused weights that others are copies of, or normalise rows that a
-                fused LoRA has made longer.
+            ValueError: if training would change fused weights that others are copies of.
         """
         if mode and any(getattr(module, "fused_projections", False) for module in self.modules()):
             raise ValueError("`train` needs separate attention maps: call `unfuse_qkv_projections()` first.")
-        if mode and any(getattr(module, "merged", False) for module in self.modules()):
-            raise ValueError("`train` needs separate LoRA weights: call `unfuse_lora()` first.")
         return super().train(mode)
 
     def fuse_lora(self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None):
-        """As in diffusers, for inference: merged rows are used as they are, in evaluation mode.
+        """As in diffusers.
 
         Raises:
-            ValueError: in training mode, or for a model whose rows are normalised on use (`weight_normalization`
-                without `forced_weight_normalization`), where merged weights are another function.
+            ValueError: for a model whose rows are normalised on use (`weight_normalization` without
+                `forced_weight_normalization`), where merged weights are another function.
         """
-        if self.training:
-            raise ValueError("`fuse_lora` is for inference: call `model.eval()` first.")
         if self._normalizes_on_use():
-            raise ValueError(
-                "`fuse_lora` needs rows that are used as they are stored; with `forced_weight_normalization=False` "
-                "they are normalised on use: keep the LoRA unfused."
-            )
+            raise ValueError(_NOT_MERGED)
         super().fuse_lora(lora_scale, safe_fusing, adapter_names)
 
     def _check_inputs(
