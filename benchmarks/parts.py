@@ -1,6 +1,6 @@
 """Where E, A and diffusers' DiT spend their time: what they have in common, and what is left to save.
 
-    python benchmarks/parts.py --output docs/results/parts.md
+    python benchmarks/parts.py --output benchmarks/records/parts.md
 
 The models of speed.py, turn by turn: inference and training, eager and compiled. In each round the profiler adds up
 the time of a forward, or of a forward and a backward pass, in products of tokens, products of the conditioning,
@@ -148,7 +148,7 @@ def main():
 
 By the profiler, which takes time itself, mostly in the rows of calls and other operators. Products and attention come
 from the libraries under PyTorch: no model that makes these products can take less. What follows from it:
-[performance](../design/performance.md).
+[performance](../../docs/design/performance.md).
 """ + "\n".join([*lines, ""])
     if args.output is None:
         print(text)

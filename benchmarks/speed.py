@@ -1,7 +1,7 @@
 """Speed and memory of configuration E beside A and diffusers' DiT: the same size, the same data, turn by turn.
 
     make bench
-    python benchmarks/speed.py --size S/2 --sample_size 16 --batch_size 16 --output docs/results/speed
+    python benchmarks/speed.py --size S/2 --sample_size 16 --batch_size 16 --output benchmarks/records/speed
 
 Models: E with scale, rotation and gate, and with scale, shift and gate; A with scale, shift and gate, through the same
 operations; diffusers' `DiTTransformer2DModel`. Gains and modulations are drawn: nothing is zero. A training step is
@@ -353,7 +353,7 @@ Ratios of time: below 1 is faster. E is magnitude preserving, with rotation unle
 package, with shift; diffusers' DiT has their depth and width, and more parameters, since each of its blocks embeds
 time and class anew. A share of the matrix rate is that of the fastest matrix product, measured in the same rounds.
 Bytes are what eager autograd keeps, beside the weights. What the targets are, and why some are missed:
-[performance](../design/performance.md).
+[performance](../../docs/design/performance.md).
 """
 
 
