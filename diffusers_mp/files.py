@@ -92,6 +92,17 @@ def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:
         unfinished.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
+def component_names(folder: str | Path) -> list[str]:
+    """Names of the parts that the pipeline in a folder has."""
+    # Of a part: its library and its class, both null if it was left out. What begins with "_" is about the index.
+    index = json.loads((Path(folder) / "model_index.json").read_text())
+    return [
+        name
+        for name, value in index.items()
+        if name[0] != "_" and isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
+    ]
+
+
 def sha256_of_file(path: str | Path) -> str:
     """SHA-256 of a file's content.
 

@@ -21,8 +21,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from ..files import UNFINISHED, discard_folder, sha256_of_file, whole_folder, write_json
-from ..publishing.hub import component_names
+from ..files import UNFINISHED, component_names, discard_folder, sha256_of_file, whole_folder, write_json
 from ..sharding import is_sharded, unwrapped, whole
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .ema import PowerFunctionEMA

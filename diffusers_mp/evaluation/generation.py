@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..training.samples import _generator
+from ..data.draws import keyed_generator
 
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def image_generator(seed: int, index: int) -> torch.Generator:
         torch.Generator: freshly seeded.
     """
     # Training's keys have up to two numbers.
-    return _generator(seed, 0, 0, index)
+    return keyed_generator(seed, 0, 0, index)
 
 
 def generate_images(

@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
 
 from .. import __version__
+from ..files import component_names
 
 
 CARD_NAME, GRID_NAME, CURVE_NAME = "README.md", "sample_grid.png", "training_curve.png"
@@ -345,17 +346,6 @@ def _belongs(name: str) -> bool:
 def has_component(folder: Path, name: str) -> bool:
     """Whether the pipeline in a folder has a component of this name."""
     return name in component_names(folder)
-
-
-def component_names(folder: Path) -> list[str]:
-    """Names of the parts that the pipeline in a folder has."""
-    # Of a part: its library and its class, both null if it was left out. What begins with "_" is about the index.
-    index = json.loads((folder / "model_index.json").read_text())
-    return [
-        name
-        for name, value in index.items()
-        if name[0] != "_" and isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
-    ]
 
 
 def _content(folder: Path, name: str, names: list[str]) -> Path | bytes:

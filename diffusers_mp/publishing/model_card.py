@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
+from ..files import component_names
 from .hub import (
     ADAPTER_CONFIG_NAME,
     CARD_NAME,
@@ -18,7 +19,6 @@ from .hub import (
     GRID_NAME,
     HEAT_MAP_NAME,
     WEIGHTS,
-    component_names,
     files_to_publish,
     has_component,
     is_repo_id,

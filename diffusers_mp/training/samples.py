@@ -7,20 +7,14 @@ one process and eight train the same run, and a resumed run needs no stored rand
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
+
+from ..data.draws import keyed_generator
 
 
 if TYPE_CHECKING:
     from ..data.latents import LatentDataset
-
-
-def _generator(seed: int, *key: int) -> torch.Generator:
-    # `SeedSequence([seed, epoch])` and `SeedSequence([seed, epoch, 0])` are the same stream. Spawn keys keep apart the
-    # hold-out (), the order of an epoch (epoch) and its samples (epoch, index).
-    state = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
 
 
 def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
@@ -33,7 +27,7 @@ def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
     Returns:
         torch.Generator: freshly seeded.
     """
-    return _generator(seed, epoch, index)
+    return keyed_generator(seed, epoch, index)
 
 
 def split_validation(num_samples: int, num_validation: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +44,7 @@ def split_validation(num_samples: int, num_validation: int, seed: int) -> tuple[
     """
     if not 0 <= num_validation < num_samples:
         raise ValueError(f"`num_validation` must be in [0, {num_samples}), received {num_validation}.")
-    order = torch.randperm(num_samples, generator=_generator(seed))
+    order = torch.randperm(num_samples, generator=keyed_generator(seed))
     return order[num_validation:].sort().values, order[:num_validation].sort().values
 
 
@@ -224,6 +218,6 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
                 epoch, place_in_epoch = divmod(place, self.num_samples)
                 if epoch != known_epoch:
                     known_epoch = epoch
-                    order = torch.randperm(self.num_samples, generator=_generator(self.seed, epoch))
+                    order = torch.randperm(self.num_samples, generator=keyed_generator(self.seed, epoch))
                 batch.append((epoch, int(order[place_in_epoch])))
             yield batch
