@@ -316,8 +316,8 @@ class MPDiTTransformer2DModel(ModelOfRows, ModelMixin, ConfigMixin, PeftAdapterM
 
     Every linear map, activation and sum keeps RMS 1, so that no normalisation layer is needed. `get_preset` gives the
     published sizes and configurations. Sources: arXiv 2505.19122, and arXiv 2212.09748 for configuration A. Differs
-    from the paper's research code: time features are smooth in t, the null class is `num_classes`, weights are
-    normalised after the optimiser step rather than inside `forward`.
+    from the paper's research code: time features are smooth in t, weights are normalised after the optimiser step
+    rather than inside `forward`.
 
     Args:
         num_attention_heads (int): number of attention heads H.
