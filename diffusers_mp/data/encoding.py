@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -464,7 +465,8 @@ def _complete(folder: Path, settings: dict[str, Any], num_shards: int, process_i
         _wait_until(lambda number=number: _finished(folder, number) is not None, folder / _shard_name(number))
     index = _assemble(settings, [_finished(folder, number) for number in range(num_shards)])
     if process_index == 0:
-        for path in folder.glob(f"*{UNFINISHED}"):  # what killed processes left
+        # What killed processes left; safetensors has temporary files too.
+        for path in (*folder.glob(f"*{UNFINISHED}"), *folder.glob(".tmp*")):
             path.unlink(missing_ok=True)
         if read_json(folder / INDEX_NAME) != index:
             _write_json(folder / INDEX_NAME, index)
@@ -547,7 +549,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> str:
         with whole_file(path) as unfinished:
             write(unfinished)
             sha256 = sha256_of_file(unfinished)
-    except FileNotFoundError:
+    except (FileNotFoundError, SafetensorError):
         # A second encoder in this folder had all files before, this one among them, and has swept.
         return sha256_of_file(path)
     return sha256
