@@ -47,11 +47,11 @@ def resize_class_embeddings_(
         tables = [labeler.embedding_table for labeler in labelers]
     else:
         raise TypeError(
-            f"`model` must be an MPDiTTransformer2DModel or a DiTTransformer2DModel, received {type(model).__name__}."
+            f"`model` must be an MPDiTTransformer2DModel or a DiTTransformer2DModel, got {type(model).__name__}."
         )
     old_count = model.config[key]
     if old_count is None:
-        raise ValueError("`model` must have a label table, received one without classes (`num_classes=None`).")
+        raise ValueError("`model` must have a label table, got one without classes (`num_classes=None`).")
     new_names = _names("new_id2label", new_id2label, None)
     old_names = None if old_id2label is None else _names("old_id2label", old_id2label, old_count)
     kept = {} if old_names is None else _kept(old_names, new_names)
@@ -74,14 +74,13 @@ def resize_class_embeddings_(
 def _names(argument: str, id2label: Mapping[int | str, str], count: int | None) -> list[str]:
     if not isinstance(id2label, Mapping):
         raise TypeError(
-            f"`{argument}` must map ids to names, as `dict(enumerate(names))` does, received a "
-            f"{type(id2label).__name__}."
+            f"`{argument}` must map ids to names, as `dict(enumerate(names))` does, got a {type(id2label).__name__}."
         )
     # JSON knows string keys only.
     names = {int(id): name for id, name in id2label.items()}
     if not names or sorted(names) != list(range(len(names) if count is None else count)):
         expected = "0 to their number - 1" if count is None else f"0 to {count - 1}"
-        raise ValueError(f"`{argument}` must name the ids {expected}, received {len(names)} ids: {_some(names)}.")
+        raise ValueError(f"`{argument}` must name the ids {expected}, got {len(names)} ids: {_some(names)}.")
     return [names[id] for id in range(len(names))]
 
 
@@ -97,7 +96,7 @@ def _kept(old_names: list[str], new_names: list[str]) -> dict[int, int]:
         if old_counts[name] != new_counts[name]:
             raise ValueError(
                 f"`new_id2label` must have the name {name!r} as often as `old_id2label`, where it stands for "
-                f"{old_counts[name]} classes; received it {new_counts[name]} times. Make the names distinct."
+                f"{old_counts[name]} classes; got it {new_counts[name]} times. Make the names distinct."
             )
     old_ids = defaultdict(list)
     for id, name in enumerate(old_names):

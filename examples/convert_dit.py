@@ -72,13 +72,11 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"`checkpoint_path` must be a whole file of plain tensors, received {path}: {error}"
-        ) from error
+        raise ValueError(f"`checkpoint_path` must be a whole file of plain tensors, got {path}: {error}") from error
     weights = checkpoint.get("ema", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(
-            f"`checkpoint_path` must hold tensors by name, by themselves or under 'ema', received {path} with "
+            f"`checkpoint_path` must hold tensors by name, by themselves or under 'ema', got {path} with "
             f"{sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__}."
         )
     return weights
@@ -118,8 +116,7 @@ def read_config(weights: dict[str, torch.Tensor], num_heads: int | None) -> dict
     num_heads = num_heads or NUM_HEADS.get(dim)
     if num_heads is None or dim % num_heads:
         raise ValueError(
-            f"`num_heads` must be given for the width {dim}, which was not published, and divide it; received "
-            f"{num_heads}."
+            f"`num_heads` must be given for the width {dim}, which was not published, and divide it; got {num_heads}."
         )
     return {
         "num_attention_heads": num_heads,
@@ -273,7 +270,7 @@ def read_names(path: str | None, num_classes: int) -> dict[int, str] | None:
         names = json.loads(Path(path).read_text(encoding="utf-8"))
     names = {int(id): name for id, name in names.items()}
     if sorted(names) != list(range(num_classes)):
-        raise ValueError(f"`id2label` must name the ids 0 to {num_classes - 1}, received {len(names)} ids.")
+        raise ValueError(f"`id2label` must name the ids 0 to {num_classes - 1}, got {len(names)} ids.")
     return names
 
 
@@ -292,7 +289,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.output_dir.exists():
-        parser.error(f"--output_dir must be a new folder, received {args.output_dir}, which exists")
+        parser.error(f"--output_dir must be a new folder, got {args.output_dir}, which exists")
     return args
 
 

@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not find_snapshots(args.snapshots_dir):
         parser.error(
             "snapshots_dir must hold folders like step-0001000_std-0.05, as ema_snapshots of a run with "
-            f"--ema_snapshot_steps does, received {args.snapshots_dir}"
+            f"--ema_snapshot_steps does, got {args.snapshots_dir}"
         )
     return args
 

@@ -161,9 +161,9 @@ def test_names_as_json_has_them_and_names_that_stand_for_several_classes():
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        ({0: "a"}, {0: "b"}, r"`old_id2label` must name the ids 0 to 9, received 1 ids: 0\."),
-        (OLD, {}, "`new_id2label` must name the ids 0 to their number - 1, received 0 ids"),
-        (OLD, {1: "a", 2: "b"}, r"`new_id2label` must name .*, received 2 ids: 1, 2\."),
+        ({0: "a"}, {0: "b"}, r"`old_id2label` must name the ids 0 to 9, got 1 ids: 0\."),
+        (OLD, {}, "`new_id2label` must name the ids 0 to their number - 1, got 0 ids"),
+        (OLD, {1: "a", 2: "b"}, r"`new_id2label` must name .*, got 2 ids: 1, 2\."),
     ],
 )
 def test_ids_that_are_not_consecutive(old, new, message):
@@ -173,7 +173,7 @@ def test_ids_that_are_not_consecutive(old, new, message):
 
 @pytest.mark.parametrize("old, new, name", [(None, ["a", "b"], "new_id2label"), (["a"], OLD, "old_id2label")])
 def test_names_without_ids(old, new, name):
-    with pytest.raises(TypeError, match=rf"`{name}` must map ids to names, .* received a list"):
+    with pytest.raises(TypeError, match=rf"`{name}` must map ids to names, .* got a list"):
         resize_class_embeddings_(tiny_model("E"), old, new)
 
 

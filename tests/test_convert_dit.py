@@ -195,7 +195,7 @@ class TestConversion:
 
     def test_published_widths_need_no_head_count(self, script):
         assert script.NUM_HEADS == {384: 6, 768: 12, 1024: 16, 1152: 16}
-        with pytest.raises(ValueError, match="`num_heads` must be given for the width 32, .* received None"):
+        with pytest.raises(ValueError, match="`num_heads` must be given for the width 32, .* got None"):
             script.read_config(checkpoint(), None)
 
 
@@ -248,7 +248,7 @@ class TestRefusals:
 
     def test_names(self, script, tmp_path, monkeypatch):
         (tmp_path / "names.json").write_text(json.dumps({"0": "one", "2": "two"}))
-        with pytest.raises(ValueError, match="`id2label` must name the ids 0 to 9, received 2 ids"):
+        with pytest.raises(ValueError, match="`id2label` must name the ids 0 to 9, got 2 ids"):
             script.read_names(str(tmp_path / "names.json"), CLASSES)
         assert script.read_names(None, CLASSES) is None
         # Without network and cache, ImageNet's names cannot be had.

@@ -385,10 +385,10 @@ with torch.no_grad():
     model = tiny_model().eval()
     model.transformer_blocks[1].register_forward_pre_hook(lambda block, args: seen.append(args[0].shape))
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
-    received = model(**inputs).sample
+    got = model(**inputs).sample
 # Each process has half of the 16 tokens.
 assert seen == [(2, 8, 32)], seen
-torch.testing.assert_close(received, expected, rtol=1e-5, atol=1e-6)
+torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 print("done", flush=True)
 dist.barrier()
 os._exit(0)

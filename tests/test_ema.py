@@ -325,7 +325,7 @@ def test_state_dict_round_trip_continues_the_same_run():
 
 @pytest.mark.parametrize("std", [0, -0.1, MAX_STD, 0.3, float("nan")])
 def test_widths_out_of_range_are_refused(std):
-    with pytest.raises(ValueError, match=rf"`std` must lie in \(0, 1/sqrt\(12\)\).* received {std}"):
+    with pytest.raises(ValueError, match=rf"`std` must lie in \(0, 1/sqrt\(12\)\).* got {std}"):
         exponent_of_std(std)
     with pytest.raises(ValueError, match="`std` must lie in"):
         PowerFunctionEMA(Counter(), (0.05, std))
@@ -333,20 +333,18 @@ def test_widths_out_of_range_are_refused(std):
 
 @pytest.mark.parametrize("step, stride", [(5, 0), (5, 6), (0, 1)])
 def test_strides_out_of_range_are_refused(step, stride):
-    with pytest.raises(
-        ValueError, match=f"`stride` must be between 1 and `step`, received stride {stride} at step {step}"
-    ):
+    with pytest.raises(ValueError, match=f"`stride` must be between 1 and `step`, got stride {stride} at step {step}"):
         power_function_decay(step, 0.05, stride)
 
 
 @pytest.mark.parametrize(
     "steps, stds, step, message",
     [
-        ([], [], 10, "same length, at least 1, received 0 and 0"),
-        ([5, 10], [0.05], 10, "same length, at least 1, received 2 and 1"),
+        ([], [], 10, "same length, at least 1, got 0 and 0"),
+        ([5, 10], [0.05], 10, "same length, at least 1, got 2 and 1"),
         ([5, 5], [0.05, 0.05], 10, "snapshots must differ in step or std"),
         ([0, 5], [0.05, 0.05], 10, "steps must be 1 or more"),
-        ([5], [0.05], 0, "steps must be 1 or more, received `step` 0"),
+        ([5], [0.05], 0, "steps must be 1 or more, got `step` 0"),
         ([5], [0.5], 5, "`std` must lie in"),
     ],
 )
@@ -357,12 +355,12 @@ def test_snapshots_that_make_no_system_are_refused(steps, stds, step, message):
 
 @pytest.mark.parametrize("stds", [(), (0.05, 0.05)])
 def test_no_or_repeated_widths_are_refused(stds):
-    with pytest.raises(ValueError, match="`stds` must be one or more different widths, received"):
+    with pytest.raises(ValueError, match="`stds` must be one or more different widths, got"):
         PowerFunctionEMA(Counter(), stds)
 
 
 def test_a_width_alone_is_refused():
-    with pytest.raises(TypeError, match=r"`stds` must be a sequence of widths, .* received 0.05"):
+    with pytest.raises(TypeError, match=r"`stds` must be a sequence of widths, .* got 0.05"):
         PowerFunctionEMA(Counter(), 0.05)
 
 
@@ -373,11 +371,11 @@ def test_a_model_without_parameters_is_refused():
 
 def test_steps_must_increase():
     ema = PowerFunctionEMA(Counter())
-    with pytest.raises(ValueError, match="`step` must be above that of the last update, 0, received 0"):
+    with pytest.raises(ValueError, match="`step` must be above that of the last update, 0, got 0"):
         ema.update(0)
     ema.update(4)
     for step in (4, 3):
-        with pytest.raises(ValueError, match=f"last update, 4, received {step}"):
+        with pytest.raises(ValueError, match=f"last update, 4, got {step}"):
             ema.update(step)
     with pytest.raises(TypeError, match="integer"):
         ema.update(5.5)
@@ -387,9 +385,9 @@ def test_steps_must_increase():
 def test_unknown_widths_are_refused():
     model = Counter()
     ema = PowerFunctionEMA(model)
-    with pytest.raises(ValueError, match=r"`std` must be one of the tracked widths \[0.05, 0.1\], received 0.2"):
+    with pytest.raises(ValueError, match=r"`std` must be one of the tracked widths \[0.05, 0.1\], got 0.2"):
         ema.copy_to(model, 0.2)
-    with pytest.raises(ValueError, match="received 0.2"), ema.averaged(model, 0.2):
+    with pytest.raises(ValueError, match="got 0.2"), ema.averaged(model, 0.2):
         pass
 
 
@@ -398,7 +396,7 @@ def test_models_with_other_parameters_are_refused():
     ema = PowerFunctionEMA(model)
     with pytest.raises(ValueError, match=r"parameters of `model` must have .* missing \['bias'\], unexpected \[\]"):
         ema.copy_to(nn.Linear(4, 3, bias=False), 0.05)
-    with pytest.raises(ValueError, match=r"'weight' must have shape \(3, 4\), received \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"'weight' must have shape \(3, 4\), got \(3, 5\)"):
         ema.copy_to(nn.Linear(5, 3), 0.05)
     model.extra = nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match=r"unexpected \['extra'\]"):
@@ -409,14 +407,14 @@ def test_models_with_other_parameters_are_refused():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda state: state.pop("step"), r"must have the keys \['averages', 'stds', 'step'\], received"),
-        (lambda state: state.update(stds=[0.05, 0.2]), r"tracked stds \[0.05, 0.1\], received stds \[0.05, 0.2\]"),
+        (lambda state: state.pop("step"), r"must have the keys \['averages', 'stds', 'step'\], got"),
+        (lambda state: state.update(stds=[0.05, 0.2]), r"tracked stds \[0.05, 0.1\], got stds \[0.05, 0.2\]"),
         (lambda state: state["averages"].pop(), "and 1 averages"),
         (lambda state: state["averages"][1].pop("gain"), r"std 0.1 .* missing \['gain'\]"),
         (lambda state: state["averages"][1].update(x=torch.zeros(1)), r"unexpected \['x'\]"),
         (
             lambda state: state["averages"][1].update(gain=torch.zeros(1)),
-            r"'gain' must have shape \(\), received \(1,\)",
+            r"'gain' must have shape \(\), got \(1,\)",
         ),
         (
             lambda state: state["averages"][1].update(gain=torch.zeros((), dtype=torch.float64)),

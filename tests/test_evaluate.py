@@ -323,7 +323,7 @@ def test_statistics_without_their_images(arguments, folder, tmp_path, capsys):
     )
     # A checkpoint of other latents than those the statistics were made for.
     make_pipeline(tiny_vae(), sample_size=4).save_pretrained(tmp_path / "smaller")
-    with pytest.raises(ValueError, match="must be of resolution 16, which the pipeline generates, received 32"):
+    with pytest.raises(ValueError, match="must be of resolution 16, which the pipeline generates, got 32"):
         evaluate([*arguments, tmp_path / "c", "--pretrained_model_name_or_path", tmp_path / "smaller"])
 
 

@@ -111,11 +111,11 @@ def test_distance_of_samples_approaches_that_of_their_gaussians():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"mean": torch.zeros(3)}, r"`covariance` must have shape \(3, 3\), received \(2, 2\)"),
+        ({"mean": torch.zeros(3)}, r"`covariance` must have shape \(3, 3\), got \(2, 2\)"),
         ({"other_mean": torch.tensor([0.0, torch.nan])}, "`other_mean` must be finite"),
         ({"covariance": -torch.eye(2)}, "`covariance` must be symmetric and positive semi-definite, .* from -1 to -1"),
-        ({"other_covariance": torch.tensor([[1.0, 0.5], [0.0, 1.0]])}, "received an asymmetry of 0.5"),
-        ({"mean": torch.zeros(1, 2)}, r"`mean` must have shape \('D',\), received \(1, 2\)"),
+        ({"other_covariance": torch.tensor([[1.0, 0.5], [0.0, 1.0]])}, "got an asymmetry of 0.5"),
+        ({"mean": torch.zeros(1, 2)}, r"`mean` must have shape \('D',\), got \(1, 2\)"),
     ],
 )
 def test_what_is_no_gaussian_is_refused(changes, message):
@@ -148,14 +148,14 @@ def test_moments_of_merged_batches_are_those_of_all_rows():
 
 def test_moments_refuse_what_they_cannot_take():
     statistics = RunningStatistics()
-    with pytest.raises(ValueError, match="at least 2 rows, received 0"):
+    with pytest.raises(ValueError, match="at least 2 rows, got 0"):
         _ = statistics.covariance
     statistics.update(rows(1, 3))
-    with pytest.raises(ValueError, match="at least 2 rows, received 1"):
+    with pytest.raises(ValueError, match="at least 2 rows, got 1"):
         _ = statistics.covariance
-    with pytest.raises(ValueError, match=r"must have shape \(B, 3\), received \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"must have shape \(B, 3\), got \(2, 4\)"):
         statistics.update(rows(2, 4))
-    with pytest.raises(ValueError, match="must be finite, received NaN"):
+    with pytest.raises(ValueError, match="must be finite, got NaN"):
         statistics.update(torch.full((1, 3), torch.nan))
     assert statistics.count == 1
 
@@ -202,9 +202,9 @@ def test_precision_and_recall_at_their_ends():
 
 
 def test_precision_needs_more_images_than_neighbours():
-    with pytest.raises(ValueError, match="less than the number of images, received 3 for 5 real and 3 generated"):
+    with pytest.raises(ValueError, match="less than the number of images, got 3 for 5 real and 3 generated"):
         precision_recall(rows(5, 2), rows(3, 2))
-    with pytest.raises(ValueError, match=r"received \(5, 2\) and \(5, 3\)"):
+    with pytest.raises(ValueError, match=r"got \(5, 2\) and \(5, 3\)"):
         precision_recall(rows(5, 2), rows(5, 3))
 
 
@@ -276,12 +276,12 @@ def test_extractors_that_would_mislead_are_refused(dinov2, tmp_path):
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"`output` must be one of \['last_hidden_state', 'pooler_output'\]"):
         transformers_extractor(dinov2, output="pooled")(images)
-    with pytest.raises(ValueError, match=r"must return features of shape \(2, D\), received \(2, 5, 8\)"):
+    with pytest.raises(ValueError, match=r"must return features of shape \(2, D\), got \(2, 5, 8\)"):
         transformers_extractor(dinov2, output="last_hidden_state")(images)
 
 
 def test_an_extractor_out_of_reach_is_named(tmp_path):
-    with pytest.raises(OSError, match=r"an extractor must be .* 'torch-fidelity', received '.*nowhere'"):
+    with pytest.raises(OSError, match=r"an extractor must be .* 'torch-fidelity', got '.*nowhere'"):
         load_extractor(str(tmp_path / "nowhere"))
 
 
@@ -316,8 +316,8 @@ def test_images_compared_are_drawn_from_all_classes():
 @pytest.mark.parametrize(
     "images, message",
     [
-        (torch.zeros(2, 3, 8, 8), r"uint8 tensor of .* received torch.float32 of shape \(2, 3, 8, 8\)"),
-        ([torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)], "pictures of one size .* received list"),
+        (torch.zeros(2, 3, 8, 8), r"uint8 tensor of .* got torch.float32 of shape \(2, 3, 8, 8\)"),
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)], "pictures of one size .* got list"),
         (torch.zeros(2, 4, 8, 8, dtype=torch.uint8), "must have 1 or 3 channels"),
     ],
 )
@@ -453,9 +453,9 @@ def test_damaged_and_foreign_statistics_are_refused(reference_of, tmp_path):
 def test_statistics_of_another_kind_are_refused(reference_of):
     reference = reference_of()
     reference.check(BLOCKS, 16, 3)
-    with pytest.raises(ValueError, match="must be of resolution 32, which the pipeline generates, received 16"):
+    with pytest.raises(ValueError, match="must be of resolution 32, which the pipeline generates, got 16"):
         reference.check(BLOCKS, 32, 3)
-    with pytest.raises(ValueError, match="must be of num_channels 1, .* received 3"):
+    with pytest.raises(ValueError, match="must be of num_channels 1, .* got 3"):
         reference.check(BLOCKS, 16, 1)
     other = FeatureExtractor(means_of_blocks, {"id": "another"})
     with pytest.raises(ValueError, match="they differ in id: means of blocks and another"):
@@ -476,7 +476,7 @@ def test_pictures_that_are_prepared_otherwise_are_told(reference_of, tmp_path):
     dataset, _ = load_image_dataset(folder, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"must be readable, number 1 \(1.png\) is not: UnidentifiedImageError"):
         reference_of(dataset)
-    with pytest.raises(ValueError, match="must hold at least 2 images, received 1"):
+    with pytest.raises(ValueError, match="must hold at least 2 images, got 1"):
         reference_of(dataset.select([0]))
 
 

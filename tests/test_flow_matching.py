@@ -115,7 +115,7 @@ def test_the_preview_is_a_fresh_scheduler_of_the_same_config():
 
 
 def test_other_schedulers_are_refused():
-    message = "`scheduler` must be a FlowMatchEulerDiscreteScheduler, received DDPMScheduler"
+    message = "`scheduler` must be a FlowMatchEulerDiscreteScheduler, got DDPMScheduler"
     with pytest.raises(TypeError, match=message):
         FlowMatchObjective(DDPMScheduler())
     with pytest.raises(ValueError, match="`invert_sigmas` of `scheduler` must be False"):
@@ -124,18 +124,18 @@ def test_other_schedulers_are_refused():
 
 @pytest.mark.parametrize("logit_std", [0.0, -1.0, float("nan")])
 def test_std_must_be_positive(logit_std):
-    with pytest.raises(ValueError, match="`logit_std` must be positive, received"):
+    with pytest.raises(ValueError, match="`logit_std` must be positive, got"):
         objective(logit_std=logit_std)
 
 
 @pytest.mark.parametrize(
     "timesteps, message",
     [
-        (torch.zeros(4, dtype=torch.int64), r"must be float32 or float64 of shape \(4,\), received torch.int64"),
-        (torch.zeros(4, dtype=torch.bfloat16), "received torch.bfloat16"),
-        (torch.zeros(3), r"received torch.float32 of shape \(3,\)"),
-        (torch.tensor([0.0, 1.0, 2.0, 1000.5]), r"must lie in \[0, 1000\], received 0.0 to 1000.5"),
-        (torch.tensor([0.0, 1.0, 2.0, -0.5]), "received -0.5 to 2.0"),
+        (torch.zeros(4, dtype=torch.int64), r"must be float32 or float64 of shape \(4,\), got torch.int64"),
+        (torch.zeros(4, dtype=torch.bfloat16), "got torch.bfloat16"),
+        (torch.zeros(3), r"got torch.float32 of shape \(3,\)"),
+        (torch.tensor([0.0, 1.0, 2.0, 1000.5]), r"must lie in \[0, 1000\], got 0.0 to 1000.5"),
+        (torch.tensor([0.0, 1.0, 2.0, -0.5]), "got -0.5 to 2.0"),
     ],
 )
 def test_timesteps_that_are_none_are_refused(timesteps, message):
@@ -148,9 +148,9 @@ def test_timesteps_that_are_none_are_refused(timesteps, message):
 
 def test_tensors_and_times_that_do_not_fit_are_refused():
     latents, timesteps = torch.randn(SHAPE), torch.zeros(4)
-    with pytest.raises(ValueError, match=r"`noise` must have shape \(4, 3, 5, 6\), received \(1, 3, 5, 6\)"):
+    with pytest.raises(ValueError, match=r"`noise` must have shape \(4, 3, 5, 6\), got \(1, 3, 5, 6\)"):
         objective().add_noise(latents, latents[:1], timesteps)
-    with pytest.raises(ValueError, match=r"`prediction` must have shape \(4, 3, 5, 6\).* received \(4, 6, 5, 6\)"):
+    with pytest.raises(ValueError, match=r"`prediction` must have shape \(4, 3, 5, 6\).* got \(4, 6, 5, 6\)"):
         objective().loss(torch.randn(4, 6, 5, 6), latents, latents, timesteps)
-    with pytest.raises(ValueError, match=r"`time` must lie in \[0, 1\), received 1.0 to 1.0"):
+    with pytest.raises(ValueError, match=r"`time` must lie in \[0, 1\), got 1.0 to 1.0"):
         objective().timesteps(torch.ones(2))

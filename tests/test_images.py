@@ -71,9 +71,9 @@ def test_wrong_ids_are_refused(tmp_path, ids, message):
 
 def test_missing_columns_are_named_with_those_there(tmp_path):
     source = save_table(tmp_path / "a", {"image": three_pictures(), "label": [0, 1, 0]})
-    with pytest.raises(ValueError, match=r"`image_column` must be one of \['image', 'label'\], received 'img'"):
+    with pytest.raises(ValueError, match=r"`image_column` must be one of \['image', 'label'\], got 'img'"):
         load_image_dataset(**source, image_column="img")
-    with pytest.raises(ValueError, match=r"`label_column` must be one of \['image', 'label'\], received 'fine'"):
+    with pytest.raises(ValueError, match=r"`label_column` must be one of \['image', 'label'\], got 'fine'"):
         load_image_dataset(**source, label_column="fine")
     with pytest.raises(ValueError, match="`image_column` must hold pictures or their paths, 'label' holds"):
         load_image_dataset(**source, image_column="label")
@@ -107,7 +107,7 @@ def test_exactly_one_existing_source(tmp_path):
     for sources in ({}, {"train_data_dir": tmp_path, "dataset_name": "somebody/something"}):
         with pytest.raises(ValueError, match="Exactly one of `train_data_dir` and `dataset_name`"):
             load_image_dataset(**sources)
-    with pytest.raises(ValueError, match="`train_data_dir` must be a folder of pictures, received .*nowhere"):
+    with pytest.raises(ValueError, match="`train_data_dir` must be a folder of pictures, got .*nowhere"):
         load_image_dataset(tmp_path / "nowhere")
 
 

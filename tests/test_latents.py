@@ -242,7 +242,7 @@ def test_an_encoder_that_another_one_overtakes_goes_on(pictures, tmp_path, vae, 
 def test_sizes_of_nothing_leave_no_folder(picture_folder, tmp_path, name):
     dataset, _ = load_image_dataset(picture_folder, cache_dir=str(tmp_path / "cache"))
     options = {"vae": None, "resolution": RESOLUTION, name: 0}
-    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, received 0"):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
         encode_dataset(dataset, tmp_path / "encoded", **options)
     assert not (tmp_path / "encoded").exists()
 
@@ -271,11 +271,11 @@ def test_rounding_does_not_hide_a_constant_channel(square):
 
 def test_unfit_vaes_are_refused(pictures, tmp_path, vae):
     dataset, _ = pictures
-    with pytest.raises(ValueError, match="`vae` must be in float32 to encode, received torch.bfloat16"):
+    with pytest.raises(ValueError, match="`vae` must be in float32 to encode, got torch.bfloat16"):
         encode_dataset(dataset, tmp_path, vae=tiny_vae().to(torch.bfloat16), resolution=RESOLUTION)
     with pytest.raises(ValueError, match=r"1 \(grey\) or 3 \(RGB\) channels, .* wants 4"):
         encode_dataset(dataset, tmp_path, vae=tiny_vae(in_channels=4), resolution=RESOLUTION)
-    with pytest.raises(ValueError, match="must be a multiple of the VAE's factor 4, received 18"):
+    with pytest.raises(ValueError, match="must be a multiple of the VAE's factor 4, got 18"):
         encode_dataset(dataset, tmp_path, vae=vae, resolution=18)
     grey = encode_dataset(dataset, tmp_path / "grey", vae=tiny_vae(in_channels=1), resolution=RESOLUTION)
     assert len(grey) == 10
@@ -617,7 +617,7 @@ def test_a_folder_begun_with_other_data_is_refused(pictures, tmp_path):
 
 
 def test_a_process_out_of_range_is_refused(pictures, tmp_path):
-    with pytest.raises(ValueError, match=r"`process_index` must be in \[0, 2\), received 2"):
+    with pytest.raises(ValueError, match=r"`process_index` must be in \[0, 2\), got 2"):
         encode_dataset(pictures[0], tmp_path, vae=None, resolution=16, num_processes=2, process_index=2)
 
 

@@ -66,10 +66,10 @@ def test_times_become_timesteps_that_are_equally_likely(num_timesteps):
 @pytest.mark.parametrize(
     "time, message",
     [
-        (torch.tensor([0.5, 1.0]), r"`time` must lie in \[0, 1\), received 0.5 to 1.0"),
-        (torch.tensor([-0.1]), "received -0.1"),
-        (torch.tensor([float("nan")]), "received nan"),
-        (torch.tensor([0]), "`time` must be of floating point, received torch.int64"),
+        (torch.tensor([0.5, 1.0]), r"`time` must lie in \[0, 1\), got 0.5 to 1.0"),
+        (torch.tensor([-0.1]), "got -0.1"),
+        (torch.tensor([float("nan")]), "got nan"),
+        (torch.tensor([0]), "`time` must be of floating point, got torch.int64"),
     ],
 )
 def test_times_that_are_none_are_refused(time, message):
@@ -373,7 +373,7 @@ def test_min_snr_weighs_an_error_in_the_sample_alike_for_noise_and_for_v():
 
 @pytest.mark.parametrize("snr_gamma", [0.0, -1.0, float("nan")])
 def test_gamma_must_be_positive(snr_gamma):
-    with pytest.raises(ValueError, match="`snr_gamma` must be positive, or None for equal weights, received"):
+    with pytest.raises(ValueError, match="`snr_gamma` must be positive, or None for equal weights, got"):
         DDPMObjective(scheduler(), snr_gamma=snr_gamma)
 
 
@@ -387,7 +387,7 @@ def test_previews_predict_what_was_trained(prediction_type):
 
 
 def test_other_schedulers_are_refused():
-    with pytest.raises(TypeError, match="`scheduler` must be a DDPMScheduler, received DDIMScheduler"):
+    with pytest.raises(TypeError, match="`scheduler` must be a DDPMScheduler, got DDIMScheduler"):
         DDPMObjective(DDIMScheduler())
 
 
@@ -396,13 +396,13 @@ def test_other_schedulers_are_refused():
     [
         (
             {"prediction_type": "sample"},
-            r"`prediction_type` .* must be one of \['epsilon', 'v_pred.* received 'sample'",
+            r"`prediction_type` .* must be one of \['epsilon', 'v_pred.* got 'sample'",
         ),
-        ({"variance_type": "learned"}, "`variance_type` .* must be one of .*'learned_range'.* received 'learned'"),
-        ({"variance_type": "fixed_large_log"}, "`variance_type` .* received 'fixed_large_log'"),
+        ({"variance_type": "learned"}, "`variance_type` .* must be one of .*'learned_range'.* got 'learned'"),
+        ({"variance_type": "fixed_large_log"}, "`variance_type` .* got 'fixed_large_log'"),
         (
             {"rescale_betas_zero_snr": True},
-            "`alphas_cumprod` .* must stay above 0.* received 0.0 .*rescale_betas_zero_snr",
+            "`alphas_cumprod` .* must stay above 0.* got 0.0 .*rescale_betas_zero_snr",
         ),
     ],
 )
@@ -418,7 +418,7 @@ def test_schedulers_without_this_objective_are_refused(kwargs, message):
 def test_predictions_with_other_channels_are_refused(variance_type, channels, expected):
     objective = DDPMObjective(scheduler(variance_type=variance_type))
     latents, prediction = torch.randn(SHAPE), torch.randn(4, channels, 5, 6)
-    message = rf"`prediction` must have shape {expected} .* '{variance_type}', received \(4, {channels}, 5, 6\)"
+    message = rf"`prediction` must have shape {expected} .* '{variance_type}', got \(4, {channels}, 5, 6\)"
     with pytest.raises(ValueError, match=message):
         objective.loss(prediction, latents, torch.randn(SHAPE), torch.zeros(4, dtype=torch.int64))
 
@@ -426,10 +426,10 @@ def test_predictions_with_other_channels_are_refused(variance_type, channels, ex
 @pytest.mark.parametrize(
     "timesteps, message",
     [
-        (torch.zeros(4), r"`timesteps` must be integers of shape \(4,\), received torch.float32"),
-        (torch.zeros(3, dtype=torch.int64), r"of shape \(4,\), received torch.int64 of shape \(3,\)"),
-        (torch.tensor([0, 1, 2, 1000]), r"`timesteps` must lie in \[0, 1000\), received 0 to 1000"),
-        (torch.tensor([0, 1, 2, -1]), r"`timesteps` must lie in \[0, 1000\), received -1 to 2"),
+        (torch.zeros(4), r"`timesteps` must be integers of shape \(4,\), got torch.float32"),
+        (torch.zeros(3, dtype=torch.int64), r"of shape \(4,\), got torch.int64 of shape \(3,\)"),
+        (torch.tensor([0, 1, 2, 1000]), r"`timesteps` must lie in \[0, 1000\), got 0 to 1000"),
+        (torch.tensor([0, 1, 2, -1]), r"`timesteps` must lie in \[0, 1000\), got -1 to 2"),
     ],
 )
 def test_timesteps_that_are_none_are_refused(timesteps, message):
@@ -444,5 +444,5 @@ def test_timesteps_that_are_none_are_refused(timesteps, message):
 def test_noise_of_another_shape_is_refused():
     objective = DDPMObjective(scheduler())
     latents, timesteps = torch.randn(SHAPE), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"`noise` must have shape \(4, 3, 5, 6\), received \(1, 3, 5, 6\)"):
+    with pytest.raises(ValueError, match=r"`noise` must have shape \(4, 3, 5, 6\), got \(1, 3, 5, 6\)"):
         objective.add_noise(latents, torch.randn(1, 3, 5, 6), timesteps)

@@ -191,7 +191,7 @@ def test_the_script_reports_and_writes(run, tmp_path, capsys, monkeypatch):
     assert "--output_dir takes one pipeline" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         script.parse_args([str(tmp_path / "nowhere"), "--ema_stds", "0.075"])
-    assert f"--ema_snapshot_steps does, received {tmp_path / 'nowhere'}" in capsys.readouterr().err
+    assert f"--ema_snapshot_steps does, got {tmp_path / 'nowhere'}" in capsys.readouterr().err
 
 
 # What the fit error means.
@@ -408,11 +408,11 @@ class TestErrors:
 
     @pytest.mark.parametrize("std", [0, -0.1, 0.2887, float("nan")])
     def test_width_out_of_range(self, snapshots_dir, std):
-        self.refused(snapshots_dir, ValueError, f"`std` must lie in .* received {std}", std=std)
+        self.refused(snapshots_dir, ValueError, f"`std` must lie in .* got {std}", std=std)
 
     @pytest.mark.parametrize("step", [0, 4, -1])
     def test_step_outside(self, snapshots_dir, step):
-        self.refused(snapshots_dir, ValueError, f"`step` must lie between .* 1 and 3, received {step}", step=step)
+        self.refused(snapshots_dir, ValueError, f"`step` must lie between .* 1 and 3, got {step}", step=step)
 
     def test_step_that_is_no_integer(self, snapshots_dir):
         self.refused(snapshots_dir, TypeError, "integer", step=2.5)
@@ -420,10 +420,8 @@ class TestErrors:
     def test_too_few_snapshots(self, snapshots_dir):
         for snapshot in find_snapshots(snapshots_dir)[1:]:
             shutil.rmtree(snapshot.path)
-        self.refused(
-            snapshots_dir, ValueError, r"two snapshots or more up to step 1, received \['step-0000001_std-0.05'"
-        )
-        with pytest.raises(ValueError, match="two snapshots or more to combine, received none"):
+        self.refused(snapshots_dir, ValueError, r"two snapshots or more up to step 1, got \['step-0000001_std-0.05'")
+        with pytest.raises(ValueError, match="two snapshots or more to combine, got none"):
             plan_reconstruction([], 0.075)
 
     def test_no_snapshots(self, tmp_path):

@@ -926,7 +926,7 @@ class TestErrors:
         assert list(tmp_path.iterdir()) == [tmp_path / "thesis.txt"]
 
     def test_missing_column(self, data, tmp_path):
-        with pytest.raises(ValueError, match=r"`image_column` must be one of .*image.* received 'photo'"):
+        with pytest.raises(ValueError, match=r"`image_column` must be one of .*image.* got 'photo'"):
             train(data, tmp_path / "run", "--image_column", "photo")
 
     def test_corrupt_image_is_named_and_can_be_skipped(self, data, tmp_path):

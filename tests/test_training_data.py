@@ -187,7 +187,7 @@ def test_split_validation_is_a_partition():
     assert set(validation.tolist()) < set(split_validation(20, 8, seed=3)[1].tolist())
     assert len(split_validation(20, 0, seed=3)[1]) == 0
     for count in (20, -1):
-        with pytest.raises(ValueError, match=r"`num_validation` must be in \[0, 20\), received"):
+        with pytest.raises(ValueError, match=r"`num_validation` must be in \[0, 20\), got"):
             split_validation(20, count, seed=3)
 
 
@@ -199,12 +199,12 @@ def test_pixels_and_unlabelled_data(pictures, tmp_path):
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (pixels.latents_mean, pixels.latents_std))
     flip = torch.rand(3, generator=sample_generator(0, 0, 1), dtype=torch.float64)[1] < 0.5
     torch.testing.assert_close(sample["latents"] * std + mean, pixels.read(1, flip=bool(flip))["mean"])
-    with pytest.raises(ValueError, match="`num_classes` must be None for unlabelled data, received 3"):
+    with pytest.raises(ValueError, match="`num_classes` must be None for unlabelled data, got 3"):
         TrainingSamples(pixels, seed=0, num_classes=3)
 
 
 def test_what_the_data_cannot_give_is_refused(latents, pictures, tmp_path):
-    with pytest.raises(ValueError, match="`num_classes` must be at least 3, received 2"):
+    with pytest.raises(ValueError, match="`num_classes` must be at least 3, got 2"):
         samples_of(latents, num_classes=2)
     for options in ({"class_dropout_prob": 1.5}, {"num_classes": None, "class_dropout_prob": 0.1}):
         with pytest.raises(ValueError, match=r"`class_dropout_prob` must be in \[0, 1\], and 0 without conditions"):
@@ -276,11 +276,11 @@ def test_a_resumed_stream_continues(start_step):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 0}, "`num_samples` must be at least 1, received 0"),
+        ({"num_samples": 0}, "`num_samples` must be at least 1, got 0"),
         ({"train_batch_size": 0}, "`train_batch_size` must be at least 1"),
         ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be at least 1"),
-        ({"num_processes": 2, "process_index": 2}, r"`process_index` must be in \[0, 2\), received 2"),
-        ({"start_step": 11}, r"`start_step` must be in \[0, 10\], received 11"),
+        ({"num_processes": 2, "process_index": 2}, r"`process_index` must be in \[0, 2\), got 2"),
+        ({"start_step": 11}, r"`start_step` must be in \[0, 10\], got 11"),
     ],
 )
 def test_wrong_counts_are_refused(options, message):

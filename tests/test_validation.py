@@ -71,7 +71,7 @@ def test_losses_are_means_over_samples_and_levels(objective, labelled):
 
 
 def test_no_samples_are_an_error():
-    with pytest.raises(ValueError, match="`batches` must hold samples, received none"):
+    with pytest.raises(ValueError, match="`batches` must hold samples, got none"):
         validation_losses(Model(), flow(), [], torch.tensor([500.0]), torch.device("cpu"))
 
 

@@ -39,7 +39,7 @@ def exponent_of_std(std: float) -> float:
         ValueError: if `std` is outside that interval.
     """
     if not 0 < std < MAX_STD:
-        raise ValueError(f"`std` must lie in (0, 1/sqrt(12)), that is (0, {MAX_STD:.4f}), received {std}")
+        raise ValueError(f"`std` must lie in (0, 1/sqrt(12)), that is (0, {MAX_STD:.4f}), got {std}")
     precision = float(std) ** -2
     # One root is positive and the others have a negative real part, so the largest real part is the root we want.
     return float(np.roots([1.0, 7.0, 16.0 - precision, 12.0 - precision]).real.max())
@@ -59,7 +59,7 @@ def power_function_decay(step: int, std: float, stride: int = 1) -> float:
         ValueError: if `stride` is not between 1 and `step`, or `std` is out of range.
     """
     if not 1 <= stride <= step:
-        raise ValueError(f"`stride` must be between 1 and `step`, received stride {stride} at step {step}")
+        raise ValueError(f"`stride` must be between 1 and `step`, got stride {stride} at step {step}")
     return float((1.0 - stride / step) ** (exponent_of_std(std) + 1.0))
 
 
@@ -117,10 +117,10 @@ class PowerFunctionEMA:
     @torch.no_grad()
     def __init__(self, model: nn.Module, stds: Sequence[float] = (0.05, 0.10)):
         if not isinstance(stds, Iterable):
-            raise TypeError(f"`stds` must be a sequence of widths, such as (0.05, 0.10), received {stds}")
+            raise TypeError(f"`stds` must be a sequence of widths, such as (0.05, 0.10), got {stds}")
         self.stds = tuple(float(std) for std in stds)
         if not self.stds or len(set(self.stds)) < len(self.stds):
-            raise ValueError(f"`stds` must be one or more different widths, received {list(stds)}")
+            raise ValueError(f"`stds` must be one or more different widths, got {list(stds)}")
         for std in self.stds:
             exponent_of_std(std)
         parameters = _floating_parameters(model)
@@ -150,7 +150,7 @@ class PowerFunctionEMA:
         """
         step = operator.index(step)
         if step <= self.step:
-            raise ValueError(f"`step` must be above that of the last update, {self.step}, received {step}")
+            raise ValueError(f"`step` must be above that of the last update, {self.step}, got {step}")
         parameters = self._parameters_of(self.model)
         # Cast once for all widths; a parameter of the average's dtype is used as it is.
         dtypes = [average.dtype for average in self._averages[self.stds[0]].values()]
@@ -233,11 +233,11 @@ class PowerFunctionEMA:
         """
         expected_keys = {"step", "stds", "averages"}
         if set(state_dict) != expected_keys:
-            raise ValueError(f"`state_dict` must have the keys {sorted(expected_keys)}, received {sorted(state_dict)}")
+            raise ValueError(f"`state_dict` must have the keys {sorted(expected_keys)}, got {sorted(state_dict)}")
         stds, averages = list(state_dict["stds"]), state_dict["averages"]
         if stds != list(self.stds) or len(averages) != len(stds):
             raise ValueError(
-                f"`state_dict` must hold averages of the tracked stds {list(self.stds)}, received stds {stds} and "
+                f"`state_dict` must hold averages of the tracked stds {list(self.stds)}, got stds {stds} and "
                 f"{len(averages)} averages"
             )
         for std, received in zip(self.stds, averages, strict=True):
@@ -245,7 +245,7 @@ class PowerFunctionEMA:
             _check_parameters(where, self._averages[std], received)
             for name, average in self._averages[std].items():
                 if received[name].dtype != average.dtype:
-                    raise ValueError(f"{where}: {name!r} must be {average.dtype}, received {received[name].dtype}")
+                    raise ValueError(f"{where}: {name!r} must be {average.dtype}, got {received[name].dtype}")
         for std, received in zip(self.stds, averages, strict=True):
             for name, average in self._averages[std].items():
                 average.copy_(received[name])
@@ -253,7 +253,7 @@ class PowerFunctionEMA:
 
     def _averages_of(self, std: float) -> dict[str, torch.Tensor]:
         if std not in self._averages:
-            raise ValueError(f"`std` must be one of the tracked widths {list(self.stds)}, received {std}")
+            raise ValueError(f"`std` must be one of the tracked widths {list(self.stds)}, got {std}")
         return self._averages[std]
 
     def _parameters_of(self, model: nn.Module) -> list[torch.Tensor]:
@@ -282,5 +282,5 @@ def _check_parameters(where: str, expected: dict[str, torch.Tensor], received: d
     for name, tensor in expected.items():
         if received[name].shape != tensor.shape:
             raise ValueError(
-                f"{where}: {name!r} must have shape {tuple(tensor.shape)}, received {tuple(received[name].shape)}"
+                f"{where}: {name!r} must have shape {tuple(tensor.shape)}, got {tuple(received[name].shape)}"
             )

@@ -51,15 +51,13 @@ def reconstruction_weights(
     snapshots = list(zip(snapshot_steps, snapshot_stds, strict=False))
     if not snapshots or len(snapshot_steps) != len(snapshot_stds):
         raise ValueError(
-            "`snapshot_steps` and `snapshot_stds` must have the same length, at least 1, received "
+            "`snapshot_steps` and `snapshot_stds` must have the same length, at least 1, got "
             f"{len(snapshot_steps)} and {len(snapshot_stds)}"
         )
     if len(set(snapshots)) < len(snapshots):
-        raise ValueError(f"snapshots must differ in step or std, received {snapshots}")
+        raise ValueError(f"snapshots must differ in step or std, got {snapshots}")
     if min(step, *snapshot_steps) < 1:
-        raise ValueError(
-            f"steps must be 1 or more, received `step` {step} and `snapshot_steps` {list(snapshot_steps)}"
-        )
+        raise ValueError(f"steps must be 1 or more, got `step` {step} and `snapshot_steps` {list(snapshot_steps)}")
     gram, target, _ = _inner_products(snapshot_steps, snapshot_stds, step, std)
     weights = np.linalg.solve(gram, target)
     return weights / weights.sum()
@@ -158,11 +156,11 @@ def plan_reconstruction(snapshots: Sequence[Snapshot], std: float, step: int | N
     std = float(std)
     exponent_of_std(std)
     if not snapshots:
-        raise ValueError("`snapshots` must hold two snapshots or more to combine, received none")
+        raise ValueError("`snapshots` must hold two snapshots or more to combine, got none")
     steps = sorted(snapshot.step for snapshot in snapshots)
     step = steps[-1] if step is None else operator.index(step)
     if not steps[0] <= step <= steps[-1]:
-        raise ValueError(f"`step` must lie between the snapshots of {steps[0]} and {steps[-1]}, received {step}")
+        raise ValueError(f"`step` must lie between the snapshots of {steps[0]} and {steps[-1]}, got {step}")
     used = snapshots_up_to(snapshots, step)
     names = [snapshot.path.name for snapshot in used]
     wanted = [(snapshot.step, snapshot.std) == (step, std) for snapshot in used]
@@ -170,7 +168,7 @@ def plan_reconstruction(snapshots: Sequence[Snapshot], std: float, step: int | N
         name = names[wanted.index(True)]
         return Reconstruction(step, std, {name: 1.0}, 0.0, name, 0.0, 1.0)
     if len(used) < 2:
-        raise ValueError(f"`snapshots` must hold two snapshots or more up to step {used[-1].step}, received {names}")
+        raise ValueError(f"`snapshots` must hold two snapshots or more up to step {used[-1].step}, got {names}")
     profiles = [snapshot.step for snapshot in used], [snapshot.std for snapshot in used], step, std
     weights = reconstruction_weights(*profiles)
     error = profile_fit_error(weights, *profiles)

@@ -169,7 +169,7 @@ def check_snapshots(snapshots: Sequence[Snapshot]) -> dict:
             raise ValueError(f"{snapshot.path} is damaged: its JSON files cannot be read ({error!r})") from error
         if facts[:2] != (snapshot.step, snapshot.std):
             raise ValueError(
-                f"{snapshot.path} must be the average of its name, received one of std {facts[1]} at step {facts[0]}"
+                f"{snapshot.path} must be the average of its name, got one of std {facts[1]} at step {facts[0]}"
             )
         if sha256_of_file(snapshot.path / SAFETENSORS_WEIGHTS_NAME) != facts[2]:
             raise ValueError(

@@ -146,11 +146,11 @@ def check_encoding(
     """
     for name, value in (("resolution", resolution), ("batch_size", batch_size), ("shard_size", shard_size)):
         if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, received {value}.")
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
     if vae is not None:
         num_channels, factor = vae.config.in_channels, 2 ** (len(vae.config.block_out_channels) - 1)
         if resolution % factor:
-            raise ValueError(f"`resolution` must be a multiple of the VAE's factor {factor}, received {resolution}.")
+            raise ValueError(f"`resolution` must be a multiple of the VAE's factor {factor}, got {resolution}.")
     if num_channels not in (1, 3):
         raise ValueError(f"Pictures have 1 (grey) or 3 (RGB) channels, `vae` or `num_channels` wants {num_channels}.")
 
@@ -214,7 +214,7 @@ def encode_dataset(
         num_channels = vae.config.in_channels
         fingerprint = {"id": vae_id or vae.config.get("_name_or_path"), **vae_fingerprint(vae)}
     if not 0 <= process_index < num_processes:
-        raise ValueError(f"`process_index` must be in [0, {num_processes}), received {process_index}.")
+        raise ValueError(f"`process_index` must be in [0, {num_processes}), got {process_index}.")
 
     num_rows = len(dataset) if hasattr(dataset, "__len__") else None
     settings = {
@@ -280,7 +280,7 @@ def _claim(folder: Path, settings: dict[str, Any], process_index: int) -> dict[s
         if process_index > 0:
             _wait_until(path.is_file, path)
         elif folder.is_dir() and any(folder.glob("shard-*")):
-            raise ValueError(f"`folder` must be new or hold {SETTINGS_NAME} beside its shards, received {folder}.")
+            raise ValueError(f"`folder` must be new or hold {SETTINGS_NAME} beside its shards, got {folder}.")
         else:
             folder.mkdir(parents=True, exist_ok=True)
             _write_json(path, settings)

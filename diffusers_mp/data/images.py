@@ -53,12 +53,12 @@ def load_image_dataset(
     """
     options = {"split": split, "cache_dir": cache_dir, "streaming": streaming}
     if (train_data_dir is None) == (dataset_name is None):
-        sources = f"received {train_data_dir!r} and {dataset_name!r}"
+        sources = f"got {train_data_dir!r} and {dataset_name!r}"
         raise ValueError(f"Exactly one of `train_data_dir` and `dataset_name` must be given, {sources}.")
     if train_data_dir is None:
         dataset = datasets.load_dataset(dataset_name, dataset_config_name, **options)
     elif not Path(train_data_dir).is_dir():
-        raise ValueError(f"`train_data_dir` must be a folder of pictures, received {str(train_data_dir)!r}.")
+        raise ValueError(f"`train_data_dir` must be a folder of pictures, got {str(train_data_dir)!r}.")
     else:
         _check_links(train_data_dir)
         dataset = _load_image_folder(train_data_dir, options)
@@ -72,9 +72,9 @@ def load_image_dataset(
             f"JSON lines do; {dataset_name} does not."
         )
     if image_column not in columns:
-        raise ValueError(f"`image_column` must be one of {columns}, received {image_column!r}.")
+        raise ValueError(f"`image_column` must be one of {columns}, got {image_column!r}.")
     if label_column not in (None, "label", *columns):
-        raise ValueError(f"`label_column` must be one of {columns}, received {label_column!r}.")
+        raise ValueError(f"`label_column` must be one of {columns}, got {label_column!r}.")
     kind = dataset.features[image_column]
     if not isinstance(kind, datasets.Image) and kind not in STRINGS:
         raise ValueError(f"`image_column` must hold pictures or their paths, {image_column!r} holds {kind}.")
@@ -180,7 +180,7 @@ def prepare_image(image: Image.Image, resolution: int, num_channels: int) -> tor
     """
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
-        raise ValueError(f"a picture must have 8 or 16 bits per channel, received mode {image.mode!r}")
+        raise ValueError(f"a picture must have 8 or 16 bits per channel, got mode {image.mode!r}")
     if image.mode.startswith("I;16"):  # PIL's own conversion clips everything above 255 to white
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if "transparency" in image.info:

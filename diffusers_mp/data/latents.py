@@ -42,7 +42,7 @@ def vae_fingerprint(vae: "AutoencoderKL") -> dict[str, str]:
         ValueError: if the VAE is not in float32, where the same weights would have another fingerprint.
     """
     if vae.dtype != torch.float32:
-        raise ValueError(f"`vae` must be in float32 to encode, received {vae.dtype}: load it with torch.float32.")
+        raise ValueError(f"`vae` must be in float32 to encode, got {vae.dtype}: load it with torch.float32.")
     config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     config_hash = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
     return {"config_hash": config_hash, "weights_hash": sha256_of_weights(vae.state_dict())}
@@ -131,7 +131,7 @@ class LatentDataset(Dataset):
             ValueError: if `flip` is asked of latents encoded without.
         """
         if not 0 <= index < len(self):
-            raise IndexError(f"`index` must be in [0, {len(self)}), received {index}.")
+            raise IndexError(f"`index` must be in [0, {len(self)}), got {index}.")
         if flip and not self.can_flip:
             raise ValueError(f"`flip=True` needs data encoded with `random_flip=True`, {self.folder} was not.")
         shard = bisect.bisect_right(self._ends, index)

@@ -41,7 +41,7 @@ class FeatureExtractor:
 
     def __init__(self, function: Callable[[torch.Tensor], Any], description: Mapping[str, Any]):
         if not description.get("id"):
-            raise ValueError(f"`description` must name the extractor under 'id', received {dict(description)}.")
+            raise ValueError(f"`description` must name the extractor under 'id', got {dict(description)}.")
         self.function = function
         self.description = dict(description)
 
@@ -69,16 +69,16 @@ class FeatureExtractor:
             kind = f"{images.dtype} of shape {tuple(images.shape)}" if is_tensor else type(images).__name__
             raise ValueError(
                 "`images` must be one uint8 tensor of shape (B, 1 or 3, H, W), pictures of one size (`prepare_image` "
-                f"makes them so), received {kind}."
+                f"makes them so), got {kind}."
             )
         if images.shape[1] not in (1, 3):
-            raise ValueError(f"`images` must have 1 or 3 channels, received shape {tuple(images.shape)}.")
+            raise ValueError(f"`images` must have 1 or 3 channels, got shape {tuple(images.shape)}.")
         output = self.function(images.expand(-1, 3, -1, -1))
         features, logits = output if isinstance(output, tuple) else (output, None)
         if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):
             shape = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
             raise ValueError(
-                f"the extractor {self.description['id']!r} must return features of shape ({len(images)}, D), received "
+                f"the extractor {self.description['id']!r} must return features of shape ({len(images)}, D), got "
                 f"{shape}."
             )
         if not features.isfinite().all():
@@ -163,7 +163,7 @@ def transformers_extractor(
     except OSError as error:
         raise OSError(
             "an extractor must be a vision model of transformers, by folder or by its id on the Hub, within reach or "
-            f"downloaded before, 'module:function', or {INCEPTION!r}, received {str(name)!r}: {error}"
+            f"downloaded before, 'module:function', or {INCEPTION!r}, got {str(name)!r}: {error}"
         ) from error
     if loading["missing_keys"]:
         raise ValueError(
@@ -183,7 +183,7 @@ def transformers_extractor(
                 f"{error}"
             ) from error
         if outputs.get(output) is None:
-            raise ValueError(f"`output` must be one of {list(outputs)} for {str(name)!r}, received {output!r}.")
+            raise ValueError(f"`output` must be one of {list(outputs)} for {str(name)!r}, got {output!r}.")
         # Convolutional networks keep two axes of size 1.
         return outputs[output].flatten(1) if outputs[output].shape[2:].numel() == 1 else outputs[output]
 
@@ -204,7 +204,7 @@ def _preprocessing(name: str, processor: Mapping[str, Any]) -> dict[str, Any]:
     side = size.get("shortest_edge")
     height, width = size.get("height", side), size.get("width", side)
     if not height or not width:
-        raise ValueError(f"the image processor of {name!r} must name a size, received {dict(size)}.")
+        raise ValueError(f"the image processor of {name!r} must name a size, got {dict(size)}.")
     normalizes = processor.get("do_normalize", True)
     return {
         "size": [height, width],

@@ -37,9 +37,9 @@ class RunningStatistics:
         """
         if features.ndim != 2 or (self.mean is not None and features.shape[1] != len(self.mean)):
             wanted = "D" if self.mean is None else len(self.mean)
-            raise ValueError(f"`features` must have shape (B, {wanted}), received {tuple(features.shape)}.")
+            raise ValueError(f"`features` must have shape (B, {wanted}), got {tuple(features.shape)}.")
         if not features.isfinite().all():
-            raise ValueError("`features` must be finite, received NaN or infinity.")
+            raise ValueError("`features` must be finite, got NaN or infinity.")
         part = RunningStatistics()
         if len(features):
             rows = features.detach().cpu().double()
@@ -75,7 +75,7 @@ class RunningStatistics:
             ValueError: for fewer than two rows.
         """
         if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 rows, received {self.count}.")
+            raise ValueError(f"a covariance needs at least 2 rows, got {self.count}.")
         return self.scatter / (self.count - 1)
 
 
@@ -102,9 +102,9 @@ def frechet_distance(
     for name, tensor in tensors.items():
         shape = (size,) * (1 + name.endswith("covariance"))
         if tensor.shape != shape:
-            raise ValueError(f"`{name}` must have shape {shape}, received {tuple(tensor.shape)}.")
+            raise ValueError(f"`{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
         if not tensor.isfinite().all():
-            raise ValueError(f"`{name}` must be finite, received NaN or infinity.")
+            raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
     mean, covariance, other_mean, other_covariance = (tensor.cpu().double() for tensor in tensors.values())
     roots = _matrix_root(covariance, "covariance") @ _matrix_root(other_covariance, "other_covariance")
     distance = (mean - other_mean).square().sum() + covariance.trace() + other_covariance.trace()
@@ -119,7 +119,7 @@ def _matrix_root(covariance: torch.Tensor, name: str) -> torch.Tensor:
     asymmetry = (covariance - covariance.T).abs().max()
     if values[0] < -1e-6 * largest or asymmetry > 1e-6 * largest:
         raise ValueError(
-            f"`{name}` must be symmetric and positive semi-definite, received an asymmetry of {asymmetry:.2g} and "
+            f"`{name}` must be symmetric and positive semi-definite, got an asymmetry of {asymmetry:.2g} and "
             f"eigenvalues from {values[0]:.2g} to {values[-1]:.2g}."
         )
     return (vectors * values.where(values > rounding, 0).sqrt()) @ vectors.T

@@ -30,12 +30,12 @@ def precision_recall(
     """
     if reference.ndim != 2 or features.ndim != 2 or reference.shape[1] != features.shape[1]:
         raise ValueError(
-            "`reference` and `features` must have shapes (N, D) and (M, D), received "
+            "`reference` and `features` must have shapes (N, D) and (M, D), got "
             f"{tuple(reference.shape)} and {tuple(features.shape)}."
         )
     if k < 1 or min(len(reference), len(features)) <= k:
         raise ValueError(
-            f"`k` must be at least 1 and less than the number of images, received {k} for {len(reference)} real and "
+            f"`k` must be at least 1 and less than the number of images, got {k} for {len(reference)} real and "
             f"{len(features)} generated ones."
         )
     device = "cpu" if torch.device(device).type == "mps" else device

@@ -103,7 +103,7 @@ class ReferenceStatistics:
         for name, value in (("resolution", resolution), ("num_channels", num_channels)):
             if self.description[name] != value:
                 raise ValueError(
-                    f"the reference statistics must be of {name} {value}, which the pipeline generates, received "
+                    f"the reference statistics must be of {name} {value}, which the pipeline generates, got "
                     f"{self.description[name]}."
                 )
 
@@ -164,7 +164,7 @@ def reference_statistics(
         ValueError: if there are fewer than two images, one cannot be read, or the file in the cache is damaged.
     """
     if len(dataset) < 2:
-        raise ValueError(f"the reference must hold at least 2 images, received {len(dataset)}.")
+        raise ValueError(f"the reference must hold at least 2 images, got {len(dataset)}.")
     own = range(process_index, len(dataset), num_processes)
     pictures = {index: _picture_facts(dataset[index][image_column]) for index in own}
     pictures = functools.reduce(dict.__or__, gather(pictures))

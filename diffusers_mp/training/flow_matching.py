@@ -32,13 +32,11 @@ class FlowMatchObjective(Objective):
 
     def __init__(self, scheduler: FlowMatchEulerDiscreteScheduler, logit_mean: float = 0.0, logit_std: float = 1.0):
         if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            raise TypeError(
-                f"`scheduler` must be a FlowMatchEulerDiscreteScheduler, received {type(scheduler).__name__}"
-            )
+            raise TypeError(f"`scheduler` must be a FlowMatchEulerDiscreteScheduler, got {type(scheduler).__name__}")
         if scheduler.config.invert_sigmas:
-            raise ValueError("`invert_sigmas` of `scheduler` must be False, since here σ = 1 is noise, received True")
+            raise ValueError("`invert_sigmas` of `scheduler` must be False, since here σ = 1 is noise, got True")
         if not logit_std > 0:
-            raise ValueError(f"`logit_std` must be positive, received {logit_std}")
+            raise ValueError(f"`logit_std` must be positive, got {logit_std}")
         self.scheduler = scheduler
         self.num_train_timesteps = scheduler.config.num_train_timesteps
         self.logit_mean = logit_mean
@@ -65,7 +63,7 @@ class FlowMatchObjective(Objective):
         self._check(latents, noise, timesteps)
         if prediction.shape != latents.shape:
             raise ValueError(
-                f"`prediction` must have shape {tuple(latents.shape)}, that of the latents, received "
+                f"`prediction` must have shape {tuple(latents.shape)}, that of the latents, got "
                 f"{tuple(prediction.shape)}"
             )
         dtype = widest_dtype(prediction, latents, noise)
@@ -80,12 +78,12 @@ class FlowMatchObjective(Objective):
         self._check_noise(latents, noise)
         if timesteps.shape != latents.shape[:1] or timesteps.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"`timesteps` must be float32 or float64 of shape ({latents.shape[0]},), received {timesteps.dtype} "
+                f"`timesteps` must be float32 or float64 of shape ({latents.shape[0]},), got {timesteps.dtype} "
                 f"of shape {tuple(timesteps.shape)}"
             )
         if timesteps.device.type == "cpu" and timesteps.numel():
             smallest, largest = timesteps.min().item(), timesteps.max().item()
             if not 0 <= smallest <= largest <= self.num_train_timesteps:
                 raise ValueError(
-                    f"`timesteps` must lie in [0, {self.num_train_timesteps}], received {smallest} to {largest}"
+                    f"`timesteps` must lie in [0, {self.num_train_timesteps}], got {smallest} to {largest}"
                 )

@@ -88,15 +88,15 @@ class Objective(ABC):
 
     def _check_time(self, time: torch.Tensor) -> None:
         if not time.is_floating_point():
-            raise ValueError(f"`time` must be of floating point, received {time.dtype}")
+            raise ValueError(f"`time` must be of floating point, got {time.dtype}")
         if time.device.type == "cpu" and time.numel():
             smallest, largest = time.min().item(), time.max().item()
             if not 0 <= smallest <= largest < 1:
-                raise ValueError(f"`time` must lie in [0, 1), received {smallest} to {largest}")
+                raise ValueError(f"`time` must lie in [0, 1), got {smallest} to {largest}")
 
     def _check_noise(self, latents: torch.Tensor, noise: torch.Tensor) -> None:
         if noise.shape != latents.shape:
-            raise ValueError(f"`noise` must have shape {tuple(latents.shape)}, received {tuple(noise.shape)}")
+            raise ValueError(f"`noise` must have shape {tuple(latents.shape)}, got {tuple(noise.shape)}")
 
 
 class DDPMObjective(Objective):
@@ -137,25 +137,24 @@ class DDPMObjective(Objective):
 
     def __init__(self, scheduler: DDPMScheduler, snr_gamma: float | None = None):
         if not isinstance(scheduler, DDPMScheduler):
-            raise TypeError(f"`scheduler` must be a DDPMScheduler, received {type(scheduler).__name__}")
+            raise TypeError(f"`scheduler` must be a DDPMScheduler, got {type(scheduler).__name__}")
         prediction_type, variance_type = scheduler.config.prediction_type, scheduler.config.variance_type
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(
-                f"`prediction_type` of `scheduler` must be one of {list(PREDICTION_TYPES)}, received "
-                f"{prediction_type!r}"
+                f"`prediction_type` of `scheduler` must be one of {list(PREDICTION_TYPES)}, got {prediction_type!r}"
             )
         if variance_type not in VARIANCE_TYPES:
             raise ValueError(
-                f"`variance_type` of `scheduler` must be one of {list(VARIANCE_TYPES)}, received {variance_type!r}"
+                f"`variance_type` of `scheduler` must be one of {list(VARIANCE_TYPES)}, got {variance_type!r}"
             )
         if snr_gamma is not None and not snr_gamma > 0:
-            raise ValueError(f"`snr_gamma` must be positive, or None for equal weights, received {snr_gamma}")
+            raise ValueError(f"`snr_gamma` must be positive, or None for equal weights, got {snr_gamma}")
         alphas_cumprod = scheduler.alphas_cumprod.cpu().double()
         self.predicts_v = prediction_type == "v_prediction"
         if alphas_cumprod[-1] <= 0 and not self.predicts_v:
             raise ValueError(
                 "`alphas_cumprod` of `scheduler` must stay above 0, since without signal the noise says nothing about "
-                f"the sample, received {alphas_cumprod[-1].item()} at the last timestep (`rescale_betas_zero_snr`); "
+                f"the sample, got {alphas_cumprod[-1].item()} at the last timestep (`rescale_betas_zero_snr`); "
                 "`prediction_type` 'v_prediction' can do it"
             )
         self.scheduler = scheduler
@@ -186,7 +185,7 @@ class DDPMObjective(Objective):
         if prediction.shape != expected:
             raise ValueError(
                 f"`prediction` must have shape {expected} for latents of {latents.shape[1]} channels and "
-                f"`variance_type` {self.scheduler.config.variance_type!r}, received {tuple(prediction.shape)}"
+                f"`variance_type` {self.scheduler.config.variance_type!r}, got {tuple(prediction.shape)}"
             )
         dtype = widest_dtype(prediction, latents, noise)
         prediction, latents, noise = prediction.to(dtype), latents.to(dtype), noise.to(dtype)
@@ -223,16 +222,14 @@ class DDPMObjective(Objective):
         self._check_noise(latents, noise)
         if timesteps.shape != latents.shape[:1] or timesteps.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"`timesteps` must be integers of shape ({latents.shape[0]},), received {timesteps.dtype} of shape "
+                f"`timesteps` must be integers of shape ({latents.shape[0]},), got {timesteps.dtype} of shape "
                 f"{tuple(timesteps.shape)}"
             )
         # Elsewhere than on the CPU looking would cost a synchronisation per step.
         if timesteps.device.type == "cpu" and timesteps.numel():
             smallest, largest = timesteps.min().item(), timesteps.max().item()
             if smallest < 0 or largest >= self.num_timesteps:
-                raise ValueError(
-                    f"`timesteps` must lie in [0, {self.num_timesteps}), received {smallest} to {largest}"
-                )
+                raise ValueError(f"`timesteps` must lie in [0, {self.num_timesteps}), got {smallest} to {largest}")
 
     def _table_rows(self, latents: torch.Tensor, timesteps: torch.Tensor) -> list[torch.Tensor]:
         """The tables at `timesteps`, in the dtype and on the device of `latents`, where they move only once."""

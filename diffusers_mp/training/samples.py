@@ -43,7 +43,7 @@ def split_validation(num_samples: int, num_validation: int, seed: int) -> tuple[
         ValueError: if nothing would be left to train on.
     """
     if not 0 <= num_validation < num_samples:
-        raise ValueError(f"`num_validation` must be in [0, {num_samples}), received {num_validation}.")
+        raise ValueError(f"`num_validation` must be in [0, {num_samples}), got {num_validation}.")
     order = torch.randperm(num_samples, generator=keyed_generator(seed))
     return order[num_validation:].sort().values, order[:num_validation].sort().values
 
@@ -80,13 +80,13 @@ class TrainingSamples(Dataset):
         indices: Sequence[int] | torch.Tensor | None = None,
     ):
         if num_classes is not None and dataset.id2label is None:
-            raise ValueError(f"`num_classes` must be None for unlabelled data, received {num_classes}.")
+            raise ValueError(f"`num_classes` must be None for unlabelled data, got {num_classes}.")
         if num_classes is not None and num_classes <= max(dataset.id2label):
-            raise ValueError(f"`num_classes` must be at least {max(dataset.id2label) + 1}, received {num_classes}.")
+            raise ValueError(f"`num_classes` must be at least {max(dataset.id2label) + 1}, got {num_classes}.")
         is_conditional = num_classes is not None or dataset.pooled_projection_dim is not None
         if not 0 <= class_dropout_prob <= is_conditional:
             raise ValueError(
-                f"`class_dropout_prob` must be in [0, 1], and 0 without conditions, received {class_dropout_prob}."
+                f"`class_dropout_prob` must be in [0, 1], and 0 without conditions, got {class_dropout_prob}."
             )
         if random_flip and not dataset.can_flip:
             raise ValueError("`random_flip=True` needs data encoded with `random_flip=True`.")
@@ -189,11 +189,11 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
         }
         for name, count in counts.items():
             if count < 1:
-                raise ValueError(f"`{name}` must be at least 1, received {count}.")
+                raise ValueError(f"`{name}` must be at least 1, got {count}.")
         if not 0 <= process_index < num_processes:
-            raise ValueError(f"`process_index` must be in [0, {num_processes}), received {process_index}.")
+            raise ValueError(f"`process_index` must be in [0, {num_processes}), got {process_index}.")
         if not 0 <= start_step <= max_train_steps:
-            raise ValueError(f"`start_step` must be in [0, {max_train_steps}], received {start_step}.")
+            raise ValueError(f"`start_step` must be in [0, {max_train_steps}], got {start_step}.")
         self.num_samples = num_samples
         self.seed = seed
         self.train_batch_size = train_batch_size

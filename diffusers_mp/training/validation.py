@@ -58,7 +58,7 @@ def validation_losses(
             terms = objective.loss(prediction, latents, noise, timestep_batch)
             sums[level] += torch.stack([terms["loss"].sum(), terms["mse"].sum()]).cpu().double()
     if not num_samples:
-        raise ValueError("`batches` must hold samples, received none.")
+        raise ValueError("`batches` must hold samples, got none.")
     means = sums / num_samples
     losses = dict(zip(("loss", "mse"), means.mean(0).tolist(), strict=True))
     for timestep, mse in zip(timesteps.tolist(), means[:, 1].tolist(), strict=True):
