@@ -128,6 +128,8 @@ def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
         torch.Tensor: shape and dtype of `a + b`.
     """
     scale = 1 / math.sqrt((1 - t) ** 2 + t**2)
+    if fused.is_transformed():  # torch 2.13 crashes where it compiles a derivative of `add` with a factor
+        return a * ((1 - t) * scale) + b * (t * scale)
     return torch.add(a * ((1 - t) * scale), b, alpha=t * scale)
 
 
@@ -196,6 +198,8 @@ def gated_sum(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None, 
         return x + branch if t is None else mp_sum(x, branch, t)
     if t is None:
         return (branch * gate).add_(x)
+    if fused.is_transformed():
+        return mp_sum(x, branch * gate, t)
     scale = 1 / math.sqrt((1 - t) ** 2 + t**2)
     return (branch * (gate * (t * scale))).add_(x, alpha=(1 - t) * scale)
 

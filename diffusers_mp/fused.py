@@ -21,9 +21,11 @@ SMALLEST_NORMS = {dtype: math.sqrt(torch.finfo(dtype).tiny) for dtype in (torch.
 _derivative_of_weight_norm = torch.ops.aten._weight_norm_interface_backward.default
 
 
-def _is_transformed() -> bool:
-    # By `torch.func` or in forward mode: both differentiate formulas.
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def is_transformed() -> bool:
+    """Whether `torch.func`, forward mode or a tracer looks on: they need formulas, without writes into views."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or torch.jit.is_tracing())
 
 
 def _has_backward() -> bool:
@@ -33,7 +35,7 @@ def _has_backward() -> bool:
     if torch.compiler.is_compiling():
         # Within a transform, Dynamo holds what a function has saved for constants, or drops its backward.
         return not torch._C._are_functorch_transforms_active()
-    return not _is_transformed()
+    return not is_transformed()
 
 
 def _eager(function: type[Function]):
@@ -289,7 +291,7 @@ def scale_rotate(x: torch.Tensor, scale: torch.Tensor | None, angle: torch.Tenso
     Returns:
         torch.Tensor: shape and dtype of `x`.
     """
-    if torch.compiler.is_compiling() or _is_transformed():
+    if torch.compiler.is_compiling() or is_transformed():
         return _plain_scale_rotate(x, scale, angle)
     return (_eager_scale_rotate if torch.is_grad_enabled() else _scale_rotate)(x, scale, angle)
 

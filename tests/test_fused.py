@@ -333,3 +333,35 @@ def test_rotation_by_pairs_is_the_rotation():
     torch.testing.assert_close(functional.modulate(x, scale=scale, angle=angle), expected)
     quarter_turn = functional.rotate(x, torch.full((2, 4), math.pi / 2, dtype=torch.float64))
     torch.testing.assert_close(quarter_turn, torch.cat([-x[..., 4:], x[..., :4]], dim=-1))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_traced_model_has_no_python_and_writes_into_no_view(trusted):
+    # ONNX's exporter of traced graphs drops what is written into a view, without an error.
+    model = tiny_model().eval()
+    if trusted:
+        trust_rows_(model)
+    inputs = tuple(tiny_inputs().values())
+    model.transformer_blocks = model.transformer_blocks[:1]
+    traced = torch.jit.trace(lambda *inputs: model(*inputs, return_dict=False)[0], inputs, check_trace=False)
+    graph = str(traced.inlined_graph)
+    assert "PythonOp" not in graph
+    assert "addcmul_" not in graph
+    torch.testing.assert_close(traced(*inputs), model(*inputs).sample)
+
+
+@pytest.mark.slow  # compiles a model; that jvp gets plain sums is shown eagerly above
+def test_a_compiled_jvp_of_a_model_is_the_eager_one():
+    model = tiny_model(num_layers=1).eval()
+    inputs = tiny_inputs()
+    hidden_states = inputs.pop("hidden_states")
+
+    def jvp(x, tangent):
+        return torch.func.jvp(lambda x: model(x, **inputs).sample, (x,), (tangent,))
+
+    tangent = torch.randn_like(hidden_states)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = jvp(hidden_states, tangent)
+        for value, reference in zip(torch.compile(jvp)(hidden_states, tangent), expected, strict=True):
+            torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-5)
