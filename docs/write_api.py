@@ -86,8 +86,9 @@ def documented_names() -> dict[str, list[str]]:
     for module in WHOLE:
         names[module] |= public_names(module)
     for module, name in (*shown_names(), *ALSO):
-        if not module and name in names:  # a module itself
-            names[name] |= public_names(name)
+        path = f"{module}.{name}".removeprefix(".")
+        if path in names:  # a module itself
+            names[path] |= public_names(path)
         elif module and is_documented(getattr(module_of(module), name)):
             names[module].add(name)
     return {module: sorted(found, key=list(vars(module_of(module))).index) for module, found in names.items()}
@@ -214,7 +215,7 @@ def describe(module: str, name: str) -> str:
     """Heading, signature and docstring of a name, and of its methods."""
     value = getattr(module_of(module), name)
     path = f"diffusers_mp.{name}" if name in diffusers_mp.__all__ else f"diffusers_mp.{module}.{name}"
-    parts = [f"### `{name}`\n", call(path, signature(value)), to_markdown(inspect.getdoc(value))]
+    parts = [f"## `{name}`\n", call(path, signature(value)), to_markdown(inspect.getdoc(value))]
     if inspect.isclass(value):
         if bases := [f"`{path}`" for path in map(public_path, value.__bases__) if path]:
             parts.insert(2, f"Bases: {', '.join(bases)}\n")
@@ -232,7 +233,7 @@ def describe(module: str, name: str) -> str:
             if inspect.isfunction(function) and function.__doc__:
                 bound = function if function is member else getattr(value, key)
                 owner = name if isinstance(member, (classmethod, staticmethod)) else ""
-                parts.append(f"#### `{name}.{key}`\n")
+                parts.append(f"### `{name}.{key}`\n")
                 parts.append(call(f"{owner}.{key}", signature(bound)))
                 parts.append(to_markdown(inspect.getdoc(function)))
     return "\n".join(parts)

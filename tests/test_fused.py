@@ -343,8 +343,16 @@ def test_a_traced_model_has_no_python_and_writes_into_no_view(trusted):
     if trusted:
         trust_rows_(model)
     inputs = tuple(tiny_inputs().values())
-    model.transformer_blocks = model.transformer_blocks[:1]
-    traced = torch.jit.trace(lambda *inputs: model(*inputs, return_dict=False)[0], inputs, check_trace=False)
+
+    class Sample(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *inputs):
+            return self.model(*inputs, return_dict=False)[0]
+
+    traced = torch.jit.trace(Sample(), inputs, check_trace=False)
     graph = str(traced.inlined_graph)
     assert "PythonOp" not in graph
     assert "addcmul_" not in graph
