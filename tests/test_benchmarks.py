@@ -153,6 +153,7 @@ def run_here(monkeypatch, capsys):
     return run_here
 
 
+@pytest.mark.slow  # test_fused has each trick; this shows a table
 def test_operations_prints_a_row_for_each_trick(monkeypatch, run_here):
     import operations
 

@@ -208,6 +208,7 @@ print("RESULTS {{}}")
 """
 
 
+@pytest.mark.slow  # training is shown above, publishing of a swapped pipeline in test_hub
 def test_trained_and_published(base, tmp_path):
     options = ("--train", "rotation", "--save", "adapter", "--hub_license", "mit", "--report_to", "tensorboard")
     more = ("--push_to_hub", "--hub_model_id", "user/name", "--hub_token", TOKEN)

@@ -1058,6 +1058,7 @@ def accelerate_launch(*command):
     return subprocess.run([*launcher, *command], capture_output=True, text=True)
 
 
+@pytest.mark.slow  # the launcher is Accelerate's; processes as it starts them are tested below
 def test_accelerate_launch(data, plain, tmp_path):
     script = str(EXAMPLES / "train_mpdit.py")
     done = accelerate_launch("--num_processes", "1", script, *arguments(data, tmp_path / "launched"))
