@@ -1,4 +1,4 @@
-"""Features of pictures, from a declared model: what the distances of evaluation.py are measured in.
+"""Features of pictures, from a declared model: what the distances of an evaluation are measured in.
 
 A distance means something only together with the model, its weights and the way pictures are brought to its size. Each
 extractor therefore has a description of all three, which goes into every result.
