@@ -107,7 +107,7 @@ def _settle_(modules: Iterable[nn.Module]) -> None:
             drift = (norm - 1).abs_().masked_fill_(norm == 0, 0).max().float()
             drifts[norm.device].append(torch.stack([drift, drift - _row_tolerance(layer.weight.dtype)]))
     largest = [torch.stack(of_device).amax(dim=0).tolist() for of_device in drifts.values()]
-    if not any(above_tolerance > 0 for _, above_tolerance in largest):
+    if all(above_tolerance <= 0 for _, above_tolerance in largest):  # NaN is not
         return
     drift = max(drift for drift, _ in largest)
     global _drift_warned
@@ -200,14 +200,19 @@ def normalize_weights_(module: nn.Module) -> nn.Module:
     return module
 
 
-def settle_rows_(modules: Iterable[nn.Module]) -> None:
-    """As `normalize_weights_` of these modules themselves, without those within them; others pass."""
+def settle_rows_(modules: Iterable[nn.Module], frozen: bool = False) -> None:
+    """As `normalize_weights_` of these modules themselves, without those within them; others pass.
+
+    Args:
+        modules (iterable of nn.Module): any modules.
+        frozen (bool): normalise frozen rows too, such as those of an average in a model that is not trained.
+    """
     _normalize_(
         module
         for module in modules
         if isinstance(module, NormalizedRows)
         and module.forced_weight_normalization
-        and not module._is_used_as_stored()
+        and (frozen or not module._is_used_as_stored())
     )
 
 

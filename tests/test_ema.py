@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import row_norms, tiny_model
 from torch import nn
 
+from diffusers_mp import normalize_weights_
 from diffusers_mp.averages.ema import (
     MAX_STD,
     PowerFunctionEMA,
@@ -446,3 +448,27 @@ def test_a_model_put_to_evaluation_while_averaged_is_left_settled():
     with ema.averaged(model, 0.1):
         model.eval()
     torch.testing.assert_close(model.eval()(x), in_training)
+
+
+def test_an_average_in_a_frozen_model_has_rows_at_their_norm():
+    model = tiny_model()
+    ema = PowerFunctionEMA(model, [0.1])
+    for step in (1, 2, 3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        normalize_weights_(model)
+        ema.update(step)
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    ema.copy_to(frozen, 0.1)
+    for module in frozen.modules():
+        if isinstance(module, MPLinear):
+            torch.testing.assert_close(row_norms(module.weight), torch.ones(len(module.weight)).double())
+    # Rows that the tracked model does not train, such as those under a LoRA, stay as they are.
+    model.requires_grad_(False)
+    longer = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    PowerFunctionEMA(model, [0.1]).copy_to(longer, 0.1)
+    assert torch.equal(longer.patch_embed.proj.weight, model.patch_embed.proj.weight)

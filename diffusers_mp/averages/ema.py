@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..functional import compute_dtype
-from ..rows import normalize_weights_, settle_rows_
+from ..rows import settle_rows_
 from ..sharding import is_sharded, return_to_shards, whole
 
 
@@ -182,7 +182,11 @@ class PowerFunctionEMA:
         """
         averages = self._averages_of(std)
         _copy_each(self._parameters_of(model), averages.values())
-        normalize_weights_(model)
+        # Averages of rows are shorter than the rows; those that nothing trains are what they were.
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        settle_rows_(
+            (module for name, module in model.named_modules() if f"{name}.weight".lstrip(".") in trained), frozen=True
+        )
 
     @contextmanager
     def averaged(self, model: nn.Module, std: float) -> Iterator[nn.Module]:
