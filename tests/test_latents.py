@@ -658,5 +658,5 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
     finish(process)
     assert num_samples == 3000
     megabytes_of_data = 1500 * 64 * 64 * 3 / 2**20  # between the middles of the two spans compared: 18 MiB
-    for measured in (encoding, reading):  # medians, because freed memory returns to the system by fits and starts
-        assert np.median(measured[20:]) - np.median(measured[5:15]) < megabytes_of_data / 3
+    for measured in (encoding, reading):  # the least, because freed memory returns to the system by fits and starts
+        assert min(measured[20:]) - min(measured[5:15]) < megabytes_of_data / 3
