@@ -469,6 +469,19 @@ class TestErrors:
         (snapshots_dir / "model_index.json").unlink()
         self.refused(snapshots_dir, FileNotFoundError, "must hold model_index.json")
 
+    def test_what_was_put_into_output_dir_meanwhile_is_not_lost(self, snapshots_dir, tmp_path, monkeypatch):
+        output_dir, save = tmp_path / "rebuilt", MPDiTTransformer2DModel.save_pretrained
+
+        def save_while_a_user_writes(*args, **kwargs):
+            output_dir.mkdir()
+            (output_dir / "thesis.txt").write_text("years of work")
+            save(*args, **kwargs)
+
+        monkeypatch.setattr(MPDiTTransformer2DModel, "save_pretrained", save_while_a_user_writes)
+        with pytest.raises(OSError, match="not empty"):
+            reconstruct_ema(snapshots_dir, output_dir, 0.075)
+        assert (output_dir / "thesis.txt").read_text() == "years of work"
+
     def test_output_dir_in_use(self, snapshots_dir, tmp_path):
         (tmp_path / "thesis").mkdir()
         (tmp_path / "thesis" / "thesis.txt").write_text("years of work")

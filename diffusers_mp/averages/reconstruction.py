@@ -248,6 +248,8 @@ def reconstruct_ema(
         for part in parts:
             (shutil.copytree if part.is_dir() else shutil.copyfile)(part, unfinished / part.name)
         write_json(unfinished / REPORT_FILE, asdict(plan))
+        if output_dir.exists():
+            output_dir.rmdir()  # an error, not a loss, if something was put there meanwhile
     return plan
 
 
