@@ -1,10 +1,10 @@
 import gc
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import random_picture, reset_accelerate
+import transformers
+from helpers import EXAMPLES, random_picture, reset_accelerate
 
 from diffusers_mp.data.images import load_image_dataset
 
@@ -15,8 +15,8 @@ torch.set_num_threads(1)
 
 # The files that take longest begin first, so that the workers end together.
 LONGEST_FIRST = (
-    *("test_train_mpdit", "test_rotation_coverage", "test_transformer_mpdit", "test_latents", "test_hub"),
-    *("test_reconstruct_ema", "test_train_fsdp", "test_fused", "test_finetune_rotation", "test_diagnostics"),
+    *("test_train_mpdit", "test_coverage", "test_transformer_mpdit", "test_latents", "test_hub"),
+    *("test_reconstruction", "test_train_fsdp", "test_fused", "test_finetune_rotation", "test_diagnostics"),
     *("test_docs", "test_ablate", "test_benchmarks", "test_train_and_publish", "test_resume_kills", "test_demo"),
 )
 
@@ -57,7 +57,7 @@ def pictures(picture_folder, tmp_path_factory):
 @pytest.fixture
 def examples_run_here(monkeypatch):
     """Scripts of `examples` can be imported, and leave Accelerate as they found it."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     yield
     reset_accelerate()
 
@@ -72,3 +72,15 @@ def few_digits(examples_run_here, monkeypatch):
         for part, of_part in digits.split_digits().items()
     }
     monkeypatch.setattr(digits, "split_digits", lambda: few)
+
+
+@pytest.fixture(scope="session")
+def dinov2(tmp_path_factory):
+    """A real DINOv2 with two layers, its image processor beside it."""
+    folder = tmp_path_factory.mktemp("dinov2")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder)
+    size, crop = {"shortest_edge": 32}, {"height": 28, "width": 28}
+    transformers.BitImageProcessorPil(size=size, crop_size=crop).save_pretrained(folder)
+    return folder

@@ -14,7 +14,9 @@ from diffusers_mp import MPDiTTransformer2DModel, get_preset
 from diffusers_mp.presets import CONFIGURATIONS
 
 
-FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+FIXTURES = ROOT / "tests" / "fixtures"
 GOLDEN = FIXTURES / "golden"
 TINY = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8, "sample_size": 8, "num_classes": 10}
 FLAGS = tuple(CONFIGURATIONS["E"])

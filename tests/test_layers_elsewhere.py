@@ -1,15 +1,15 @@
 """docs/layers_in_your_model.md: the page does what it says, and a stock model with our modulation stays one."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
+from helpers import ROOT
 from safetensors.torch import load_file, save_file
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "layers_in_your_model.md"
+PAGE = ROOT / "docs" / "layers_in_your_model.md"
 INPUTS = {
     "hidden_states": torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(1)),
     "encoder_hidden_states": torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(2)),

@@ -3,11 +3,10 @@
 import copy
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import NOT_IN_DEV, row_norms, tiny_inputs, tiny_model
+from helpers import NOT_IN_DEV, ROOT, row_norms, tiny_inputs, tiny_model
 from torch import nn
 
 from diffusers_mp import MPEmbedding, MPLinear, functional, normalize_weights_
@@ -293,7 +292,7 @@ def test_lion():
 # The table
 
 
-DOCS = (Path(__file__).parents[1] / "docs" / "optimizers.md").read_text()
+DOCS = (ROOT / "docs" / "optimizers.md").read_text()
 
 
 def test_the_table_names_what_is_tested():

@@ -5,20 +5,17 @@ Also the figures of docs/scale_out.md, which are computed here.
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
-from helpers import tiny_model
+from helpers import ROOT, tiny_model
 from processes import run_processes, run_python
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from diffusers_mp import MPDiTTransformer2DModel, MPLinear, get_preset, sharding, trust_rows_
 from diffusers_mp.presets import SIZES
 
-
-ROOT = Path(__file__).parents[1]
 
 # What both runs do. In float64, so that the order of sums, all that differs, is 1e-16 of a number; through Adam's
 # square roots and six updates that grows to TOLERANCE at most.

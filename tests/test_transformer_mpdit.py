@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import (
     FLAGS,
+    ROOT,
     from_golden,
     golden_config,
     golden_names,
@@ -356,7 +357,7 @@ def test_initial_rows_and_tables():
 @pytest.fixture(scope="module")
 def block_magnitudes():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        patch.syspath_prepend(ROOT / "benchmarks")
         return importlib.import_module("block_magnitudes")
 
 

@@ -80,7 +80,7 @@ def profile_fit_error(
     For deviations of θ that are white noise, fit_error · ‖p‖ times the noise's magnitude IS the expected miss (RMS),
     and the same holds for a snapshot taken alone. So the quotient of two errors is the expected quotient of two misses
     for white noise. For other trajectories it is a figure of merit and no bound: a θ orthogonal to p_i - p, but not to
-    f, has an infinite quotient. Weights in training drift more than they scatter; tests/test_reconstruct_ema.py
+    f, has an infinite quotient. Weights in training drift more than they scatter; `tests/averages/`
     measures what that does. With widths 0.05 and 0.10 stored at 4 steps or more, width 0.075 at the last one is missed
     by less than the quotient, with 10 steps by an eighth of it. With 2 steps, the quotient is exceeded 1.4 times, and
     for width 0.03, which lies outside those stored, 3.2 times.

@@ -1,0 +1,31 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from training_runs import MODEL
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two classes of 20 pictures 16x16, a VAE of factor 4, a model config."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name in ("dark", "light"):
+        (folder / "images" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 128, (16, 16, 3)) + (0 if name == "dark" else 127)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / name / f"{i:02d}.png")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=4,
+    ).save_pretrained(folder / "vae")
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    return folder

@@ -1,0 +1,564 @@
+"""Swapping and fine-tuning a small stock DiT on real digits, and the experiment that compares the ways to do it."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.models.embeddings import LabelEmbedding
+from helpers import EXAMPLES, reset_accelerate, tiny_vae
+from hub_client import TOKEN, client, holding
+from hub_server import HubServer
+from processes import run_processes, run_python
+
+from diffusers_mp import OriginalDiTTransformer2DModel, load_rotation_adapter, swap_adaln_for_rotation
+from diffusers_mp.data.latents import LatentDataset
+from diffusers_mp.training import NonFiniteError, TrainingSamples, split_validation
+
+
+# Width 16 and conditioning of width 16; five sites: attention and MLP of two blocks, and the last one.
+WIDTH, NUM_SITES = 16, 5
+SHIFT = WIDTH * (WIDTH + 1)  # weights and biases of a shift
+ANGLES = SHIFT // 2
+
+
+pytestmark = pytest.mark.usefixtures("examples_run_here")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A stock pipeline whose shifts matter, and 60 digits of 896, in ten classes."""
+    sys.path.insert(0, str(EXAMPLES))
+    import digits
+
+    sys.path.remove(str(EXAMPLES))
+    folder = tmp_path_factory.mktemp("base")
+    train = digits.split_digits()["train"]
+    few = np.concatenate([np.flatnonzero(train.labels == digit)[:6] for digit in range(10)])
+    few = digits.LabelledImages([train.images[i] for i in few], train.labels[few], train.numbers[few])
+    digits.write_image_folder(folder / "images", few)
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=WIDTH // 2,
+        in_channels=1,
+        out_channels=2,
+        sample_size=8,
+        num_embeds_ada_norm=12,
+    )
+    with torch.no_grad():
+        for module in [block.norm1.linear for block in transformer.transformer_blocks] + [transformer.proj_out_1]:
+            module.bias.normal_(0, 0.5)
+    vae = tiny_vae(in_channels=1, latent_channels=1)
+    vae.register_to_config(scaling_factor=2.0)
+    DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder / "pipeline")
+    return folder
+
+
+def arguments(base, output_dir, *more):
+    return [
+        *("--pretrained_model_name_or_path", str(base / "pipeline")),
+        *("--train_data_dir", str(base / "images")),
+        *("--latents_dir", str(base / "latents")),
+        *("--cache_dir", str(base / "cache")),
+        *("--output_dir", str(output_dir)),
+        *("--train_batch_size", "8"),
+        *("--max_train_steps", "4"),
+        *("--learning_rate", "3e-3"),
+        *("--num_validation_images", "12"),
+        *("--num_validation_levels", "4"),
+        *("--logging_steps", "2"),
+        *("--num_calibration_samples", "32"),
+        *map(str, more),
+    ]
+
+
+def finetune(base, output_dir, *more):
+    import finetune_rotation
+
+    finetune_rotation.main(finetune_rotation.parse_args(arguments(base, output_dir, *more)))
+    reset_accelerate()
+    return json.loads((output_dir / "evaluation.json").read_text())
+
+
+def held_out_loss(base, transformer, *more):
+    """The final loss of a run, computed anew."""
+    import finetune_rotation
+
+    args = finetune_rotation.parse_args(arguments(base, base / "never written", *more))
+    pipeline = DiTPipeline.from_pretrained(base / "pipeline")
+    latents = finetune_rotation.load_latents(args, pipeline, finetune_rotation.Accelerator(cpu=True))
+    _, indices = split_validation(len(latents), args.num_validation_images, args.seed)
+    samples = TrainingSamples(latents, seed=args.seed, num_classes=12, indices=indices)
+    held_out = finetune_rotation.HeldOut(args, samples, finetune_rotation.training_objective(pipeline))
+    return held_out.losses(transformer)["loss"]
+
+
+# Differences of parameters: a shift becomes angles of half its size, and where a mean stays, WIDTH numbers more.
+SAVED = NUM_SITES * (SHIFT - ANGLES)
+SAVED_WITH_MEAN = SAVED - NUM_SITES * WIDTH
+STOCK, SWAPPED = "DiTTransformer2DModel", "RotationDiTTransformer2DModel"
+
+
+@pytest.mark.parametrize(
+    "swap, class_name, saved, options",
+    [
+        ("none", STOCK, 0, None),
+        ("drop", SWAPPED, SAVED, {"keep_shift": False, "mean_shift": False}),
+        ("mean", SWAPPED, SAVED_WITH_MEAN, {"keep_shift": False, "mean_shift": True}),
+        ("anneal", SWAPPED, SAVED_WITH_MEAN, {"keep_shift": False, "mean_shift": True}),
+    ],
+)
+def test_run_becomes_a_pipeline(base, tmp_path, swap, class_name, saved, options):
+    record = finetune(base, tmp_path / "run", "--swap", swap, "--validation_steps", "2")
+    before, after_swap, final = (record[stage] for stage in ("before", "after_swap", "final"))
+    assert before["relative_error"] == 0
+    if swap in ("none", "anneal"):
+        assert after_swap["relative_error"] < 1e-12
+        assert after_swap["loss"] == pytest.approx(before["loss"], rel=1e-6)
+    else:
+        assert after_swap["relative_error"] > 1e-4
+    assert final["relative_error"] > 1e-6
+    assert record["num_parameters"]["before"] - record["num_parameters"]["after"] == saved
+    log = [json.loads(line) for line in (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines()]
+    curve = {entry["step"]: entry["validation/loss"] for entry in log if "validation/loss" in entry}
+    assert list(curve) == [0, 2, 4]
+    assert (curve[0], curve[4]) == (after_swap["loss"], final["loss"])
+    config = json.loads((tmp_path / "run" / "transformer" / "config.json").read_text())
+    if options is None:
+        assert "rotation_modulation" not in config
+    else:
+        assert options.items() <= config["rotation_modulation"].items()
+
+    transformer = DiTPipeline.from_pretrained(tmp_path / "run").transformer
+    assert type(transformer).__name__ == class_name
+    assert held_out_loss(base, transformer) == pytest.approx(final["loss"], rel=1e-6)
+
+
+def test_it_loads_where_nothing_but_the_package_is_known(base, tmp_path):
+    finetune(base, tmp_path / "run", "--swap", "mean")
+    code = """
+        import sys, torch, diffusers_mp
+        from diffusers import DiTPipeline
+        torch.set_num_threads(1)
+        pipeline = DiTPipeline.from_pretrained(sys.argv[1])
+        assert pipeline.labels["7"] == 7, pipeline.labels
+        assert len(pipeline([3, 7], guidance_scale=1.0, num_inference_steps=2).images) == 2
+        torch.manual_seed(0)
+        x, timestep, label = torch.randn(3, 1, 8, 8), torch.tensor([1, 500, 900]), torch.tensor([0, 9, 12])
+        torch.save(pipeline.transformer(x, timestep, label).sample.detach(), sys.argv[2])
+        print(type(pipeline.transformer).__name__)
+    """
+    assert run_python(code, tmp_path / "run", tmp_path / "output.pt").split()[-1] == SWAPPED
+    transformer = DiTPipeline.from_pretrained(tmp_path / "run").transformer
+    torch.manual_seed(0)
+    x, timestep, label = torch.randn(3, 1, 8, 8), torch.tensor([1, 500, 900]), torch.tensor([0, 9, 12])
+    output = transformer(x, timestep, label).sample
+    torch.testing.assert_close(torch.load(tmp_path / "output.pt", weights_only=True), output, rtol=1e-6, atol=1e-6)
+
+
+def test_a_base_saved_under_its_former_class(base, tmp_path):
+    # As the published DiT-XL: the transformer calls itself Transformer2DModel, and the scheduler knows no variance.
+    former = tmp_path / "former"
+    shutil.copytree(base / "pipeline", former)
+    for name in ("model_index.json", "transformer/config.json"):
+        text = (former / name).read_text()
+        (former / name).write_text(text.replace("DiTTransformer2DModel", "Transformer2DModel"))
+    more = ("--pretrained_model_name_or_path", former)
+    record = finetune(base, tmp_path / "run", *more)
+    assert record == {**finetune(base, tmp_path / "again"), "arguments": record["arguments"]}
+    assert type(DiTPipeline.from_pretrained(tmp_path / "run").transformer).__name__ == SWAPPED
+
+
+def test_the_mean_is_nearer_than_nothing_and_training_brings_both_nearer(base, tmp_path):
+    more = ("--max_train_steps", "60", "--learning_rate", "1e-3", "--distillation")
+    records = {swap: finetune(base, tmp_path / swap, "--swap", swap, *more) for swap in ("drop", "mean")}
+    assert records["mean"]["after_swap"]["relative_error"] < 0.7 * records["drop"]["after_swap"]["relative_error"]
+    for record in records.values():
+        assert record["final"]["relative_error"] < 0.7 * record["after_swap"]["relative_error"]
+
+
+@pytest.mark.parametrize(
+    "train, swap, more",
+    [("rotation", "mean", ()), ("rotation", "anneal", ("--rank", "2")), ("modulation", "drop", ())],
+)
+def test_an_adapter_on_the_base_is_the_trained_model(base, tmp_path, train, swap, more):
+    options = ("--swap", swap, "--train", train, "--save", "adapter", *more)
+    record = finetune(base, tmp_path / "run", *options, "--sublayers", "attention", "mlp")
+    assert record["final"]["loss"] != record["after_swap"]["loss"]
+    assert not (tmp_path / "run" / "model_index.json").exists()
+    transformer = DiTPipeline.from_pretrained(base / "pipeline").transformer
+    load_rotation_adapter(transformer, tmp_path / "run")
+    assert held_out_loss(base, transformer) == pytest.approx(record["final"]["loss"], rel=1e-6)
+    assert "load_rotation_adapter" in (tmp_path / "run" / "README.md").read_text()
+
+
+PUBLISH = f"""
+import json, sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+import finetune_rotation
+finetune_rotation.main(finetune_rotation.parse_args(json.load(sys.stdin)))
+print("RESULTS {{}}")
+"""
+
+
+@pytest.mark.slow  # training is shown above, publishing of a swapped pipeline in test_hub
+def test_trained_and_published(base, tmp_path):
+    options = ("--train", "rotation", "--save", "adapter", "--hub_license", "mit", "--report_to", "tensorboard")
+    more = ("--push_to_hub", "--hub_model_id", "user/name", "--hub_token", TOKEN)
+    # `datasets` would look for a newer loader, and count its use, on servers that are not ours.
+    no_lookups = {"HF_DATASETS_OFFLINE": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+    argv = arguments(base, tmp_path / "run", *options, *more)
+    with HubServer({TOKEN: ("user", "write")}) as server:
+        _, output = client(server, tmp_path / "home", PUBLISH, argv, **no_lookups)
+    assert server.problems == []
+    assert "Published: " in output
+    assert holding(TOKEN, tmp_path / "run") == []
+    published = server.repositories["user/name"].files()
+    assert set(published) == {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert not [name for name, content in published.items() if str(base).encode() in content]
+    card = published["README.md"].decode()
+    record = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert "hub_token" not in record["arguments"]
+    assert f"| {record['final']['loss']:.5g} |" in card
+    assert "license: mit" in card
+
+
+def test_no_updates_swap_only(base, tmp_path):
+    record = finetune(base, tmp_path / "run", "--swap", "mean", "--max_train_steps", "0")
+    assert record["final"] == record["after_swap"]
+    transformer = DiTPipeline.from_pretrained(tmp_path / "run").transformer
+    assert not any(map(torch.count_nonzero, (site.rotation.weight for site in rotation_sites(transformer))))
+    # Constants are means over training batches, not those of any one input.
+    assert all(torch.count_nonzero(site.mean_shift) for site in rotation_sites(transformer))
+
+
+def rotation_sites(transformer):
+    return [block.norm1.linear for block in transformer.transformer_blocks] + [transformer.proj_out_1]
+
+
+def test_micro_batches_are_one_batch(base, tmp_path):
+    whole = finetune(base, tmp_path / "whole", "--train_batch_size", "16")
+    parts = finetune(base, tmp_path / "parts", "--train_batch_size", "8", "--gradient_accumulation_steps", "2")
+    # Of the same images, in batches of 8 or 16, which only rounding tells apart.
+    assert parts["final"]["loss"] == pytest.approx(whole["final"]["loss"], rel=1e-4)
+    assert whole["final"]["loss"] != pytest.approx(whole["after_swap"]["loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "steps, message",
+    [
+        # The first update makes such weights, the next such a loss; neither is at a log entry.
+        ("1", r"after update 1 the weights or the held-out loss \(nan\) are not finite"),
+        ("3", "the loss is nan before update 3"),
+    ],
+)
+def test_what_is_not_finite_is_not_saved(base, tmp_path, steps, message):
+    more = ("--max_train_steps", steps, "--learning_rate", "1e30", "--logging_steps", "10")
+    with pytest.raises(NonFiniteError, match=f"{message}.* try a lower --learning_rate"):
+        finetune(base, tmp_path / "run", *more)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["logs"]
+
+
+def test_a_weight_that_no_held_out_image_uses_has_to_be_finite_too(base, tmp_path, monkeypatch):
+    import finetune_rotation
+
+    def train(args, accelerator, transformer, *others):
+        with torch.no_grad():
+            # Of the null class.
+            transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight[-1] = torch.inf
+
+    monkeypatch.setattr(finetune_rotation, "train", train)
+    with pytest.raises(NonFiniteError, match=r"after update 4 the weights or the held-out loss \(\d"):
+        finetune(base, tmp_path / "run", "--swap", "none")
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_an_accumulation_that_the_environment_changes_is_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    with pytest.raises(RuntimeError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS .* 3; got 2: unset"):
+        finetune(base, tmp_path / "run", "--gradient_accumulation_steps", "2")
+
+
+def test_a_relative_base_is_recorded_as_the_folder_it_is(base, tmp_path, monkeypatch):
+    # It would look like an id of the Hub as soon as the working directory is another.
+    monkeypatch.chdir(base.parent)
+    relative = ("--pretrained_model_name_or_path", f"{base.name}/pipeline")
+    record = finetune(base, tmp_path / "run", *relative, "--train", "rotation", "--save", "adapter")
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base / "pipeline")
+    assert record["arguments"]["pretrained_model_name_or_path"] == str(base / "pipeline")
+
+
+def test_the_flags_reach_the_run(base, tmp_path, monkeypatch):
+    import finetune_rotation
+
+    made = {}
+
+    def spy(owner, name):
+        original = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            made.setdefault(name, []).append((args, kwargs))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    spy(finetune_rotation, "TrainingSamples")
+    spy(finetune_rotation, "set_shift_scale")
+    spy(finetune_rotation.Accelerator, "clip_grad_norm_")
+    spy(torch.optim, "AdamW")
+    finetune(
+        *(base, tmp_path / "run", "--swap", "anneal", "--anneal_steps", "2", "--class_dropout_prob", "0.25"),
+        *("--random_flip", "--max_grad_norm", "0.5", "--adam_weight_decay", "0.125", "--validation_steps", "0"),
+        *("--latents_dir", tmp_path / "latents"),
+    )
+    # The shifts fade within two updates, and are gone for the other two.
+    assert [args[1] for args, _ in made["set_shift_scale"]] == [0.5, 0.0, 0.0, 0.0]
+    assert [args[2] for args, _ in made["clip_grad_norm_"]] == [0.5] * 4
+    ((_, adam),) = made["AdamW"]
+    assert (adam["lr"], adam["weight_decay"]) == (3e-3, 0.125)
+    (_, held_out), (_, training) = made["TrainingSamples"]
+    assert (training["class_dropout_prob"], training["random_flip"], training["num_classes"]) == (0.25, True, 12)
+    assert not {"class_dropout_prob", "random_flip"} & held_out.keys()
+    assert not set(training["indices"].tolist()) & set(held_out["indices"].tolist())
+
+
+def test_evaluations_are_of_one_precision_whatever_that_of_training(base, tmp_path):
+    losses = {}
+    for precision in ("bf16", "no"):
+        more = ("--swap", "none", "--learning_rate", "0", "--validation_steps", "2", "--mixed_precision", precision)
+        record = finetune(base, tmp_path / precision, *more)
+        # The weights are what they were, and so is all that is said of them, on the way as well.
+        assert record["final"] == record["before"]
+        log = [json.loads(line) for line in (tmp_path / precision / "logs" / "metrics.jsonl").read_text().splitlines()]
+        assert len({entry["validation/loss"] for entry in log if "validation/loss" in entry}) == 1
+        losses[precision] = [entry["train/loss"] for entry in log if "train/loss" in entry]
+    assert losses["bf16"] != losses["no"]
+    assert losses["bf16"] == pytest.approx(losses["no"], rel=0.05)
+
+
+def test_latents_are_as_the_pipeline_decodes_them(base):
+    import finetune_rotation
+
+    args = finetune_rotation.parse_args(arguments(base, base / "never written"))
+    pipeline = DiTPipeline.from_pretrained(base / "pipeline")
+    scaled = finetune_rotation.load_latents(args, pipeline, finetune_rotation.Accelerator(cpu=True))
+    samples = TrainingSamples(scaled, seed=0, num_classes=10)
+    standardised = TrainingSamples(LatentDataset(base / "latents"), seed=0, num_classes=10)
+    for key in ((0, 3), (1, 40)):
+        drawn = standardised[key]["latents"] * standardised.latents_std + standardised.latents_mean
+        torch.testing.assert_close(samples[key]["latents"], 2.0 * drawn, rtol=1e-5, atol=1e-6)
+
+
+def test_labels_are_not_dropped_again_by_every_block(base):
+    import finetune_rotation
+
+    transformer = DiTPipeline.from_pretrained(base / "pipeline").transformer
+    inputs = torch.randn(64, 1, 8, 8), torch.full((64,), 500), torch.arange(64) % 10
+    expected = transformer.eval()(*inputs).sample
+    assert not torch.equal(transformer.train()(*inputs).sample, expected)
+    finetune_rotation.set_training_mode(transformer)
+    assert transformer.training
+    assert sum(isinstance(module, LabelEmbedding) for module in transformer.modules()) == 2
+    torch.testing.assert_close(transformer(*inputs).sample, expected)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--swap", "none", "--train", "rotation"), "--swap none has no rotations"),
+        (("--save", "adapter"), "--save adapter does not hold the whole model"),
+        (("--swap", "mean", "--anneal_steps", "2"), "--anneal_steps has no meaning for --swap mean"),
+        (("--swap", "anneal", "--anneal_steps", "5"), "--anneal_steps must be from 1 to --max_train_steps, got 5"),
+        (("--dataset_name", "user/name"), "give one of --train_data_dir and --dataset_name"),
+        (("--num_validation_images", "0"), "--num_validation_images must be at least 1, got 0"),
+        (("--logging_steps", "0"), "--logging_steps must be at least 1, got 0"),
+        (("--max_train_steps", "-1"), "--max_train_steps must not be negative, got -1"),
+        (("--hub_token", "x", "--report_to", "wandb"), "`hub_token` must not be given together"),
+    ],
+)
+def test_arguments_that_do_not_fit(base, tmp_path, capsys, more, message):
+    import finetune_rotation
+
+    with pytest.raises(SystemExit):
+        finetune_rotation.parse_args(arguments(base, tmp_path / "run", *more))
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_with_something_in_it_is_refused(base, tmp_path, capsys):
+    import finetune_rotation
+
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        finetune_rotation.parse_args(arguments(base, tmp_path))
+    assert "--output_dir must be new or empty" in capsys.readouterr().err
+
+
+def test_unlabelled_images_are_refused(base, tmp_path):
+    import finetune_rotation
+
+    (tmp_path / "images").mkdir()
+    for number, path in enumerate(sorted((base / "images").rglob("*.png"))[:20]):
+        (tmp_path / "images" / f"{number}.png").write_bytes(path.read_bytes())
+    argv = arguments(base, tmp_path / "run", "--latents_dir", tmp_path / "latents")
+    argv[argv.index(str(base / "images"))] = str(tmp_path / "images")
+    with pytest.raises(ValueError, match="the data must have labels"):
+        finetune_rotation.main(finetune_rotation.parse_args(argv))
+
+
+def of_another_class(base):
+    config = {name: value for name, value in base.config.items() if name != "norm_type" and not name.startswith("_")}
+    return OriginalDiTTransformer2DModel.from_config(config)
+
+
+def swapped(base):
+    swap_adaln_for_rotation(base)
+    return base
+
+
+def of_fewer_classes(base):
+    return DiTTransformer2DModel.from_config({**base.config, "num_embeds_ada_norm": 9})
+
+
+@pytest.mark.parametrize(
+    "transformer, error, message",
+    [
+        (of_another_class, TypeError, "got a diffusers_mp.OriginalDiTTransformer2DModel"),
+        (swapped, ValueError, "must not be swapped already"),
+        (of_fewer_classes, ValueError, "must have labels below 9, the number of the base's classes, got 9"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused_before_the_images_are_encoded(
+    base, tmp_path, transformer, error, message
+):
+    import finetune_rotation
+
+    pipeline = DiTPipeline.from_pretrained(base / "pipeline")
+    pipeline.transformer = transformer(pipeline.transformer)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    more = ("--pretrained_model_name_or_path", tmp_path / "pipeline", "--latents_dir", tmp_path / "latents")
+    with pytest.raises(error, match=message):
+        finetune_rotation.main(finetune_rotation.parse_args(arguments(base, tmp_path / "run", *more)))
+    assert not (tmp_path / "latents").exists()
+
+
+class QuantisedLinear(torch.nn.Linear):
+    """As bitsandbytes does it: a subclass of nn.Linear."""
+
+
+@pytest.mark.parametrize("swap", ["mean", "anneal"])
+def test_a_base_whose_shifts_cannot_be_cut_out_is_refused_before_the_images_are_encoded(
+    base, tmp_path, monkeypatch, swap
+):
+    import finetune_rotation
+
+    pipeline = DiTPipeline.from_pretrained(base / "pipeline")
+    pipeline.transformer.proj_out_1.__class__ = QuantisedLinear
+    monkeypatch.setattr(finetune_rotation.DiTPipeline, "from_pretrained", lambda *args, **kwargs: pipeline)
+    more = ("--swap", swap, "--latents_dir", tmp_path / "latents")
+    with pytest.raises(ValueError, match="must have plain linear maps for their shift rows to be cut out, proj_out_1"):
+        finetune_rotation.main(finetune_rotation.parse_args(arguments(base, tmp_path / "run", *more)))
+    assert not (tmp_path / "latents").exists()
+
+
+def test_plain_fine_tuning_goes_on_from_a_swapped_base(base, tmp_path):
+    finetune(base, tmp_path / "swapped", "--max_train_steps", "1")
+    more = ("--pretrained_model_name_or_path", tmp_path / "swapped", "--swap", "none")
+    record = finetune(base, tmp_path / "run", *more)
+    assert record["num_parameters"]["after"] == record["num_parameters"]["before"]
+    assert type(DiTPipeline.from_pretrained(tmp_path / "run").transformer).__name__ == SWAPPED
+
+
+def experiment(folder, *more):
+    import rotation_digits
+
+    options = {
+        "--output_dir": folder,
+        "--max_train_steps": 4,
+        "--finetune_steps": 2,
+        "--validation_steps": 1,
+        "--train_batch_size": 64,
+        "--vae_steps": 4,
+        "--num_layers": 1,
+        "--num_images_per_class": 2,
+        "--num_inference_steps": 2,
+        "--num_validation_images": 8,
+        "--report": folder / "report" / "swap.md",
+    }
+    argv = [*sum(options.items(), ()), *more]
+    args = rotation_digits.parse_args(list(map(str, argv)))
+    rotation_digits.main(args)
+    return args
+
+
+@pytest.mark.usefixtures("few_digits")
+@pytest.mark.slow  # 21 runs of the experiment; the script itself is run above
+def test_experiment_is_resumed_run_by_run_and_reported(tmp_path, monkeypatch):
+    import rotation_digits
+
+    small = {"num_attention_heads": 1, "attention_head_dim": 8}
+    monkeypatch.setattr(rotation_digits, "MODEL", {**rotation_digits.MODEL, **small})
+    args = experiment(tmp_path, "--seeds", 0, 1, "--learning_rates", 1e-4, 1e-2)
+    records = {path: path.read_bytes() for path in (tmp_path / "records").iterdir()}
+    # For each seed a base, two swaps without training and five arms; and five arms at the other rate.
+    assert len(records) == 2 * 8 + 5
+    for arm in rotation_digits.ARMS:
+        losses = {
+            rate: rotation_digits.read(args, f"{arm}_lr{rate:g}_seed0")["final"]["loss"] for rate in (1e-4, 1e-2)
+        }
+        assert losses[rotation_digits.best_rate(args, arm)] == min(losses.values())
+    report = tmp_path / "report" / "swap.md"
+    text = report.read_text()
+    for label in (
+        "base",
+        "(a) right after `drop`",
+        "(b) right after `mean`",
+        "`control`",
+        "`distillation`",
+        "2 seeds",
+    ):
+        assert label in text
+    assert (tmp_path / "report" / "swap_loss.png").stat().st_size > 10_000
+
+    report.write_text(text + "\nIt works.\n")
+    lost = tmp_path / "records" / "mean_lr0.0001_seed0.json"
+    lost.unlink()
+    experiment(tmp_path, "--seeds", 0, 1, "--learning_rates", 1e-4, 1e-2)
+    again = {path: path.read_bytes() for path in (tmp_path / "records").iterdir()}
+    assert [path for path in records if again[path] != records[path]] in ([], [lost])
+    # The run that was done again gave the same, but for the time it took.
+    first, second = json.loads(records[lost]), json.loads(again[lost])
+    assert {**first, "cpu_seconds": 0} == {**second, "cpu_seconds": 0}
+    assert report.read_text().endswith("## Conclusions\n\nIt works.\n")
+    assert f"- machine: {first['machine']}\n" in text
+    with pytest.raises(
+        ValueError, match="settings of this command, .*'finetune_steps': 3.* has .*'finetune_steps': 2"
+    ):
+        experiment(tmp_path, "--seeds", 0, "--finetune_steps", 3)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_run_of_one(base, tmp_path):
+    whole = finetune(base, tmp_path / "whole", "--train_batch_size", "16", "--swap", "anneal")
+    # `accelerate launch` starts several processes on accelerators only; torchrun starts them on the CPU.
+    run_processes(EXAMPLES / "finetune_rotation.py", *arguments(base, tmp_path / "two", "--swap", "anneal"))
+    two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert two["final"]["loss"] == pytest.approx(whole["final"]["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_experiment_at_minute_scale(tmp_path):
+    import rotation_digits
+
+    small = ("--max_train_steps", 300, "--finetune_steps", 75, "--vae_steps", 100, "--num_layers", 3)
+    args = experiment(tmp_path, "--seeds", 0, "--learning_rates", 1e-3, "--train_batch_size", 32, *small)
+    losses = {arm: rotation_digits.read(args, f"{arm}_lr0.001_seed0") for arm in rotation_digits.ARMS}
+    base = rotation_digits.read(args, "base_seed0")
+    assert base["final"]["loss"] < 0.6 * base["before"]["loss"]
+    assert losses["mean"]["after_swap"]["relative_error"] < losses["drop"]["after_swap"]["relative_error"]
+    assert losses["drop"]["final"]["loss"] < losses["drop"]["after_swap"]["loss"]

@@ -1,0 +1,190 @@
+"""The real huggingface_hub client in processes that speak to `hub_server.py`, and the small pipelines it carries.
+
+`huggingface_hub` reads its address when it is imported, so everything that speaks to the server runs in a process of
+its own; those that load models are forked from one that has the address and all imports. Xet, the Hub's own transfer,
+needs the Hub's servers and is untested.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from diffusers import DDPMScheduler
+from helpers import tiny_model
+
+from diffusers_mp import MPDiTPipeline
+from diffusers_mp.publishing import hub
+
+
+TOKEN, READ_TOKEN = "hf_" + "WriteSecret" * 3, "hf_" + "ReadSecret" * 3
+
+
+NAMES = {0: "cat", 1: "dog", 2: "a | b"}
+
+
+# Of huggingface_hub to its HTTP client, of diffusers to huggingface_hub and to NumPy; theirs to mend.
+THEIR_WARNINGS = (
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
+    "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning",
+    "ignore:The `local_dir_use_symlinks` argument is deprecated:UserWarning",
+)
+
+
+INPUTS = {"class_labels": [0, 1], "num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np"}
+
+
+def make_pipeline(folder, num_classes=3, vae=None, seed=0, **config):
+    config = {"num_classes": num_classes, "class_dropout_prob": 0.1 if num_classes else 0.0, **config}
+    transformer = tiny_model(seed=seed, **config).eval()
+    pipe = MPDiTPipeline(
+        transformer,
+        DDPMScheduler(clip_sample=False),
+        vae,
+        id2label=NAMES if num_classes else None,
+        latents_mean=[0.1, -0.2, 0.0, 0.3],
+        latents_std=[1.1, 0.9, 1.0, 1.2],
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+def rewrite(path, text):
+    path.unlink(missing_ok=True)
+    path.write_text(text)
+
+
+PUSH = """
+import json, logging, os, sys, time, traceback
+logging.basicConfig(level=os.environ.get("LEVEL", "DEBUG"))
+time.sleep = lambda seconds: None
+from diffusers_mp.publishing import hub
+results = []
+for name, arguments, options in json.load(sys.stdin):
+    try:
+        results.append({"value": getattr(hub, name)(*arguments, **options)})
+    except Exception as error:
+        traceback.print_exc()
+        results.append({"error": type(error).__name__, "message": str(error)})
+print("RESULTS " + json.dumps(results))
+"""
+
+
+def command(code):
+    return [sys.executable, "-W", "error", *(f"-W{filter}" for filter in THEIR_WARNINGS), "-P", "-c", code]
+
+
+def environment_of_client(server, home):
+    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "XDG_CACHE_HOME", "PYTHONWARNINGS")
+    return {
+        **{name: value for name, value in os.environ.items() if name not in names and "proxy" not in name.lower()},
+        "PYTHONPATH": str(Path(hub.__file__).parents[1]),
+        "HF_ENDPOINT": server.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_DEBUG": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def client(server, home, code, stdin, **environment):
+    """Run code against the server, with a clean cache; its results. No output, no file in `home` may hold a token."""
+    home.mkdir(parents=True, exist_ok=True)
+    result = subprocess.run(
+        command(code),
+        input=json.dumps(stdin),
+        env={**environment_of_client(server, home), **environment},
+        capture_output=True,
+        text=True,
+        cwd=home,
+    )
+    return checked(result.stdout, result.stderr, home)
+
+
+def checked(stdout, stderr, home):
+    assert "RESULTS " in stdout, stderr
+    output = stdout + stderr
+    for token in (TOKEN, READ_TOKEN):
+        assert token not in output
+        assert not holding(token, home)
+    return json.loads(stdout.split("RESULTS ")[1]), output
+
+
+READERS = """
+import importlib, io, json, os, sys, traceback
+for name in json.loads(sys.argv[1]):
+    importlib.import_module(name)
+for line in sys.stdin:
+    task = json.loads(line)
+    if (child := os.fork()) == 0:
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(task[name], os.O_WRONLY | os.O_CREAT), number)
+        try:
+            os.chdir(task["home"])
+            sys.stdin = io.StringIO(task["stdin"])
+            exec(task["code"], {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+    print("done", flush=True)
+"""
+
+
+def holding(token, folder):
+    return [path for path in folder.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+
+
+def call(name, *arguments, **options):
+    return [name, [str(argument) for argument in arguments], options]
+
+
+def push(server, home, *calls, **environment):
+    results, output = client(server, home, PUSH, calls, **environment)
+    print(output)
+    return results
+
+
+def publish(folder, repo_id="user/name", **options):
+    return call("publish", folder, repo_id, **{"token": TOKEN, **options})
+
+
+LOAD = """
+import json, sys, time
+time.sleep = lambda seconds: None
+import numpy as np, torch
+torch.set_num_threads(1)
+# The client keeps what arrived in whole chunks, of 10 MiB; the files here are small.
+import huggingface_hub.constants
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 10_000
+from diffusers_mp import MPDiTPipeline
+results, tasks = [], json.load(sys.stdin)
+for task in tasks["loads"]:
+    try:
+        pipe = MPDiTPipeline.from_pretrained(**task["options"])
+        pipe.set_progress_bar_config(disable=True)
+        np.save(task["output"], pipe(**tasks["inputs"], generator=torch.Generator().manual_seed(0)).images)
+        results.append({})
+    except Exception as error:
+        results.append({"error": type(error).__name__, "message": str(error)})
+for block in tasks.get("blocks", []):
+    exec(block, {})
+print("RESULTS " + json.dumps(results))
+"""
+
+
+def load(reader, home, *options, blocks=()):
+    """Load with each of the options, a dict with "pretrained_model_name_or_path"; the images or the error of each."""
+    home.mkdir()
+    options = [{"pretrained_model_name_or_path": "user/name", **each} for each in options]
+    loads = [{"options": each, "output": str(home / f"{k}.npy")} for k, each in enumerate(options)]
+    tasks = {"loads": loads, "inputs": INPUTS, "blocks": list(blocks)}
+    results, _ = reader(home, LOAD, tasks)
+    return [result if result else np.load(home / f"{k}.npy") for k, result in enumerate(results)]

@@ -1,0 +1,146 @@
+import json
+import os
+import subprocess
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from helpers import random_picture, tiny_model, tiny_vae
+from hub_client import INPUTS, READ_TOKEN, READERS, TOKEN, checked, command, environment_of_client, make_pipeline
+from hub_server import HubServer
+from PIL import PngImagePlugin
+from processes import PRELOADED
+
+from diffusers_mp.publishing.model_card import write_model_card
+
+
+# What a run's folder also holds, and what might stray into it.
+PRIVATE = (
+    "checkpoint-10/optimizer.bin",
+    "checkpoint-10/random_states_0.pkl",
+    "checkpoint-10/transformer/diffusion_pytorch_model.safetensors",
+    "checkpoint-10/transformer/config.json",
+    "latents/shard-00000.safetensors",
+    "logs/tensorboard/hparams.yml",
+    "transformer/optimizer.bin",
+    "transformer/training_arguments.json",
+    "transformer/deeper/config.json",
+    "transformer/notes.safetensors",
+    "transformer_ema_0.1/diffusion_pytorch_model.bin",
+    "vae/diffusion_pytorch_model.ckpt",
+    "scheduler/config.json",
+    "pipeline.pkl",
+    ".env",
+)
+
+
+def write_log(folder, num_steps=100):
+    (folder / "logs").mkdir(exist_ok=True)
+    with (folder / "logs" / "metrics.jsonl").open("w") as file:
+        for step in range(5, num_steps + 1, 5):
+            entry = {"step": step, "train/loss": 10 / step, "train/images_per_second": 40.0 if step <= 50 else 80.0}
+            file.write(json.dumps(entry) + "\n")
+            if step % 50 == 0:
+                file.write(
+                    json.dumps({"step": step, "validation/loss": 1 / step, "validation/mse": 0.5 / step}) + "\n"
+                )
+        file.write('{"step": 105, "train/lo')
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder as the trainer leaves it, with its card; what the pipeline generates; and its parameter count."""
+    base = tmp_path_factory.mktemp("made")
+    tiny_vae().save_pretrained(base / "home of the author" / "vae")
+    vae, folder = AutoencoderKL.from_pretrained(base / "home of the author" / "vae"), base / "run"
+    pipe = make_pipeline(folder, vae=vae)
+    tiny_model(num_classes=3, seed=7).save_pretrained(folder / "transformer_ema_0.1")
+    for name in PRIVATE:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("private")
+    write_log(folder)
+    (folder / "samples").mkdir()
+    rng = np.random.default_rng(0)
+    for step in (999, 1000):
+        notes = PngImagePlugin.PngInfo()
+        notes.add_text("author", "private")
+        picture = random_picture(rng)
+        picture.save(folder / "samples" / f"step-{step:d}.png", pnginfo=notes)
+    latents = {"resolution": 32, "num_samples": 1234, "vae": {"id": str(base / "home of the author" / "vae")}}
+    (folder / "latents" / "index.json").write_text(json.dumps(latents))
+    arguments = {
+        "train_data_dir": str(base / "home of the author" / "photos"),
+        "dataset_name": None,
+        "vae": str(base / "home of the author" / "vae"),
+        "output_dir": str(folder),
+        "logging_dir": "logs",
+        "preset": "XS/2",
+        "learning_rate": 0.01,
+        "ema_stds": [0.05, 0.1],
+        "validation_inference_steps": 50,
+        "validation_guidance_scale": None,
+    }
+    (folder / "training_arguments.json").write_text(json.dumps(arguments))
+    write_model_card(folder, "user/name", license="mit", num_images_seen=1600, hardware="2 CPU cores")
+    images = pipe(**INPUTS, generator=torch.Generator().manual_seed(0)).images
+    return Namespace(folder=folder, base=base, images=images, pipe=pipe, picture=picture)
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """The folder of `made`, to be changed; its files are links, so replace them rather than write into them."""
+    for path in made.folder.rglob("*"):
+        if path.is_file():
+            link = tmp_path / "run" / path.relative_to(made.folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, link)
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def running_server():
+    with HubServer({}) as server:
+        yield server
+
+
+@pytest.fixture
+def server(running_server):
+    running_server.reset({TOKEN: ("user", "write"), READ_TOKEN: ("user", "read")})
+    yield running_server
+    assert running_server.problems == []
+
+
+@pytest.fixture(scope="module")
+def reader(running_server, tmp_path_factory):
+    """What `client` does, in processes that are forked from one that has imported what this package stands on."""
+    folder = tmp_path_factory.mktemp("readers")
+    # Read by huggingface_hub when it is imported; each process finds its own home there.
+    home_of_all = folder / "home"
+    with (folder / "log").open("w") as log:
+        readers = subprocess.Popen(
+            [*command(READERS), json.dumps(PRELOADED)],
+            env=environment_of_client(running_server, home_of_all),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+
+    def read(home, code, stdin):
+        home.mkdir(parents=True, exist_ok=True)
+        home_of_all.unlink(missing_ok=True)
+        home_of_all.symlink_to(home, target_is_directory=True)
+        outputs = {name: folder / name for name in ("stdout", "stderr")}
+        for output in outputs.values():
+            output.unlink(missing_ok=True)
+        task = {"home": str(home), "code": code, "stdin": json.dumps(stdin)}
+        print(json.dumps({**task, **{name: str(path) for name, path in outputs.items()}}), file=readers.stdin)
+        readers.stdin.flush()
+        assert readers.stdout.readline() == "done\n", (folder / "log").read_text()
+        return checked(*(output.read_text() for output in outputs.values()), home)
+
+    with readers:
+        yield read
+        readers.stdin.close()
