@@ -5,11 +5,10 @@ import importlib.util
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 
 import pytest
 from helpers import ROOT
+from processes import run_python
 
 import diffusers_mp
 
@@ -80,9 +79,8 @@ def test_pages_have_commands_and_blocks():
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):
-    build = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", ROOT / "docs", tmp_path]
-    done = subprocess.run(build, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    build = "import sys; from sphinx.cmd.build import main; sys.exit(main(sys.argv[1:]))"
+    run_python(build, "--quiet", "--fail-on-warning", "--keep-going", ROOT / "docs", tmp_path)
     assert (tmp_path / "index.html").is_file()
 
 
