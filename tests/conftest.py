@@ -5,6 +5,8 @@ import pytest
 import torch
 import transformers
 from helpers import EXAMPLES, random_picture, reset_accelerate
+from hub_client import READ_TOKEN, TOKEN
+from hub_server import HubServer
 
 from diffusers_mp.data.images import load_image_dataset
 
@@ -84,3 +86,17 @@ def dinov2(tmp_path_factory):
     size, crop = {"shortest_edge": 32}, {"height": 28, "width": 28}
     transformers.BitImageProcessorPil(size=size, crop_size=crop).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def running_server():
+    with HubServer({}) as server:
+        yield server
+
+
+@pytest.fixture
+def server(running_server):
+    """A Hub on 127.0.0.1 that knows two tokens, empty."""
+    running_server.reset({TOKEN: ("user", "write"), READ_TOKEN: ("user", "read")})
+    yield running_server
+    assert running_server.problems == []

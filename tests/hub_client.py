@@ -1,19 +1,24 @@
 """The real huggingface_hub client in processes that speak to `hub_server.py`, and the small pipelines it carries.
 
-`huggingface_hub` reads its address when it is imported, so everything that speaks to the server runs in a process of
-its own; those that load models are forked from one that has the address and all imports. Xet, the Hub's own transfer,
-needs the Hub's servers and is untested.
+`huggingface_hub` reads its address when it is imported, so what speaks to the server runs in processes that are forked
+from one that has the address and has imported what this package stands on. Xet, the Hub's own transfer, needs the
+Hub's servers and is untested.
 """
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from diffusers import DDPMScheduler
 from helpers import tiny_model
+from processes import PRELOADED
 
 from diffusers_mp import MPDiTPipeline
 from diffusers_mp.publishing import hub
@@ -88,34 +93,14 @@ def environment_of_client(server, home):
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_DEBUG": "1",
+        # `datasets` would look for a newer loader, and count its use, on servers that are not ours.
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
         "OMP_NUM_THREADS": "1",
     }
 
 
-def client(server, home, code, stdin, **environment):
-    """Run code against the server, with a clean cache; its results. No output, no file in `home` may hold a token."""
-    home.mkdir(parents=True, exist_ok=True)
-    result = subprocess.run(
-        command(code),
-        input=json.dumps(stdin),
-        env={**environment_of_client(server, home), **environment},
-        capture_output=True,
-        text=True,
-        cwd=home,
-    )
-    return checked(result.stdout, result.stderr, home)
-
-
-def checked(stdout, stderr, home):
-    assert "RESULTS " in stdout, stderr
-    output = stdout + stderr
-    for token in (TOKEN, READ_TOKEN):
-        assert token not in output
-        assert not holding(token, home)
-    return json.loads(stdout.split("RESULTS ")[1]), output
-
-
-READERS = """
+FORKS = """
 import importlib, io, json, os, sys, traceback
 for name in json.loads(sys.argv[1]):
     importlib.import_module(name)
@@ -126,6 +111,7 @@ for line in sys.stdin:
             os.dup2(os.open(task[name], os.O_WRONLY | os.O_CREAT), number)
         try:
             os.chdir(task["home"])
+            os.environ.update(task["environment"])
             sys.stdin = io.StringIO(task["stdin"])
             exec(task["code"], {"__name__": "__main__"})
         except BaseException:
@@ -136,6 +122,57 @@ for line in sys.stdin:
     os.waitpid(child, 0)
     print("done", flush=True)
 """
+
+
+@functools.cache
+def forking(server):
+    """A folder and the process in it that forks others; each of them finds its home under one name."""
+    folder = Path(tempfile.mkdtemp())
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*command(FORKS), json.dumps(PRELOADED)],
+            env=environment_of_client(server, folder / "home"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+
+    def end():
+        process.communicate()
+        shutil.rmtree(folder)
+
+    atexit.register(end)
+    return folder, process
+
+
+def client(server, home, code, stdin, **environment):
+    """Run code against the server, with a clean cache; its results. No output, no file in `home` may hold a token."""
+    home.mkdir(parents=True, exist_ok=True)
+    if {"HF_HUB_OFFLINE", "HF_DEBUG"} & environment.keys():  # read when huggingface_hub is imported
+        environment = {**environment_of_client(server, home), **environment}
+        run = {"input": json.dumps(stdin), "env": environment, "cwd": home, "capture_output": True, "text": True}
+        done = subprocess.run(command(code), **run)
+        return checked(done.stdout, done.stderr, home)
+    folder, process = forking(server)
+    (folder / "home").unlink(missing_ok=True)
+    (folder / "home").symlink_to(home, target_is_directory=True)
+    outputs = {name: folder / name for name in ("stdout", "stderr")}
+    for output in outputs.values():
+        output.unlink(missing_ok=True)
+    task = {"home": str(home), "code": code, "stdin": json.dumps(stdin), "environment": environment}
+    print(json.dumps({**task, **{name: str(path) for name, path in outputs.items()}}), file=process.stdin, flush=True)
+    assert process.stdout.readline() == "done\n", (folder / "log").read_text()
+    return checked(*(output.read_text() for output in outputs.values()), home)
+
+
+def checked(stdout, stderr, home):
+    assert "RESULTS " in stdout, stderr
+    output = stdout + stderr
+    for token in (TOKEN, READ_TOKEN):
+        assert token not in output
+        assert not holding(token, home)
+    return json.loads(stdout.split("RESULTS ")[1]), output
 
 
 def holding(token, folder):
@@ -180,11 +217,11 @@ print("RESULTS " + json.dumps(results))
 """
 
 
-def load(reader, home, *options, blocks=()):
+def load(server, home, *options, blocks=()):
     """Load with each of the options, a dict with "pretrained_model_name_or_path"; the images or the error of each."""
     home.mkdir()
     options = [{"pretrained_model_name_or_path": "user/name", **each} for each in options]
     loads = [{"options": each, "output": str(home / f"{k}.npy")} for k, each in enumerate(options)]
     tasks = {"loads": loads, "inputs": INPUTS, "blocks": list(blocks)}
-    results, _ = reader(home, LOAD, tasks)
+    results, _ = client(server, home, LOAD, tasks)
     return [result if result else np.load(home / f"{k}.npy") for k, result in enumerate(results)]

@@ -16,7 +16,6 @@ from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.guiders import ClassifierFreeGuidance
 from helpers import EXAMPLES, random_picture, tiny_model, tiny_vae
 from hub_client import TOKEN, client
-from hub_server import HubServer
 from PIL import Image
 from processes import run_processes
 
@@ -410,22 +409,20 @@ print("RESULTS " + json.dumps(done))
 
 
 @pytest.mark.slow
-def test_the_best_is_published_with_its_table(arguments, folder, tmp_path):
-    with HubServer({TOKEN: ("user", "write")}) as server:
-        tiny_model(num_classes=3, seed=7, class_dropout_prob=0.1).save_pretrained(folder / "transformer_ema_0.1")
-        (folder / "secret.txt").write_text("private")
-        push = [*arguments, "--guidance_scales", 1, 2, "--push_to_hub", "--hub_model_id", "user/name", "--hub_license"]
-        first = [*push, "mit", "--heat_map"]
-        # Evaluated again, from the Hub: what was published beside it stays.
-        again = [*push, "mit", "--pretrained_model_name_or_path", "user/name", "--seed", 1, "--output_dir"]
-        calls = [list(map(str, call)) for call in (first, [*again, tmp_path / "again"])]
-        client(server, tmp_path / "home", PUSH.format(examples=str(EXAMPLES)), calls, HF_TOKEN=TOKEN)
-        repository = server.repositories["user/name"]
-        files = repository.files()
-        assert repository.messages[-1] in ("Evaluation: guidance-1.0_steps-3", "Evaluation: guidance-2.0_steps-3")
-        assert "secret.txt" not in files
-        assert "transformer_ema_0.1/config.json" in files
-        assert server.problems == []
+def test_the_best_is_published_with_its_table(arguments, folder, server, tmp_path):
+    tiny_model(num_classes=3, seed=7, class_dropout_prob=0.1).save_pretrained(folder / "transformer_ema_0.1")
+    (folder / "secret.txt").write_text("private")
+    push = [*arguments, "--guidance_scales", 1, 2, "--push_to_hub", "--hub_model_id", "user/name", "--hub_license"]
+    first = [*push, "mit", "--heat_map"]
+    # Evaluated again, from the Hub: what was published beside it stays.
+    again = [*push, "mit", "--pretrained_model_name_or_path", "user/name", "--seed", 1, "--output_dir"]
+    calls = [list(map(str, call)) for call in (first, [*again, tmp_path / "again"])]
+    client(server, tmp_path / "home", PUSH.format(examples=str(EXAMPLES)), calls, HF_TOKEN=TOKEN)
+    repository = server.repositories["user/name"]
+    files = repository.files()
+    assert repository.messages[-1] in ("Evaluation: guidance-1.0_steps-3", "Evaluation: guidance-2.0_steps-3")
+    assert "secret.txt" not in files
+    assert "transformer_ema_0.1/config.json" in files
     card = files["README.md"].decode()
     table = (tmp_path / "again" / "best" / "README.md").read_text()
     assert card == table

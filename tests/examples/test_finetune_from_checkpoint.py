@@ -12,7 +12,6 @@ import torch
 from diffusers import DDPMScheduler
 from helpers import ROOT, reset_accelerate, tiny_model, tiny_vae
 from hub_client import TOKEN, client
-from hub_server import HubServer
 from PIL import ImageOps
 from safetensors.torch import load_file, save_file
 
@@ -194,7 +193,7 @@ def test_a_model_of_latents_with_its_own_vae(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_from_the_hub(data, tmp_path):
+def test_from_the_hub(data, server, tmp_path):
     code = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT / "examples")!r})
@@ -210,8 +209,7 @@ print("RESULTS " + json.dumps(None))
         *("--output_dir", tmp_path / "run", "--train_batch_size", 16, "--max_train_steps", 1, "--validation_steps", 0),
         *("--pretrained_model_name_or_path", "user/tiny", "--learning_rate", 1e-9),
     ]
-    with HubServer({TOKEN: ("user", "write")}) as server:
-        client(server, tmp_path / "home", code, [str(TINY), [*map(str, argv)]], HF_TOKEN=TOKEN)
+    client(server, tmp_path / "home", code, [str(TINY), [*map(str, argv)]], HF_TOKEN=TOKEN)
     table = load_file(tmp_path / "run" / "transformer" / WEIGHTS)[TABLE]
     torch.testing.assert_close(table[[0, 1, 3]], load_file(TINY / "transformer" / WEIGHTS)[TABLE][[3, 7, 10]])
 

@@ -1,6 +1,5 @@
 import json
 import os
-import subprocess
 from argparse import Namespace
 
 import numpy as np
@@ -8,10 +7,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from helpers import random_picture, tiny_model, tiny_vae
-from hub_client import INPUTS, READ_TOKEN, READERS, TOKEN, checked, command, environment_of_client, make_pipeline
-from hub_server import HubServer
+from hub_client import INPUTS, make_pipeline
 from PIL import PngImagePlugin
-from processes import PRELOADED
 
 from diffusers_mp.publishing.model_card import write_model_card
 
@@ -97,50 +94,3 @@ def run(made, tmp_path):
             link.parent.mkdir(parents=True, exist_ok=True)
             os.link(path, link)
     return tmp_path / "run"
-
-
-@pytest.fixture(scope="module")
-def running_server():
-    with HubServer({}) as server:
-        yield server
-
-
-@pytest.fixture
-def server(running_server):
-    running_server.reset({TOKEN: ("user", "write"), READ_TOKEN: ("user", "read")})
-    yield running_server
-    assert running_server.problems == []
-
-
-@pytest.fixture(scope="module")
-def reader(running_server, tmp_path_factory):
-    """What `client` does, in processes that are forked from one that has imported what this package stands on."""
-    folder = tmp_path_factory.mktemp("readers")
-    # Read by huggingface_hub when it is imported; each process finds its own home there.
-    home_of_all = folder / "home"
-    with (folder / "log").open("w") as log:
-        readers = subprocess.Popen(
-            [*command(READERS), json.dumps(PRELOADED)],
-            env=environment_of_client(running_server, home_of_all),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-
-    def read(home, code, stdin):
-        home.mkdir(parents=True, exist_ok=True)
-        home_of_all.unlink(missing_ok=True)
-        home_of_all.symlink_to(home, target_is_directory=True)
-        outputs = {name: folder / name for name in ("stdout", "stderr")}
-        for output in outputs.values():
-            output.unlink(missing_ok=True)
-        task = {"home": str(home), "code": code, "stdin": json.dumps(stdin)}
-        print(json.dumps({**task, **{name: str(path) for name, path in outputs.items()}}), file=readers.stdin)
-        readers.stdin.flush()
-        assert readers.stdout.readline() == "done\n", (folder / "log").read_text()
-        return checked(*(output.read_text() for output in outputs.values()), home)
-
-    with readers:
-        yield read
-        readers.stdin.close()

@@ -80,7 +80,7 @@ def test_a_token_on_the_command_line_beside_a_tracker_that_records_it(report_to)
 # Publishing
 
 
-def test_push_then_load_from_a_clean_cache(made, server, reader, tmp_path):
+def test_push_then_load_from_a_clean_cache(made, server, tmp_path):
     (url,) = push(server, tmp_path / "home", publish(made.folder, commit_message="after 100 updates"))
     repository = server.repositories["user/name"]
     files = repository.files()
@@ -109,11 +109,11 @@ def test_push_then_load_from_a_clean_cache(made, server, reader, tmp_path):
     for block in blocks:
         ast.parse(block)
     blocks = [block.replace("num_inference_steps=50", "num_inference_steps=2") for block in blocks]
-    (images,) = load(reader, tmp_path / "reader", {}, blocks=blocks)
+    (images,) = load(server, tmp_path / "reader", {}, blocks=blocks)
     np.testing.assert_array_equal(images, made.images)
 
 
-def test_weights_in_a_variant_alone_are_loaded_by_the_code_of_the_card(made, server, reader, tmp_path):
+def test_weights_in_a_variant_alone_are_loaded_by_the_code_of_the_card(made, server, tmp_path):
     folder = tmp_path / "run"
     make_pipeline(folder, vae=made.pipe.vae)
     shutil.rmtree(folder / "transformer")
@@ -123,11 +123,11 @@ def test_weights_in_a_variant_alone_are_loaded_by_the_code_of_the_card(made, ser
     push(server, tmp_path / "home", publish(folder))
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     blocks = [block.replace("num_inference_steps=50", "num_inference_steps=2") for block in blocks]
-    (images,) = load(reader, tmp_path / "reader", {"variant": "fp16"}, blocks=blocks)
+    (images,) = load(server, tmp_path / "reader", {"variant": "fp16"}, blocks=blocks)
     np.testing.assert_array_equal(images, made.images)
 
 
-def test_private_repository_and_revision(made, run, server, reader, tmp_path):
+def test_private_repository_and_revision(made, run, server, tmp_path):
     make_pipeline(tmp_path / "other", seed=5, vae=made.pipe.vae)
     write_model_card(tmp_path / "other", "user/name", revision="draft")
     first, second = push(
@@ -149,7 +149,7 @@ def test_private_repository_and_revision(made, run, server, reader, tmp_path):
         return {"cache_dir": str(tmp_path / name), **options}
 
     stranger, owner, draft, commit, nowhere = load(
-        reader,
+        server,
         tmp_path / "reader",
         where("stranger"),
         where("owner", token=TOKEN),
@@ -247,13 +247,13 @@ def test_a_commit_whose_answer_is_lost_is_made_once(made, server, tmp_path, afte
     assert set(repository.files()) == PUBLISHED | {".gitattributes"}
 
 
-def test_a_download_that_breaks_off(made, server, reader, tmp_path):
+def test_a_download_that_breaks_off(made, server, tmp_path):
     push(server, tmp_path / "home", publish(made.folder))
     digest = weights(made.folder)
     size = len(server.large_files[digest])
     # The client tries six times: the first load fails. The second, with the same cache, is broken off and resumes.
     server.faults = [Fault("GET", f"/object/{digest}", 6), Fault("GET", f"/object/{digest}", after_bytes=size // 2)]
-    failed, resumed = load(reader, tmp_path / "reader", {}, {})
+    failed, resumed = load(server, tmp_path / "reader", {}, {})
     assert "peer closed connection" in failed["message"]
     assert [fault.times for fault in server.faults] == [0, 0]
     assert any(path == f"/object/{digest}" and status == 206 for _, _, path, status in server.requests)
@@ -442,7 +442,7 @@ print("RESULTS " + json.dumps([swapped, pipe.transformer(*inputs).sample.tolist(
 """
 
 
-def test_a_swapped_pipeline_and_an_adapter_are_published_and_loaded(swapped, server, reader, tmp_path):
+def test_a_swapped_pipeline_and_an_adapter_are_published_and_loaded(swapped, server, tmp_path):
     push(
         server,
         tmp_path / "home",
@@ -471,7 +471,7 @@ def test_a_swapped_pipeline_and_an_adapter_are_published_and_loaded(swapped, ser
     assert 'load_rotation_adapter(pipe.transformer, "user/adapter")' in block
 
     task = {"card": card, "stock": str(swapped.base / "stock")}
-    (whole, adapted), _ = reader(tmp_path / "reader", LOAD_SWAPPED, task)
+    (whole, adapted), _ = client(server, tmp_path / "reader", LOAD_SWAPPED, task)
     np.testing.assert_allclose(whole, swapped.output, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(adapted, swapped.output, rtol=1e-5, atol=1e-6)
 
