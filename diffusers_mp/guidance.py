@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from diffusers.guiders import BaseGuidance, MagnitudeAwareGuidance
 
-from .schedulers import noise_levels
+from .schedulers import noise_levels, predicts_variance, takes_variance
 
 
 DEFAULT_GUIDANCE_SCALE = 4.0
@@ -117,6 +117,33 @@ def check_guidance(pipe, guidance_scale: float | None, guidance_interval: tuple[
     )
 
 
+def check_vectors(name: str, vectors: torch.Tensor, dim: int | None) -> None:
+    if dim is None:
+        raise ValueError(f"`{name}` must be None for a transformer with `pooled_projection_dim=None`.")
+    shape = tuple(vectors.shape) if isinstance(vectors, torch.Tensor) else type(vectors).__name__
+    if not isinstance(vectors, torch.Tensor) or shape[1:] != (dim,) or shape[0] == 0:
+        raise ValueError(f"`{name}` must be a tensor of shape (N, {dim}), got {shape}.")
+
+
+def check_negative(
+    pipe, negative: torch.Tensor | None, pooled_projections: torch.Tensor | None, guidance_scale: float | None
+) -> None:
+    """Refuse `negative_pooled_projections` that the transformer cannot take, or that lead away from nothing."""
+    if negative is None:
+        return
+    check_vectors("negative_pooled_projections", negative, pipe.transformer.config.pooled_projection_dim)
+    if pipe.guidance_transformer is not None:
+        raise ValueError(
+            "`negative_pooled_projections` must be None in a pipeline with a `guidance_transformer`, which gets the "
+            "`pooled_projections` themselves."
+        )
+    if guidance_scale == 1:
+        raise ValueError("`negative_pooled_projections` must be None with `guidance_scale=1`, which ignores it.")
+    num_conditions = len(pooled_projections)
+    if len(negative) not in (1, num_conditions):
+        raise ValueError(f"`negative_pooled_projections` must be 1 or {num_conditions} vectors, got {len(negative)}.")
+
+
 class GuidedPrediction:
     """What the transformer predicts at a step of one call: alone, or with a second prediction to be guided away from.
 
@@ -126,23 +153,31 @@ class GuidedPrediction:
 
     Args:
         pipe (MPDiTPipeline): in a call.
-        conditions (dict of str to torch.Tensor): for the transformer.
-        null_conditions (dict of str to torch.Tensor): what to guide away from.
-        guidance_interval (tuple of float, optional): noise levels between which to guide.
         scheduler (SchedulerMixin): with its timesteps set.
+        conditions (dict of str to torch.Tensor): for the transformer, of each of the B images.
+        negative_pooled_projections (torch.Tensor, optional): what to guide away from, shape (1 or N, dim), each for
+            B / N images that follow each other; zeros by default.
+        guidance_interval (tuple of float, optional): noise levels between which to guide.
     """
 
-    def __init__(self, pipe, conditions, null_conditions, guidance_interval, scheduler):
+    def __init__(self, pipe, scheduler, conditions, negative_pooled_projections=None, guidance_interval=None):
         self.pipe, self.conditions = pipe, conditions
+        null_conditions = {}
+        if (labels := conditions.get("class_labels")) is not None:
+            null_conditions["class_labels"] = torch.full_like(labels, pipe.transformer.config.num_classes)
+        if (vectors := conditions.get("pooled_projections")) is not None:
+            null_conditions["pooled_projections"] = torch.zeros_like(vectors)
+            if (negative := negative_pooled_projections) is not None:
+                negative = negative.to(vectors).repeat_interleave(len(vectors) // len(negative), dim=0)
+                null_conditions["pooled_projections"] = negative
         self.both_conditions = {name: torch.cat([value, null_conditions[name]]) for name, value in conditions.items()}
         self.is_in_interval = [True] * len(scheduler.timesteps)
         if guidance_interval is not None:
             low, high = guidance_interval
             self.is_in_interval = [low < sigma <= high for sigma in noise_levels(scheduler)]
+        self.passes_variance = predicts_variance(pipe.transformer) and takes_variance(scheduler)
 
-    def __call__(
-        self, step: int, timestep: torch.Tensor, model_input: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, step: int, timestep: torch.Tensor, model_input: torch.Tensor) -> torch.Tensor:
         """Predict.
 
         Args:
@@ -150,8 +185,8 @@ class GuidedPrediction:
             timestep (torch.Tensor): scalar.
             model_input (torch.Tensor): shape (B, C, h, w).
         Returns:
-            tuple of torch.Tensor: the prediction, shape (B, C, h, w), and the variance, which is never guided, of the
-            same shape, or empty if the transformer predicts none.
+            torch.Tensor: the prediction, shape (B, C, h, w); for a scheduler that wants it, with the transformer's
+            variance, which is never guided, in as many channels behind it.
         """
         pipe, guider = self.pipe, self.pipe.guider
         is_guided = pipe.guidance_scale != 1 and self.is_in_interval[step]
@@ -182,7 +217,7 @@ class GuidedPrediction:
             prediction = guider(guider_states).pred.reshape(prediction.shape)
         elif is_guided:
             prediction = torch.lerp(*weak_prediction, prediction, pipe.guidance_scale)
-        return prediction, variance
+        return torch.cat([prediction, variance], dim=1) if self.passes_variance else prediction
 
 
 def _predict(

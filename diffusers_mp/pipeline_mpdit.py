@@ -8,12 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    ImagePipelineOutput,
-)
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
@@ -153,7 +148,10 @@ class MPDiTPipeline(DiffusionPipeline):
         """
         num_classes = self.transformer.config.num_classes
         if num_classes is None:
-            raise ValueError("`class_labels` must be None for an unconditional transformer (`num_classes=None`).")
+            raise ValueError(
+                "`class_labels` must be None for a transformer without classes (`num_classes=None`); set "
+                f"`num_images_per_class` for the number of images. Got {class_labels!r}."
+            )
         if isinstance(class_labels, (torch.Tensor, np.ndarray)):
             class_labels = class_labels.reshape(-1).tolist()
         if isinstance(class_labels, (int, str, np.integer)):
@@ -211,30 +209,22 @@ class MPDiTPipeline(DiffusionPipeline):
 
     def check_inputs(
         self,
-        class_labels,
-        pooled_projections,
-        negative_pooled_projections,
         num_images_per_class: int,
-        num_inference_steps: int,
         height: int,
         width: int,
-        guidance_scale: float | None,
-        guidance_interval: tuple[float, float] | None,
+        num_inference_steps: int,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
-        """Check the arguments of a call against the components.
+        """Check the sizes and the kind of output of a call against the components.
 
         Args:
-            class_labels, pooled_projections, negative_pooled_projections, num_images_per_class, num_inference_steps,
-            height, width, guidance_scale, guidance_interval, output_type, callback_on_step_end_tensor_inputs: as in
-            `__call__`, defaults filled in.
+            num_images_per_class, height, width, num_inference_steps, output_type, callback_on_step_end_tensor_inputs:
+                as in `__call__`, defaults filled in.
         Raises:
-            TypeError: if the guider is not of diffusers.
             ValueError: naming the argument, the rule and what was received.
         """
-        config = self.transformer.config
-        patch_size = config.patch_size
+        patch_size = self.transformer.config.patch_size
         if self.guidance_transformer is not None:
             patch_size = math.lcm(patch_size, self.guidance_transformer.config.patch_size)
         multiple = self.vae_scale_factor * patch_size
@@ -243,23 +233,10 @@ class MPDiTPipeline(DiffusionPipeline):
                 f"`height` and `width` must be positive multiples of {multiple} (VAE factor {self.vae_scale_factor} x "
                 f"patch size {patch_size}), got {height}x{width}."
             )
-        for name, value in (
-            ("num_images_per_class", num_images_per_class),
-            ("num_inference_steps", num_inference_steps),
-        ):
+        counts = {"num_images_per_class": num_images_per_class, "num_inference_steps": num_inference_steps}
+        for name, value in counts.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
-        if config.num_classes is None and class_labels is not None:
-            raise ValueError(
-                "`class_labels` must be None for a transformer without classes (`num_classes=None`); set "
-                f"`num_images_per_class` for the number of images. Got {class_labels!r}."
-            )
-        if config.num_classes is not None and class_labels is None:
-            raise ValueError(
-                f"`class_labels` must be given: ids in [0, {config.num_classes - 1}] or names from `pipe.id2label`."
-            )
-        self._check_pooled_projections(class_labels, pooled_projections, negative_pooled_projections, guidance_scale)
-        self.check_guidance(guidance_scale, guidance_interval)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
@@ -268,54 +245,32 @@ class MPDiTPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {unknown}."
             )
 
-    def _check_pooled_projections(
-        self, class_labels, pooled_projections, negative_pooled_projections, guidance_scale: float | None
-    ) -> None:
-        dim = self.transformer.config.pooled_projection_dim
-        given = {
-            "pooled_projections": pooled_projections,
-            "negative_pooled_projections": negative_pooled_projections,
-        }
-        for name, vectors in given.items():
-            if vectors is None:
-                continue
-            if dim is None:
-                raise ValueError(f"`{name}` must be None for a transformer with `pooled_projection_dim=None`.")
-            if (
-                not isinstance(vectors, torch.Tensor)
-                or vectors.ndim != 2
-                or vectors.shape[1] != dim
-                or not len(vectors)
-            ):
-                shape = tuple(vectors.shape) if isinstance(vectors, torch.Tensor) else type(vectors).__name__
-                raise ValueError(f"`{name}` must be a tensor of shape (N, {dim}), got {shape}.")
-        if dim is None:
-            return
-        if pooled_projections is None:
+    def _conditions(self, class_labels, pooled_projections, num_images_per_class: int) -> dict[str, torch.Tensor]:
+        """What the transformer is told of each image, by the names of its arguments."""
+        num_classes, dim = self.transformer.config.num_classes, self.transformer.config.pooled_projection_dim
+        conditions = {}
+        if class_labels is not None:
+            conditions["class_labels"] = torch.tensor(self.get_label_ids(class_labels))
+        elif num_classes is not None:
+            raise ValueError(
+                f"`class_labels` must be given: ids in [0, {num_classes - 1}] or names from `pipe.id2label`."
+            )
+        if pooled_projections is not None:
+            guidance.check_vectors("pooled_projections", pooled_projections, dim)
+            conditions["pooled_projections"] = pooled_projections
+        elif dim is not None:
             raise ValueError(
                 f"`pooled_projections` must be given: vectors of shape (N, {dim}), one for each condition."
             )
-        num_conditions = len(pooled_projections)
-        if class_labels is not None and len(self.get_label_ids(class_labels)) != num_conditions:
+        numbers = [len(of_each) for of_each in conditions.values()]
+        if len(set(numbers)) > 1:
             raise ValueError(
-                f"`class_labels` and `pooled_projections` must be of equal number, got "
-                f"{len(self.get_label_ids(class_labels))} and {num_conditions}."
+                f"`class_labels` and `pooled_projections` must be of equal number, got {numbers[0]} and {numbers[1]}."
             )
-        if negative_pooled_projections is not None:
-            if self.guidance_transformer is not None:
-                raise ValueError(
-                    "`negative_pooled_projections` must be None in a pipeline with a `guidance_transformer`, which "
-                    "gets the `pooled_projections` themselves."
-                )
-            if guidance_scale == 1:
-                raise ValueError(
-                    "`negative_pooled_projections` must be None with `guidance_scale=1`, which ignores it."
-                )
-            if len(negative_pooled_projections) not in (1, num_conditions):
-                raise ValueError(
-                    f"`negative_pooled_projections` must be 1 or {num_conditions} vectors, got "
-                    f"{len(negative_pooled_projections)}."
-                )
+        return {
+            name: of_each.to(self._execution_device).repeat_interleave(num_images_per_class, dim=0)
+            for name, of_each in conditions.items()
+        }
 
     def prepare_latents(
         self,
@@ -340,12 +295,8 @@ class MPDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: if `latents` or the list of generators does not fit.
         """
-        shape = (
-            batch_size,
-            self.transformer.config.in_channels,
-            height // self.vae_scale_factor,
-            width // self.vae_scale_factor,
-        )
+        factor = self.vae_scale_factor
+        shape = (batch_size, self.transformer.config.in_channels, height // factor, width // factor)
         # Samplers accumulate small steps, which half precision loses; the transformer gets its own dtype in the loop.
         dtype = torch.promote_types(self.transformer.dtype, torch.float32)
         generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
@@ -372,9 +323,8 @@ class MPDiTPipeline(DiffusionPipeline):
             torch.Tensor: images of about [-1, 1], shape (B, channels, height, width).
         """
         if self.config.latents_mean is not None:
-            shape = (1, -1, 1, 1)
-            mean = torch.tensor(self.config.latents_mean, device=latents.device, dtype=latents.dtype).reshape(shape)
-            std = torch.tensor(self.config.latents_std, device=latents.device, dtype=latents.dtype).reshape(shape)
+            statistics = self.config.latents_mean, self.config.latents_std
+            mean, std = (latents.new_tensor(values).reshape(1, -1, 1, 1) for values in statistics)
             latents = latents * std + mean
         elif self.vae is not None:
             latents = latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0)
@@ -439,69 +389,40 @@ class MPDiTPipeline(DiffusionPipeline):
             ValueError: naming the argument, the rule and what was received.
         """
         guidance.check_transformer(self.transformer)
-        config = self.transformer.config
-        default_size = config.sample_size * self.vae_scale_factor
-        height = default_size if height is None else height
-        width = default_size if width is None else width
+        size_of_training = self.transformer.config.sample_size * self.vae_scale_factor
+        height = size_of_training if height is None else height
+        width = size_of_training if width is None else width
         if guidance_scale is None:
             guidance_scale = guidance.default_scale(self)
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         if isinstance(generator, tuple):
             generator = list(generator)  # diffusers' randn_tensor knows lists only
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        names_for_callback = callback_on_step_end_tensor_inputs or ["latents"]
 
-        # 1. Check the inputs
-        self.check_inputs(
-            class_labels,
-            pooled_projections,
-            negative_pooled_projections,
-            num_images_per_class,
-            num_inference_steps,
-            height,
-            width,
-            guidance_scale,
-            guidance_interval,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-        )
+        # 1. Check the arguments against the components, which may have been exchanged since the last call
+        self.check_inputs(num_images_per_class, height, width, num_inference_steps, output_type, names_for_callback)
+        conditions = self._conditions(class_labels, pooled_projections, num_images_per_class)
+        batch_size = len(next(iter(conditions.values()), range(num_images_per_class)))
+        self.check_guidance(guidance_scale, guidance_interval)
+        guidance.check_negative(self, negative_pooled_projections, pooled_projections, guidance_scale)
         schedulers.check_scheduler(self.scheduler, self.config.prediction_type)
+
+        # 2. Timesteps, and what predicts at each of them
         scheduler = schedulers.sampler_of(self.scheduler, self.transformer)
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
-        device = self._execution_device
+        scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(scheduler.timesteps), False
+        predict = guidance.GuidedPrediction(
+            self, scheduler, conditions, negative_pooled_projections, guidance_interval
+        )
 
-        # 2. Conditions, and the null condition that guidance leads away from
-        batch_size, conditions, null_conditions = num_images_per_class, {}, {}
-        if config.num_classes is not None:
-            label_ids = torch.tensor(self.get_label_ids(class_labels), device=device)
-            label_ids = label_ids.repeat_interleave(num_images_per_class)
-            batch_size = len(label_ids)
-            conditions["class_labels"] = label_ids
-            null_conditions["class_labels"] = torch.full_like(label_ids, config.num_classes)
-        if pooled_projections is not None:
-            num_conditions = len(pooled_projections)
-            pooled_projections = pooled_projections.to(device).repeat_interleave(num_images_per_class, dim=0)
-            batch_size = len(pooled_projections)
-            negative = torch.zeros_like(pooled_projections)
-            if negative_pooled_projections is not None:
-                negative = negative_pooled_projections.to(negative).expand(num_conditions, -1)
-                negative = negative.repeat_interleave(num_images_per_class, dim=0)
-            conditions["pooled_projections"] = pooled_projections
-            null_conditions["pooled_projections"] = negative
-
-        # 3. Timesteps, then initial noise: some schedulers know its magnitude only after that
-        scheduler.set_timesteps(num_inference_steps, device=device)
-        self._num_timesteps = len(scheduler.timesteps)
-        predict = guidance.GuidedPrediction(self, conditions, null_conditions, guidance_interval, scheduler)
-        # Flow matching starts from noise of RMS 1 and leaves the model's input as it is: its schedulers know neither.
+        # 3. Initial noise; some schedulers know its magnitude only after their timesteps
+        # Those of flows do not know it: a flow starts from noise of RMS 1, and leaves the model's input as it is.
         init_noise_sigma = getattr(scheduler, "init_noise_sigma", 1.0)
-        scales_input = hasattr(scheduler, "scale_model_input")
         latents = self.prepare_latents(batch_size, height, width, generator, latents, init_noise_sigma)
-        step_kwargs = {}
-        if "generator" in inspect.signature(scheduler.step).parameters:
-            step_kwargs["generator"] = generator
-        passes_variance = schedulers.predicts_variance(self.transformer) and schedulers.takes_variance(scheduler)
+        scales_input = hasattr(scheduler, "scale_model_input")
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        step_options = {"return_dict": False, **({"generator": generator} if takes_generator else {})}
 
         # 4. Denoise
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
@@ -509,22 +430,18 @@ class MPDiTPipeline(DiffusionPipeline):
                 if self.interrupt:
                     break
                 model_input = scheduler.scale_model_input(latents, timestep) if scales_input else latents
-                noise_pred, variance = predict(step, timestep, model_input)
-                if passes_variance:
-                    noise_pred = torch.cat([noise_pred, variance], dim=1)
-                latents = scheduler.step(noise_pred, timestep, latents, **step_kwargs, return_dict=False)[0]
+                noise_pred = predict(step, timestep, model_input)
+                latents = scheduler.step(noise_pred, timestep, latents, **step_options)[0]
 
                 if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for name in callback_on_step_end_tensor_inputs:
-                        callback_kwargs[name] = locals()[name]
-                    latents = callback_on_step_end(self, step, timestep, callback_kwargs).pop("latents", latents)
+                    tensors = {"latents": latents, "noise_pred": noise_pred}
+                    tensors = {name: tensors[name] for name in names_for_callback}
+                    latents = callback_on_step_end(self, step, timestep, tensors).pop("latents", latents)
                 progress_bar.update()
 
         # 5. Decode
-        image = latents
+        images = latents
         if output_type != "latent":
-            image = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
-
+            images = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=image) if return_dict else (image,)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
