@@ -31,6 +31,12 @@ MPLinear(4, 4)
 for name in diffusers_mp.__all__:
     getattr(diffusers_mp, name)
 
+# Files that are not Python come along.
+from diffusers_mp.publishing.cards import filled  # noqa: E402
+
+
+assert "mit" in filled(["end"], {"license": "mit"})
+
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "user.py"
     file.write_text(USER)

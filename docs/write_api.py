@@ -37,7 +37,12 @@ SECTIONS = {
     ],
     "Data": ["data.images", "data.encoding", "data.latents"],
     "Files": ["files"],
-    "Publishing": ["publishing.hub", "publishing.model_card"],
+    "Publishing": [
+        "publishing.hub",
+        "publishing.model_card",
+        "publishing.rotation_card",
+        "publishing.evaluation_card",
+    ],
 }
 # Modules that are meant to be used as a whole.
 WHOLE = ("functional", "diagnostics.plots", "training")

@@ -49,6 +49,7 @@ from diffusers_mp.evaluation.generation import NonFiniteImageError, generate_ima
 from diffusers_mp.evaluation.precision_recall import MAX_FEATURES
 from diffusers_mp.evaluation.reference import ReferenceStatistics, image_metrics, reference_statistics
 from diffusers_mp.files import read_json, write_json
+from diffusers_mp.publishing.evaluation_card import write_evaluation
 from diffusers_mp.publishing.hub import (
     HEAT_MAP_NAME,
     check_hub_access,
@@ -57,7 +58,7 @@ from diffusers_mp.publishing.hub import (
     has_component,
     publish,
 )
-from diffusers_mp.publishing.model_card import write_evaluation, write_model_card
+from diffusers_mp.publishing.model_card import write_model_card
 from diffusers_mp.schedulers import sampler_for
 from diffusers_mp.training.engine import check_processes
 

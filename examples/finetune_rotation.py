@@ -45,7 +45,7 @@ from diffusers_mp import drop_shift_, save_rotation_adapter, set_shift_scale, sw
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.publishing.hub import check_hub_access, check_trackers, public_arguments, publish
-from diffusers_mp.publishing.model_card import write_rotation_card
+from diffusers_mp.publishing.rotation_card import write_rotation_card
 from diffusers_mp.rotation_swap.checks import check_model, check_sites
 from diffusers_mp.rotation_swap.sites import SUBLAYERS, find_sites
 from diffusers_mp.training import (

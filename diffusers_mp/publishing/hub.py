@@ -187,7 +187,7 @@ def check_hub_access(
 
 
 def files_to_publish(folder: str | Path) -> list[str]:
-    """Paths of what belongs on the Hub: the pipeline's configurations and safetensors, the card and its pictures.
+    """Paths of what belongs on the Hub: the pipeline's configurations and safetensors, the card and its images.
 
     Args:
         folder (str or Path): the folder of a pipeline (ours, or a `DiTPipeline`) or of a rotation adapter.
@@ -313,7 +313,7 @@ def publish(
 def download_pipeline(
     repo_id: str, *, token: str | None = None, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> Path:
-    """Fetch a published pipeline with all that was published beside it: averages, card and pictures.
+    """Fetch a published pipeline with all that was published beside it: averages, card and images.
 
     Args:
         repo_id (str): "user/name".

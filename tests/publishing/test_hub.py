@@ -32,7 +32,8 @@ from hub_server import CHUNK_SIZE, Fault, HubServer, sha256
 from diffusers_mp import MPDiTPipeline, save_rotation_adapter, swap_adaln_for_rotation
 from diffusers_mp.publishing import hub
 from diffusers_mp.publishing.hub import HubError
-from diffusers_mp.publishing.model_card import write_model_card, write_rotation_card
+from diffusers_mp.publishing.model_card import write_model_card
+from diffusers_mp.publishing.rotation_card import write_rotation_card
 
 
 PUBLISHED = {

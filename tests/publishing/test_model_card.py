@@ -16,8 +16,10 @@ from PIL import Image
 
 from diffusers_mp import save_rotation_adapter, swap_adaln_for_rotation
 from diffusers_mp.publishing import hub
+from diffusers_mp.publishing.evaluation_card import write_evaluation
 from diffusers_mp.publishing.hub import files_to_publish
-from diffusers_mp.publishing.model_card import write_evaluation, write_model_card, write_rotation_card
+from diffusers_mp.publishing.model_card import write_model_card
+from diffusers_mp.publishing.rotation_card import write_rotation_card
 
 
 def blocks_of(text):

@@ -1,0 +1,67 @@
+"""The log of a training run as a curve: rows of a table, an image, and the seconds that its updates took."""
+
+import json
+import math
+from pathlib import Path
+
+
+NUM_ROWS = 10
+
+
+def read_log(path: Path) -> list[dict]:
+    """Entries of the log in order, without a last line that a kill cut off; none without a file."""
+    entries = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return sorted(entries, key=lambda entry: entry["step"])
+
+
+def curve_rows(log: list[dict]) -> list[tuple]:
+    """Mean training loss of up to ten equal stretches of the log, and the last validation loss in each."""
+    steps = [entry["step"] for entry in log if "train/loss" in entry]
+    if not steps:
+        return []
+    num_rows = min(NUM_ROWS, len(steps))
+    ends = [steps[math.ceil(len(steps) * (row + 1) / num_rows) - 1] for row in range(num_rows)]
+    rows = []
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        stretch = [entry for entry in log if start < entry["step"] <= end]
+        losses = [entry["train/loss"] for entry in stretch if "train/loss" in entry]
+        validation = [entry["validation/loss"] for entry in stretch if "validation/loss" in entry]
+        rows.append((f"{end:,}", sum(losses) / len(losses), validation[-1] if validation else ""))
+    return rows
+
+
+def draw_curve(log: list[dict], path: Path) -> bool:
+    """Draw the losses over updates in place of an earlier image; False without matplotlib."""
+    path.unlink(missing_ok=True)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_subplot()
+    smallest = math.inf
+    for key, label in (("train/loss", "training"), ("validation/loss", "validation, averaged weights")):
+        points = [(entry["step"], entry[key]) for entry in log if math.isfinite(entry.get(key, math.nan))]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="o" if key == "validation/loss" else None)
+            smallest = min(smallest, *(loss for _, loss in points), math.inf)
+    axes.set(xlabel="update", ylabel="loss", yscale="log" if 0 < smallest < math.inf else "linear")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
+    return True
+
+
+def seconds_of_updates(log: list[dict], total_batch_size: float) -> float | None:
+    """Seconds of all updates, from the images per second that were logged; None if none were."""
+    seconds, previous = 0.0, 0
+    for entry in log:
+        if entry.get("train/images_per_second"):
+            seconds += (entry["step"] - previous) * total_batch_size / entry["train/images_per_second"]
+            previous = entry["step"]
+    return seconds or None
