@@ -9,6 +9,7 @@ import atexit
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,21 @@ THEIR_WARNINGS = (
 
 
 INPUTS = {"class_labels": [0, 1], "num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np"}
+
+
+RECORD = {
+    "arguments": {"swap": "mean", "max_train_steps": 3, "learning_rate": 1e-4, "dataset_name": None},
+    "num_parameters": {"before": 2000, "after": 1900},
+    **{stage: {"loss": 0.25, "mse": 0.125, "relative_error": 0.5} for stage in ("before", "after_swap", "final")},
+}
+
+
+DIT_OPTIONS = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8}
+
+
+def blocks_of(text):
+    """Python of a card."""
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def make_pipeline(folder, num_classes=3, vae=None, seed=0, **config):

@@ -5,12 +5,14 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from helpers import random_picture, tiny_model, tiny_vae
-from hub_client import INPUTS, make_pipeline
+from hub_client import DIT_OPTIONS, INPUTS, RECORD, make_pipeline
 from PIL import PngImagePlugin
 
+from diffusers_mp import save_rotation_adapter, swap_adaln_for_rotation
 from diffusers_mp.publishing.model_card import write_model_card
+from diffusers_mp.publishing.rotation_card import write_rotation_card
 
 
 # What a run's folder also holds, and what might stray into it.
@@ -94,3 +96,28 @@ def run(made, tmp_path):
             link.parent.mkdir(parents=True, exist_ok=True)
             os.link(path, link)
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def swapped(tmp_path_factory):
+    """A stock DiTPipeline, the same swapped with its card, and an adapter with its card; its output."""
+    base = tmp_path_factory.mktemp("home of the author")
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(**DIT_OPTIONS, out_channels=8, num_embeds_ada_norm=3).eval()
+    DiTPipeline(transformer, tiny_vae(), DDIMScheduler(clip_sample=False)).save_pretrained(base / "stock")
+    pipe = DiTPipeline.from_pretrained(base / "stock")
+    swap_adaln_for_rotation(pipe.transformer)
+    for name, parameter in pipe.transformer.named_parameters():
+        if ".rotation." in name:
+            torch.nn.init.normal_(parameter, 0, 0.3)
+    pipe.register_modules(transformer=pipe.transformer)
+    pipe.save_pretrained(base / "run")
+    write_rotation_card(base / "run", "user/name", base_model=str(base / "stock"), record=RECORD, license="mit")
+    save_rotation_adapter(pipe.transformer, base / "adapter", base_model_name_or_path=str(base / "stock"))
+    write_rotation_card(base / "adapter", "user/adapter", base_model="owner/dit", record=RECORD)
+    for name in ("evaluation.json", "logs/metrics.jsonl", "latents/shard-00000.safetensors", "optimizer.bin"):
+        for folder in ("run", "adapter"):
+            (base / folder / name).parent.mkdir(exist_ok=True)
+            (base / folder / name).write_text("private")
+    inputs = torch.ones(1, 4, 8, 8), torch.tensor([7]), torch.tensor([1])
+    return Namespace(base=base, output=pipe.transformer(*inputs).sample.tolist())

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import re
 import shutil
 from argparse import Namespace
@@ -10,32 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from diffusers.guiders import ClassifierFreeGuidance
-from helpers import tiny_model, tiny_vae
-from hub_client import (
-    PUSH,
-    READ_TOKEN,
-    TOKEN,
-    call,
-    client,
-    holding,
-    load,
-    make_pipeline,
-    publish,
-    push,
-    rewrite,
-)
+from hub_client import PUSH, READ_TOKEN, TOKEN, call, client, holding, load, make_pipeline, publish, push, rewrite
 from hub_server import CHUNK_SIZE, Fault, HubServer, sha256
 
-from diffusers_mp import MPDiTPipeline, save_rotation_adapter, swap_adaln_for_rotation
 from diffusers_mp.publishing import hub
-from diffusers_mp.publishing.hub import HubError
 from diffusers_mp.publishing.model_card import write_model_card
-from diffusers_mp.publishing.rotation_card import write_rotation_card
 
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 PUBLISHED = {
     "README.md",
     "model_index.json",
@@ -43,7 +24,7 @@ PUBLISHED = {
     "scheduler/scheduler_config.json",
     "training_curve.png",
     *(f"{folder}/config.json" for folder in ("transformer", "transformer_ema_0.1", "vae")),
-    *(f"{folder}/diffusion_pytorch_model.safetensors" for folder in ("transformer", "transformer_ema_0.1", "vae")),
+    *(f"{folder}/{WEIGHTS}" for folder in ("transformer", "transformer_ema_0.1", "vae")),
 }
 
 
@@ -325,106 +306,7 @@ def test_a_file_with_the_token_is_not_published(run, server, tmp_path):
     assert server.repositories == {}
 
 
-def test_incomplete_folders_are_refused(run, server, tmp_path):
-    with pytest.raises(ValueError, match="has no model_index.json"):
-        hub.files_to_publish(tmp_path)
-    (run / "README.md").unlink()
-    with pytest.raises(ValueError, match="`write_model_card` makes one"):
-        hub.publish(run, "user/name", token=TOKEN)
-    (run / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"lacks vae/diffusion_pytorch_model\*.safetensors"):
-        hub.files_to_publish(run)
-    index = {"weight_map": {"a": "diffusion_pytorch_model-00001-of-00001.safetensors"}}
-    (run / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="lacks vae/diffusion_pytorch_model-00001-of-00001.safetensors"):
-        hub.files_to_publish(run)
-    assert issubclass(HubError, RuntimeError)
-
-
-@pytest.mark.parametrize("name", ["guidance_transformer", "guider"])
-def test_parts_that_guide_are_published(name, tmp_path):
-    part = ClassifierFreeGuidance(guidance_scale=2.0) if name == "guider" else tiny_model(num_layers=1).eval()
-    pipe = MPDiTPipeline(tiny_model().eval(), DDIMScheduler(clip_sample=False), tiny_vae(), **{name: part})
-    pipe.save_pretrained(tmp_path / "run")
-    for path in hub.files_to_publish(tmp_path / "run"):
-        (tmp_path / "published" / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(tmp_path / "run" / path, tmp_path / "published" / path)
-    loaded = MPDiTPipeline.from_pretrained(tmp_path / "published").components[name]
-    assert type(loaded) is type(part)
-    shutil.rmtree(tmp_path / "run" / name)
-    with pytest.raises(ValueError, match=f"lacks {name}/"):
-        hub.files_to_publish(tmp_path / "run")
-
-
-def test_shards_of_a_variant_are_published_with_their_index(tmp_path):
-    pipe = MPDiTPipeline(tiny_model().eval(), DDIMScheduler(clip_sample=False))
-    pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
-    (index,) = (tmp_path / "transformer").glob("*.index*.json")
-    assert f"transformer/{index.name}" in hub.files_to_publish(tmp_path)
-    shard = next((tmp_path / "transformer").glob("*-00002-of-*"))
-    shard.unlink()
-    with pytest.raises(ValueError, match=f"lacks transformer/{shard.name}"):
-        hub.files_to_publish(tmp_path)
-
-
-def test_a_pipeline_with_other_parts_is_refused(tmp_path):
-    MPDiTPipeline(tiny_model().eval(), DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    index["text_encoder"] = ["transformers", "CLIPTextModel"]
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="must hold a pipeline of transformer, .* has text_encoder as well"):
-        hub.files_to_publish(tmp_path)
-
-
 # Rotation swaps
-
-
-def test_a_pipeline_that_does_not_name_its_swapped_class_is_refused(tmp_path):
-    transformer = DiTTransformer2DModel(**DIT_OPTIONS, out_channels=8, num_embeds_ada_norm=3)
-    pipe = DiTPipeline(transformer, tiny_vae(), DDIMScheduler(clip_sample=False))
-    swap_adaln_for_rotation(pipe.transformer)
-    pipe.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="DiTTransformer2DModel as the transformer .* RotationDiTTransformer2DModel"):
-        hub.files_to_publish(tmp_path)
-    pipe.transformer = pipe.transformer  # as the message says
-    pipe.save_pretrained(tmp_path)
-    assert "transformer/config.json" in hub.files_to_publish(tmp_path)
-    again = DiTPipeline.from_pretrained(tmp_path)
-    assert type(again.transformer).__name__ == "RotationDiTTransformer2DModel"
-
-
-RECORD = {
-    "arguments": {"swap": "mean", "max_train_steps": 3, "learning_rate": 1e-4, "dataset_name": None},
-    "num_parameters": {"before": 2000, "after": 1900},
-    **{stage: {"loss": 0.25, "mse": 0.125, "relative_error": 0.5} for stage in ("before", "after_swap", "final")},
-}
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-DIT_OPTIONS = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8}
-
-
-@pytest.fixture(scope="module")
-def swapped(tmp_path_factory):
-    """A stock DiTPipeline, the same swapped with its card, and an adapter with its card; its output."""
-    base = tmp_path_factory.mktemp("home of the author")
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(**DIT_OPTIONS, out_channels=8, num_embeds_ada_norm=3).eval()
-    DiTPipeline(transformer, tiny_vae(), DDIMScheduler(clip_sample=False)).save_pretrained(base / "stock")
-    pipe = DiTPipeline.from_pretrained(base / "stock")
-    swap_adaln_for_rotation(pipe.transformer)
-    for name, parameter in pipe.transformer.named_parameters():
-        if ".rotation." in name:
-            torch.nn.init.normal_(parameter, 0, 0.3)
-    pipe.register_modules(transformer=pipe.transformer)
-    pipe.save_pretrained(base / "run")
-    write_rotation_card(base / "run", "user/name", base_model=str(base / "stock"), record=RECORD, license="mit")
-    save_rotation_adapter(pipe.transformer, base / "adapter", base_model_name_or_path=str(base / "stock"))
-    write_rotation_card(base / "adapter", "user/adapter", base_model="owner/dit", record=RECORD)
-    for name in ("evaluation.json", "logs/metrics.jsonl", "latents/shard-00000.safetensors", "optimizer.bin"):
-        for folder in ("run", "adapter"):
-            (base / folder / name).parent.mkdir(exist_ok=True)
-            (base / folder / name).write_text("private")
-    inputs = torch.ones(1, 4, 8, 8), torch.tensor([7]), torch.tensor([1])
-    return Namespace(base=base, output=pipe.transformer(*inputs).sample.tolist())
 
 
 LOAD_SWAPPED = """
@@ -481,35 +363,3 @@ def test_an_adapter_in_the_place_of_a_pipeline_leaves_nothing_of_it(swapped, ser
     push(server, tmp_path / "home", publish(swapped.base / "run"), publish(swapped.base / "adapter"))
     files = server.repositories["user/name"].files()
     assert set(files) == {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
-
-
-def test_the_id_of_a_base_on_the_hub_is_kept(swapped, tmp_path):
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        os.link(swapped.base / "adapter" / name, tmp_path / name)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    rewrite(tmp_path / "adapter_config.json", json.dumps({**config, "base_model_name_or_path": "owner/dit"}))
-    names = hub.files_to_publish(tmp_path)
-    assert names == ["adapter_config.json", "adapter_model.safetensors"]
-    assert hub._content(tmp_path, "adapter_config.json", names) == tmp_path / "adapter_config.json"
-
-
-def test_incomplete_or_ambiguous_adapters_are_refused(swapped, tmp_path):
-    os.link(swapped.base / "adapter" / "adapter_config.json", tmp_path / "adapter_config.json")
-    with pytest.raises(ValueError, match=r"must hold a complete adapter, .* lacks adapter_model.safetensors"):
-        hub.files_to_publish(tmp_path)
-    (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(ValueError, match="must hold a pipeline or an adapter, .* holds both"):
-        hub.files_to_publish(tmp_path)
-
-
-def test_the_card_of_a_control_says_that_nothing_was_swapped(swapped, tmp_path):
-    for path in (swapped.base / "stock").rglob("*"):
-        if path.is_file():
-            link = tmp_path / path.relative_to(swapped.base / "stock")
-            link.parent.mkdir(parents=True, exist_ok=True)
-            os.link(path, link)
-    card = write_rotation_card(tmp_path, base_model="owner/dit", record=RECORD).content
-    assert "fine-tuned, without a swap" in card
-    assert "rotation-modulation" not in card
-    assert "## Swap" not in card
-    assert "https://huggingface.co/owner/dit" in card

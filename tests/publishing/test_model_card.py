@@ -6,24 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rotation_pipelines
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL
 from helpers import random_picture, tiny_vae
-from hub_client import TOKEN, make_pipeline, rewrite
+from hub_client import TOKEN, blocks_of, make_pipeline, rewrite
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from diffusers_mp import save_rotation_adapter, swap_adaln_for_rotation
 from diffusers_mp.publishing import hub
-from diffusers_mp.publishing.evaluation_card import write_evaluation
 from diffusers_mp.publishing.hub import files_to_publish
 from diffusers_mp.publishing.model_card import write_model_card
-from diffusers_mp.publishing.rotation_card import write_rotation_card
-
-
-def blocks_of(text):
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def test_card_tells_the_facts_of_the_run(made):
@@ -174,20 +166,6 @@ def test_code_of_a_card_loads_weights_that_are_there_in_a_variant_alone(tmp_path
             assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), part.parameters(), strict=True))
 
 
-def test_code_of_a_rotation_card_loads_a_variant(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    model = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8, num_embeds_ada_norm=3
-    )
-    swap_adaln_for_rotation(model)
-    DiTPipeline(model, tiny_vae(), DDIMScheduler()).save_pretrained("folder", variant="fp16")
-    (block,) = blocks_of(str(write_rotation_card("folder")))
-    names = {}
-    exec(block, names)
-    loaded = names["pipe"].transformer
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-
-
 @pytest.mark.parametrize(
     "num_classes, kind, tags",
     [
@@ -249,70 +227,3 @@ def test_relative_paths_of_the_author_are_told_nowhere(tmp_path, monkeypatch):
     for name in names:
         content = hub._content(folder, name, names)
         assert b"runs/" not in (content if isinstance(content, bytes) else content.read_bytes()), name
-
-
-def test_the_card_of_an_adapter_is_that_of_its_class(tmp_path):
-    rotation_pipelines.make_pipeline("SD3", lambda transformer: None).save_pretrained(tmp_path / "base")
-    transformer = rotation_pipelines.make_pipeline("SD3", swap_adaln_for_rotation).transformer
-    save_rotation_adapter(transformer, tmp_path / "adapter", base_model_name_or_path="owner/base")
-    card = write_rotation_card(tmp_path / "adapter", base_model="owner/base")
-    text = str(card)
-    assert "# SD3Transformer2DModel with rotation modulation" in text
-    assert "Adapter for [owner/base](https://huggingface.co/owner/base), `SD3Transformer2DModel`, whose" in text
-    assert "DiT" not in text
-    assert "class-conditional" not in card.data.tags
-    (block,) = blocks_of(text)
-    block = block.replace('"owner/base"', "base, **absent").replace('"folder"', "adapter")
-    names = {"base": tmp_path / "base", "adapter": tmp_path / "adapter", "absent": rotation_pipelines.absent("SD3")}
-    exec(block, names)
-    assert type(names["pipe"].transformer) is type(transformer)
-
-
-def results(home, distance):
-    extractor = {"id": f"{home}/dinov2", "revision": None, "weights_sha256": "abc", "output": "pooler_output"}
-    reference = {"num_images": 5000, "resolution": 32, "preparation": "centre crop", "content_hash": "f" * 64}
-    settings = {"num_samples": 10000, "seed": 3, "class_labels": [0, 1], "scheduler": "DDIMScheduler", "nearest_k": 3}
-    settings |= {"dtype": "float32", "extractors": [extractor], "references": [reference], "model": f"{home}/run"}
-    metrics = {"precision": 0.5, "recall": 0.25, "num_images_compared": 5000}
-    cells = [
-        {
-            "ema_std": 0.05,
-            "guidance_scale": scale,
-            "num_inference_steps": 25,
-            "metrics": [{"frechet_distance": d} | metrics],
-        }
-        for scale, d in ((1.0, distance), (2.0, distance / 2))
-    ]
-    versions = {"diffusers_mp": "1.2", "torch": "3.4", "diffusers": "5.6"}
-    return {"settings": settings, "versions": versions, "warnings": ["few | images"], "best": cells[1], "cells": cells}
-
-
-def test_evaluation_takes_the_place_of_the_last_one(run):
-    before = (run / "README.md").read_text()
-    rewrite(run / "README.md", before)
-    write_evaluation(run, results("/home/author", 8.0))
-    first = (run / "README.md").read_text()
-    write_evaluation(run, results("/home/author", 4.0))
-    second = (run / "README.md").read_text()
-    assert [text.count("## Evaluation of samples") for text in (before, first, second)] == [0, 1, 1]
-    assert "| 0.05 | 2 | 25 | 4 | 0.5 | 0.25 |\n| 0.05 | 1 | 25 | 8 | 0.5 | 0.25 |" in first
-    # All else stays, byte by byte.
-    for text in (first, second):
-        start, end = text.index("## Evaluation of samples"), text.index("## Licence of the weights")
-        assert text[:start] + text[end:] == before
-        assert "author" not in text[start:end]
-    for fact in (
-        "10,000 images for each row, 2 classes in turn, seed 3, `DDIMScheduler`, float32",
-        "of diffusers-mp 1.2 (torch 3.4, diffusers 5.6)",
-        "| width of the average | guidance scale | steps | Fréchet distance, dinov2 | precision, dinov2 | recall, din",
-        "- Features of dinov2: weights_sha256 abc; output pooler_output. Reference: 5,000 images of 32x32 pixels",
-        "k = 3, 5,000 images each",
-        "- Warning: few \\| images",
-    ):
-        assert fact in second, fact
-    assert "evaluation.png" not in second
-    rewrite(run / "evaluation.png", "")
-    assert "![Fréchet distances](evaluation.png)" in str(write_evaluation(run, results("/home/author", 4.0)))
-    (run / "README.md").unlink()
-    with pytest.raises(ValueError, match="must hold a README.md, .* `write_model_card` makes one"):
-        write_evaluation(run, results("/home/author", 4.0))
