@@ -27,7 +27,7 @@ SECTIONS = {
     "Optimization": ["optimization"],
     "Training": ["training", "training.engine"],
     "Averages of weights": ["averages.ema", "averages.snapshots", "averages.reconstruction"],
-    "Diagnostics": ["diagnostics.recorder", "diagnostics.plots"],
+    "Diagnostics": ["diagnostics.recorder", "diagnostics.history", "diagnostics.plots"],
     "Evaluation": [
         "evaluation.frechet",
         "evaluation.precision_recall",
@@ -51,7 +51,7 @@ ALSO = {
     ("rotation_swap", "RotationLinear"),
     ("rotation_swap.swap", "SwapReport"),
     ("rotation_swap.sites", "Site"),
-    ("diagnostics.recorder", "load_history"),
+    ("diagnostics.history", "load_history"),
     ("publishing.hub", "HubError"),
     ("averages.reconstruction", "Reconstruction"),
     ("averages.reconstruction", "reconstruction_weights"),

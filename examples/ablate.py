@@ -47,7 +47,7 @@ from diffusers_mp import MPDiTPipeline, frechet_distance, get_preset
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.latents import LatentDataset
-from diffusers_mp.diagnostics.recorder import load_history
+from diffusers_mp.diagnostics.history import load_history
 from diffusers_mp.evaluation.frechet import RunningStatistics
 from diffusers_mp.evaluation.generation import NonFiniteImageError, generate_images
 from diffusers_mp.training import (

@@ -1,4 +1,4 @@
-"""Pictures of what a `MagnitudeRecorder` has recorded, of EMA widths and of samples, as matplotlib figures.
+"""Figures of what a `MagnitudeRecorder` has recorded, of EMA widths and of samples, as matplotlib figures.
 
     figure = plot_blocks({"A": "run_a/logs/magnitudes.json", "E": "run_e/logs/magnitudes.json"})
     figure.savefig("blocks.png")
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .recorder import load_history
+from .history import load_history
 
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ them are read at once. `plots` draws what it has recorded.
 """
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -16,15 +15,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..files import write_json
 from ..functional import compute_dtype
 from ..modulation import Modulation
 from ..sharding import local, return_to_shards, unwrapped
+from .history import HISTOGRAM, load_history, save_history, without_histograms
 
 
 # Equal bins of angles over (-pi, pi].
 NUM_ANGLE_BINS = 256
-_HISTOGRAM = "rotate/histogram/"
 
 
 class MagnitudeRecorder:
@@ -139,7 +137,7 @@ class MagnitudeRecorder:
             raise RuntimeError(
                 "nothing has been recorded yet: ask when `step()` has returned True, or after a `with` block."
             )
-        return {name: value for name, value in _without_histograms(self.history[-1]).items() if name != "step"}
+        return {name: value for name, value in without_histograms(self.history[-1]).items() if name != "step"}
 
     def save(self, path: str | Path) -> None:
         """Write the history to a JSON file, numbers to six digits, which the functions of `plots` read.
@@ -147,12 +145,7 @@ class MagnitudeRecorder:
         Args:
             path (str or Path): the file; replaced as a whole if it is there.
         """
-        entries = [_without_histograms(entry) for entry in self.history]
-        names = dict.fromkeys(name for entry in entries for name in entry)
-        columns = {name: [_rounded(entry.get(name)) for entry in entries] for name in names}
-        last = self.history[-1] if self.history else {}
-        histograms = {name: last[name] for name in last if name.startswith(_HISTOGRAM)}
-        write_json(path, {"columns": columns, "histograms": histograms}, indent=None)
+        save_history(path, self.history)
 
     def load(self, path: str | Path) -> None:
         """Take over what a run that is resumed here has recorded, up to the updates that it has made.
@@ -320,27 +313,8 @@ class MagnitudeRecorder:
         for (kind, name), of_name in calls.items():
             entry |= _of_calls(kind, name, of_name)
         if self.history:
-            self.history[-1] = _without_histograms(self.history[-1])
+            self.history[-1] = without_histograms(self.history[-1])
         self.history.append(dict(sorted(entry.items(), key=lambda item: item[0] != "step")))
-
-
-def load_history(path: str | Path) -> list[dict]:
-    """Read what `MagnitudeRecorder.save` has written.
-
-    Args:
-        path (str or Path): the file.
-    Returns:
-        list of dict: as `MagnitudeRecorder.history`.
-    """
-    file = json.loads(Path(path).read_text(encoding="utf-8"))
-    columns = file["columns"]
-    history = [
-        {name: column[row] for name, column in columns.items() if column[row] is not None}
-        for row in range(len(columns.get("step", [])))
-    ]
-    if history:
-        history[-1] |= file["histograms"]
-    return history
 
 
 def _chosen(model: nn.Module, modules: str | Callable[[str, nn.Module], bool] | None) -> dict[str, nn.Module]:
@@ -350,28 +324,32 @@ def _chosen(model: nn.Module, modules: str | Callable[[str, nn.Module], bool] | 
         for name, module in model.named_modules()
         if name and not hasattr(module, "_orig_mod")
     }
-    if modules is None:
-        blocks = getattr(model, "_repeated_blocks", None) or []
-        is_block = {name for name, module in named.items() if type(module).__name__ in blocks}
-        if not is_block:
-            lists = [name for name, module in named.items() if isinstance(module, nn.ModuleList)]
-            outermost = [name for name in lists if not name.startswith(tuple(f"{other}." for other in lists))]
-            is_block = {name for name in named if name.rpartition(".")[0] in outermost}
-        chosen = {
-            name: module
-            for name, module in named.items()
-            if name in is_block or isinstance(module, Modulation) or _is_swapped_linear(module)
-        }
-    elif isinstance(modules, str):
-        chosen = {name: module for name, module in named.items() if re.fullmatch(modules, name)}
-    else:
-        chosen = {name: module for name, module in named.items() if modules(name, module)}
+    blocks = _names_of_blocks(model, named)
+
+    def is_chosen(name: str, module: nn.Module) -> bool:
+        if callable(modules):
+            return modules(name, module)
+        if modules is not None:
+            return re.fullmatch(modules, name) is not None
+        return name in blocks or isinstance(module, Modulation) or _is_swapped_linear(module)
+
+    chosen = {name: module for name, module in named.items() if is_chosen(name, module)}
     if not chosen:
         raise ValueError(
             f"`modules` must choose some of the modules of `model`, got {modules!r}, which chooses none of a "
             f"{type(model).__name__}; its children are {[name for name, _ in model.named_children()]}."
         )
     return chosen
+
+
+def _names_of_blocks(model: nn.Module, named: dict[str, nn.Module]) -> set[str]:
+    classes = getattr(model, "_repeated_blocks", None) or []
+    blocks = {name for name, module in named.items() if type(module).__name__ in classes}
+    if blocks:
+        return blocks
+    lists = [name for name, module in named.items() if isinstance(module, nn.ModuleList)]
+    outermost = [name for name in lists if not name.startswith(tuple(f"{other}." for other in lists))]
+    return {name for name in named if name.rpartition(".")[0] in outermost}
 
 
 def _is_swapped_linear(module: nn.Module) -> bool:
@@ -453,18 +431,10 @@ def _of_calls(kind: str, name: str, calls: list[tuple[list[float], int]]) -> dic
         f"{kind}/max/{name}": max(maxima),
     }
     if kind == "rotate":
-        values[f"{_HISTOGRAM}{name}"] = [round(sum(counts_of_bin)) for counts_of_bin in bins]
+        values[f"{HISTOGRAM}{name}"] = [round(sum(counts_of_bin)) for counts_of_bin in bins]
     return values
 
 
 def _root_mean_square(norms_and_counts: Iterable[tuple[float, int]]) -> float:
     norms, counts = zip(*norms_and_counts, strict=True)
     return math.hypot(*norms) / math.sqrt(sum(counts))
-
-
-def _without_histograms(entry: dict) -> dict:
-    return {name: value for name, value in entry.items() if not name.startswith(_HISTOGRAM)}
-
-
-def _rounded(value: float | None) -> float | None:
-    return value if value is None or isinstance(value, int) else float(f"{value:.6g}")

@@ -9,11 +9,9 @@ everything that counts updates (schedule, averages of the weights, checkpoints, 
 a resumed run is the same run. Buffers that a forward pass writes, such as BatchNorm's, are what it made of them.
 """
 
-import contextlib
 import json
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +19,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten_with_path
 
-from ..sharding import is_sharded, local, unwrapped, whole
+from ..sharding import unwrapped, whole
+from .trace import find_first, is_finite
 
 
 REPORT_FILE = "report.json"
@@ -146,12 +144,12 @@ class Watchdog:
 
     def _fail(self, step, recorded, losses, grad_norm) -> None:
         report = {
-            "process": dist.get_rank() if _num_processes() > 1 else 0,
+            "process": _process(),
             "losses": [_as_json(loss.item()) for loss in losses],
             "gradient_norm": _as_json(grad_norm.item()),
             **self._state_of_tensors(),
             "batches_not_finite": [_not_finite(batch) for batch, _ in recorded],
-            "first": self._find_first(batch for batch, _ in recorded),
+            "first": find_first(self.model, self.compute_loss, [batch for batch, _ in recorded], self.scaler),
         }
         reports = [report]
         if _num_processes() > 1:
@@ -199,40 +197,13 @@ class Watchdog:
         model = unwrapped(self.model)
         gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
         return {
-            "gradients_not_finite": [name for name, grad in gradients if grad is not None and not _is_finite(grad)],
-            "parameters_not_finite": [name for name, tensor in model.named_parameters() if not _is_finite(tensor)],
-            "buffers_not_finite": [name for name, tensor in model.named_buffers() if not _is_finite(tensor)],
+            "gradients_not_finite": [name for name, grad in gradients if grad is not None and not is_finite(grad)],
+            "parameters_not_finite": [name for name, tensor in model.named_parameters() if not is_finite(tensor)],
+            "buffers_not_finite": [name for name, tensor in model.named_buffers() if not is_finite(tensor)],
         }
 
-    def _find_first(self, batches) -> dict[str, Any] | None:
-        """Run the batches again and return what is known of the first value that is not finite; clears gradients."""
-        model = unwrapped(self.model)
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        no_sync = self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else contextlib.nullcontext()
-        first = None
-        with _random_state_kept(model), no_sync, _not_compiled():
-            # To the end even when something was found: under `fully_shard` the others wait for this process's part.
-            for number, batch in enumerate(batches):
-                model.zero_grad(set_to_none=True)
-                with _Trace(model) as trace:
-                    loss = self.compute_loss(batch)
-                    if not _is_finite(loss):
-                        trace.found("forward", "loss")
-                    if loss.requires_grad:
-                        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-                    for name, parameter in reversed(list(model.named_parameters())):
-                        if parameter.grad is not None and not _is_finite(parameter.grad):
-                            trace.found("backward", "parameter", *_owner(model, name), parameter=name)
-                if first is None and trace.first is not None:
-                    first = {"micro_batch": number, **trace.first}
-        model.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        return first
-
     def _save(self, folder: Path, summary: dict, recorded, is_witness: bool) -> None:
-        process = dist.get_rank() if _num_processes() > 1 else 0
+        process = _process()
         weights = {}
         if self.save_weights:
             model = unwrapped(self.model)
@@ -277,90 +248,10 @@ def all_finite(model: nn.Module) -> bool:
     """
     parameters = list(model.parameters())
     failed = torch.tensor(0.0, device=parameters[0].device if parameters else None)
-    failed += not all(map(_is_finite, parameters))
+    failed += not all(map(is_finite, parameters))
     if _num_processes() > 1:
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)
     return not failed
-
-
-class _Trace:
-    """Hooks on every module that note the first value that is not finite, in the order in which values are made."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.first: dict[str, Any] | None = None
-        self._running: list[str] = []
-        self._handles = []
-
-    def __enter__(self):
-        for name, module in self.model.named_modules():
-            kind = type(module).__name__
-            self._handles += [
-                module.register_forward_pre_hook(self._before(name, kind), with_kwargs=True),
-                module.register_forward_hook(self._after(name, kind), with_kwargs=True),
-            ]
-        for name, parameter in self.model.named_parameters():
-            # The hooks of a DTensor do not run under `fully_shard`, which works on the gathered parameter.
-            if parameter.requires_grad and not is_sharded(parameter):
-                hook = self._on_gradient("parameter", *_owner(self.model, name), parameter=name)
-                self._handles.append(parameter.register_hook(hook))
-        return self
-
-    def __exit__(self, *error):
-        for handle in self._handles:
-            handle.remove()
-
-    def found(self, stage: str, value: str, name: str | None = None, kind: str | None = None, **more) -> None:
-        if self.first is None:
-            self.first = {"stage": stage, "value": value, "module": name, "class": kind, **more}
-
-    def _before(self, name, kind):
-        def hook(module, args, kwargs):
-            self._running.append(name)
-
-            def watched(tensor):
-                if not (torch.is_grad_enabled() and tensor.requires_grad):
-                    return tensor
-                # An alias has a gradient of its own: the part that this module, and no other user, contributes.
-                alias = tensor.view_as(tensor)
-                alias.register_hook(self._on_gradient("input", name, kind))
-                return alias
-
-            return tree_map_only(torch.Tensor, watched, (args, kwargs))
-
-        return hook
-
-    def _after(self, name, kind):
-        def hook(module, args, kwargs, output):
-            # Checkpointing stops a second forward pass halfway, which leaves names behind.
-            while self._running.pop() != name:
-                pass
-            for tensor in _tensors(output):
-                if self.first is None and not _is_finite(tensor):
-                    self.found(
-                        "forward",
-                        "output",
-                        *(name, kind),
-                        input_was_finite=all(_is_finite(value) for value in _tensors((args, kwargs))),
-                        parameters_not_finite=[key for key, p in module.named_parameters() if not _is_finite(p)],
-                        called_by=self._running[-1] if self._running else None,
-                    )
-                if tensor.requires_grad:
-                    tensor.register_hook(self._on_gradient("output", name, kind))
-
-        return hook
-
-    def _on_gradient(self, value, name, kind, **more):
-        def hook(gradient):
-            if self.first is None and not _is_finite(gradient):
-                self.found("backward", value, name, kind, **more)
-
-        return hook
-
-
-def _owner(model: nn.Module, parameter_name: str) -> tuple[str, str]:
-    name = parameter_name.rpartition(".")[0]
-    return name, type(model.get_submodule(name)).__name__
 
 
 def _message(step: int, report: dict[str, Any]) -> str:
@@ -399,17 +290,12 @@ def _message(step: int, report: dict[str, Any]) -> str:
     return f"{start}{text} (process {report['process']}, micro batch {first['micro_batch']})"
 
 
-def _not_compiled() -> contextlib.AbstractContextManager:
-    # Hooks inside of compiled code would only compile it anew. Who has compiled has imported the compiler.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-
-
 def _num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _tensors(nest: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(nest) if isinstance(leaf, torch.Tensor)]
+def _process() -> int:
+    return dist.get_rank() if _num_processes() > 1 else 0
 
 
 def _flatten(nest: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -428,27 +314,9 @@ def _to_save(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _not_finite(batch: Any) -> list[str]:
-    return [name for name, tensor in _flatten(batch)[0].items() if not _is_finite(tensor)]
-
-
-@torch.no_grad()
-def _is_finite(tensor: torch.Tensor) -> bool:
-    tensor = local(tensor)
-    if tensor.is_sparse:
-        tensor = tensor.coalesce().values()
-    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    return bool(torch.isfinite(tensor).all())
+    return [name for name, tensor in _flatten(batch)[0].items() if not is_finite(tensor)]
 
 
 def _as_json(value: float) -> float | str:
     """JSON knows no infinity."""
     return value if math.isfinite(value) else str(value)
-
-
-@contextlib.contextmanager
-def _random_state_kept(model: nn.Module) -> Iterator[None]:
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
-        yield

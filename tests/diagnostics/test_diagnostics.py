@@ -29,7 +29,8 @@ from diffusers_mp import (
     swap_adaln_for_rotation,
 )
 from diffusers_mp.diagnostics import plots
-from diffusers_mp.diagnostics.recorder import NUM_ANGLE_BINS, load_history
+from diffusers_mp.diagnostics.history import load_history
+from diffusers_mp.diagnostics.recorder import NUM_ANGLE_BINS
 from diffusers_mp.modulation import Modulation
 
 

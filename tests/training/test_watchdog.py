@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from diffusers_mp import PowerFunctionEMA, normalize_weights_, parameter_groups
+from diffusers_mp.training import trace
 from diffusers_mp.training import watchdog as watchdog_module
 from diffusers_mp.training.watchdog import NonFiniteError, Watchdog, gradient_norm
 
@@ -362,7 +363,7 @@ class CountsHostReads(TorchDispatchMode):
 
 def test_one_host_read_for_each_update_and_no_hooks(tmp_path, monkeypatch):
     network, batch, watchdog = make(tmp_path)
-    monkeypatch.setattr(watchdog_module, "_Trace", None)
+    monkeypatch.setattr(trace, "Trace", None)
     with CountsHostReads() as reads:
         for _ in range(3):
             loss = watchdog.compute_loss(batch)
