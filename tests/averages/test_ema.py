@@ -22,8 +22,6 @@ from diffusers_mp.layers import MPEmbedding, MPLinear
 
 
 GOLDEN = json.loads((ROOT / "tests" / "fixtures" / "golden" / "ema.json").read_text())
-POSTHOC = GOLDEN["posthoc"]
-SNAPSHOT_STEPS, SNAPSHOT_STDS = zip(*POSTHOC["snapshots_step_std"], strict=True)
 
 
 class Counter(nn.Module):
@@ -120,19 +118,6 @@ def test_inner_product_is_the_integral_of_the_product(step_a, step_b):
 def test_decay_is_the_golden_one(std):
     for step, expected in GOLDEN["decay_multiplying_the_average_at_step"][std].items():
         assert power_function_decay(int(step), float(std)) == pytest.approx(expected, abs=1e-9, rel=0)
-
-
-@pytest.mark.parametrize("std", POSTHOC["weights_for_std_at_step_1000"])
-def test_reconstruction_weights_are_the_golden_ones(std):
-    weights = reconstruction_weights(SNAPSHOT_STEPS, SNAPSHOT_STDS, 1000, float(std))
-    assert weights.dtype == np.float64
-    np.testing.assert_allclose(weights, POSTHOC["weights_for_std_at_step_1000"][std], rtol=0, atol=1e-9)
-    assert weights.sum() == pytest.approx(1, abs=1e-12)
-
-
-def test_reconstructing_a_snapshot_takes_that_snapshot():
-    weights = reconstruction_weights(SNAPSHOT_STEPS, SNAPSHOT_STDS, 750, 0.10)
-    np.testing.assert_allclose(weights, np.eye(8)[5], rtol=0, atol=1e-9)
 
 
 def test_reconstruction_from_tracked_snapshots_is_the_average_tracked_directly():
@@ -336,22 +321,6 @@ def test_widths_out_of_range_are_refused(std):
 def test_strides_out_of_range_are_refused(step, stride):
     with pytest.raises(ValueError, match=f"`stride` must be between 1 and `step`, got stride {stride} at step {step}"):
         power_function_decay(step, 0.05, stride)
-
-
-@pytest.mark.parametrize(
-    "steps, stds, step, message",
-    [
-        ([], [], 10, "same length, at least 1, got 0 and 0"),
-        ([5, 10], [0.05], 10, "same length, at least 1, got 2 and 1"),
-        ([5, 5], [0.05, 0.05], 10, "snapshots must differ in step or std"),
-        ([0, 5], [0.05, 0.05], 10, "steps must be 1 or more"),
-        ([5], [0.05], 0, "steps must be 1 or more, got `step` 0"),
-        ([5], [0.5], 5, "`std` must lie in"),
-    ],
-)
-def test_snapshots_that_make_no_system_are_refused(steps, stds, step, message):
-    with pytest.raises(ValueError, match=message):
-        reconstruction_weights(steps, stds, step, 0.05)
 
 
 @pytest.mark.parametrize("stds", [(), (0.05, 0.05)])

@@ -172,10 +172,10 @@ class TestTraining:
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
     @pytest.mark.parametrize("how", ["whole", "blocks", "replaced", "regional"])
     def test_compiled_models_are_recorded_and_not_compiled_again(self, how):
-        _, expected = train(tiny_model(), 4, {"stride": 2})
+        _, expected = train(tiny_model(num_layers=1), 4, {"stride": 2})
         torch._dynamo.reset()
         counter = CompileCounter()
-        model = tiny_model()
+        model = tiny_model(num_layers=1)
         called = model
         if how == "whole":
             called = torch.compile(model, backend=counter)
