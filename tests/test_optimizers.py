@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -229,12 +230,14 @@ def test_decoupled_decay_of_forced_rows_is_a_slightly_larger_rate():
 
 
 def test_known_optimizers_and_models_without_normalised_rows_are_silent():
-    layer = MPLinear(FAN_IN, 8)
-    for make, scaling in CARRY_OVER.values():
-        check_optimizer(layer, make(parameter_groups(layer, scaling=scaling)))
-    check_optimizer(layer, OPTIM.Adam(layer.parameters()))
-    plain = nn.Linear(4, 4)
-    check_optimizer(plain, OPTIM.ASGD(plain.parameters(), weight_decay=0.1))
+    layer, plain = MPLinear(FAN_IN, 8), nn.Linear(4, 4)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for make, scaling in CARRY_OVER.values():
+            check_optimizer(layer, make(parameter_groups(layer, scaling=scaling)))
+        check_optimizer(layer, OPTIM.Adam(layer.parameters()))
+        check_optimizer(plain, OPTIM.ASGD(plain.parameters(), weight_decay=0.1))
+    assert told == []
 
 
 @pytest.mark.parametrize("make, scaling, right", [(OPTIM.SGD, "adam", "sgd"), (OPTIM.Adam, "sgd", "adam")])

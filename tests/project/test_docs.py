@@ -35,7 +35,10 @@ def name_of(page):
 def test_blocks_run_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")  # for the model in docs/tiny
-    exec("\n".join(PYTHON.findall(page.read_text())), {})
+    names = {}
+    exec("\n".join(PYTHON.findall(page.read_text())), names)
+    modules = [getattr(value, "__module__", None) or "" for value in names.values()]
+    assert any(module.startswith("diffusers_mp") for module in modules), "no block of this page uses the package"
 
 
 def commands():
