@@ -49,11 +49,11 @@ def check_guidance_transformer(guidance_transformer: torch.nn.Module | None, tra
         return
     check_transformer(guidance_transformer, "guidance_transformer")
     for key in ("in_channels", "num_classes", "pooled_projection_dim", "sample_size"):
-        expected, received = transformer.config[key], guidance_transformer.config[key]
-        if received != expected:
+        expected, got = transformer.config[key], guidance_transformer.config[key]
+        if got != expected:
             raise ValueError(
-                f"`guidance_transformer` must be of the task of the transformer, whose `{key}` is {expected}; got "
-                f"{received}."
+                f"`guidance_transformer` must be of the task of the transformer, whose `{key}` is {expected}; "
+                f"got {got}."
             )
 
 
@@ -103,17 +103,17 @@ def check_guidance(pipe, guidance_scale: float | None, guidance_interval: tuple[
         raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale!r}.")
     if can_guide(pipe) or guidance_scale == 1:
         return
-    rule, received = "`guidance_scale` must be 1", guidance_scale
+    rule, got = "`guidance_scale` must be 1", guidance_scale
     if pipe.guider is not None:
-        rule, received = "`guider` must be None", type(pipe.guider).__name__
+        rule, got = "`guider` must be None", type(pipe.guider).__name__
     if not is_conditional(pipe.transformer):
         raise ValueError(
             f"{rule} for an unconditional transformer without a `guidance_transformer`: it has no condition to be "
-            f"guided to; got {received}."
+            f"guided to; got {got}."
         )
     raise ValueError(
         f"{rule} for a transformer trained without dropping conditions (`class_dropout_prob=0`) and without a "
-        f"`guidance_transformer`: it has never seen the null condition; got {received}."
+        f"`guidance_transformer`: it has never seen the null condition; got {got}."
     )
 
 
@@ -192,7 +192,7 @@ class GuidedPrediction:
         is_guided = pipe.guidance_scale != 1 and self.is_in_interval[step]
         if guider is not None:
             guider.set_state(step=step, num_inference_steps=pipe.num_timesteps, timestep=timestep)
-            # No inputs to sort, but guiders with a momentum start it anew here.
+            # There are no inputs to sort, but a guider with a momentum resets it here.
             guider_states = guider.prepare_inputs({})
             is_guided = len(guider_states) == 2
 

@@ -48,8 +48,8 @@ class MPDiTPipeline(DiffusionPipeline):
 
     __module__ = "diffusers_mp"
 
-    # Without the guidance transformer, which then has a hook of its own and stays beside the transformer for a whole
-    # call: a place in this chain would send one of the two away and back at every step.
+    # The guidance transformer has no place in this chain, which would send one of the two away and back at every step:
+    # so it gets its own hook, and stays beside the transformer for a whole call.
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae", "guidance_transformer", "guider"]
     _callback_tensor_inputs = ["latents", "noise_pred"]

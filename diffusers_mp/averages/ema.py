@@ -100,7 +100,7 @@ class PowerFunctionEMA:
     model that an average is copied into keeps its own.
 
     Pass the plain model, after it was moved to its device: not the wrapper of DistributedDataParallel, and for a
-    compiled model its `_orig_mod`: names are those of the model given here. Of an Accelerator,
+    compiled model its `_orig_mod`: names are those of the model given here. With Accelerate,
     `unwrap_model(model, keep_torch_compile=False)` takes off both.
 
     Args:
@@ -211,7 +211,7 @@ class PowerFunctionEMA:
         finally:
             with torch.no_grad():
                 _copy_each(self._parameters_of(model), raw)
-            # Who leaves training mode within the block settles rows of the average: these are to be settled as well.
+            # Leaving training mode within the block has settled rows of the average; the rows put back need it too.
             settle_rows_(module for module in trained if not module.training)
 
     def state_dict(self) -> dict:

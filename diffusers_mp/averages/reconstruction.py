@@ -237,7 +237,7 @@ def reconstruct_ema(
     for name, parameter in parameters.items():
         total = torch.zeros(parameter.shape, dtype=torch.float64)
         for snapshot in used:
-            # Opened anew for each tensor: pages of a file that stays open would stay in memory, too.
+            # Opened again for each tensor: the pages of a file that stays open would stay in memory too.
             with safe_open(snapshot.path / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
                 total.add_(file.get_tensor(name), alpha=plan.weights[snapshot.path.name])
         parameter.copy_(total)

@@ -64,7 +64,7 @@ def plot_blocks(
         history = _history(record)
         names = _names(history, quantity, modules)
         num_blocks = max(num_blocks, len(names))
-        # Of some quantities, such as gradients where the output starts at zero, the first record has nothing.
+        # The first record lacks some quantities, such as gradients where the output starts at zero.
         first = next((entry for entry in history if entry.get(names[-1])), history[-1])
         for entry, style in ((first, {"linestyle": ":", "markerfacecolor": "white"}), (history[-1], {})):
             label = f"{name}, update {entry['step']:,}"

@@ -39,11 +39,11 @@ class MagnitudeRecorder:
             model(...)
         recorder.values()
 
-    What an update means is what lies between two calls of `step`, with all its micro batches. The names of the values,
+    An update is all that happens between two calls of `step`, with all its micro batches. The names of the values,
     with M the root mean square (section 3 of arXiv 2505.19122):
 
     - `magnitude/activations/<module>`: M of what the module returns, over all entries of all calls. Several tensors
-      are numbered: `<module>/0`. Of a modulation it is the tokens.
+      are numbered: `<module>/0`. For a modulation only the tokens count.
     - `magnitude/weights/<module>`, `magnitude/gradients/<module>`: M over all parameters below the module; gradients
       as the optimiser receives them, that is, accumulated, averaged over processes, unscaled and clipped.
     - `relative_update/<module>`: `M[new - old] / M[old]` of the parameters that have a gradient, from before the
@@ -53,7 +53,7 @@ class MagnitudeRecorder:
       they are added, and `gate` as the factor in effect. `max` is that of absolute values. A map that a swapped
       linear layer (`swap_adaln_for_rotation`) has more than once is numbered: `<site>/0`.
 
-    `history` has besides, in its last entry only, `rotate/histogram/<site>`: counts of the angles, modulo a turn, in
+    The last entry of `history` also has `rotate/histogram/<site>`: counts of the angles, modulo a turn, in
     256 equal bins from -pi to pi.
 
     Norms are taken in float32 at least. Training is the same to the bit with a recorder and without. Only forward

@@ -13,8 +13,8 @@ from .hub import CARD_NAME, HEAT_MAP_NAME, files_to_publish, is_repo_id, mask
 def write_evaluation(folder: str | Path, results: Mapping) -> ModelCard:
     """Put the results of `examples/evaluate.py` into the card of a pipeline's folder, in place of earlier ones.
 
-    The rest of the card stays as it is. Of models and data no local path is told. The heat map is shown if it lies in
-    the folder.
+    The rest of the card stays as it is. No local path of a model or data set is told. The heat map is shown if it is
+    in the folder.
 
     Args:
         folder (str or Path): the pipeline's folder, with a card.

@@ -37,7 +37,7 @@ _PUBLISHED = (
     *(f"{folder}/{name}" for folder in (*_MODELS, "transformer_ema_*") for name in _MODEL_FILES),
     *(CARD_NAME, GRID_NAME, CURVE_NAME, HEAT_MAP_NAME),
 )
-# Of `save_rotation_adapter`.
+# What `save_rotation_adapter` writes.
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 _PUBLISHED_ADAPTER = (ADAPTER_CONFIG_NAME, "adapter_model.safetensors", CARD_NAME)
 # Trackers that keep to what they are given; others record the command line, and with it `--hub_token`.
@@ -207,7 +207,7 @@ def files_to_publish(folder: str | Path) -> list[str]:
     if others:
         raise ValueError(
             f"`folder` must hold a pipeline of {', '.join(known)}: of these alone it is known which files belong on "
-            f"the Hub; {folder} has {', '.join(others)} as well. Of a swapped transformer in another pipeline "
+            f"the Hub; {folder} has {', '.join(others)} as well. For a swapped transformer in another pipeline "
             "publish the adapter (`save_rotation_adapter`)."
         )
     if has_component(folder, "guider") and _GUIDER_CONFIG not in found:
@@ -354,13 +354,13 @@ def _content(folder: Path, name: str, names: list[str]) -> Path | bytes:
         return folder / name
     config = json.loads((folder / name).read_text())
     original = dict(config)
-    # Whatever is loaded gets it anew; a local path is nobody's business, and may look like an id of the Hub.
+    # Loading sets it again; a local path is private, and may look like an id of the Hub.
     config.pop("_name_or_path", None)
     if "base_model_name_or_path" in config and not is_repo_id(config["base_model_name_or_path"]):
         config["base_model_name_or_path"] = None
     averages = [name for name in names if name.startswith("transformer_ema_")]
     if name == "model_index.json" and averages:
-        # Else everyone who loads the pipeline would also download every other average.
+        # Otherwise loading the pipeline would also download every other average.
         config["_ignore_files"] = averages
     if config == original:
         return folder / name

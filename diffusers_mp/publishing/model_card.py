@@ -52,9 +52,9 @@ def write_model_card(
 ) -> ModelCard:
     """Write README.md, the sample grid and the training curve of a pipeline's folder.
 
-    The facts come from the files that `examples/train_mpdit.py` leaves there; those that are missing are left out. Of
-    the arguments only named ones are told, and no local path. The curve is a table, and an image where matplotlib is
-    installed. An existing README.md is replaced.
+    The facts come from the files that `examples/train_mpdit.py` leaves there; those that are missing are left out.
+    Only the arguments listed in this module are told, and no local path. The curve is a table, and an image where
+    matplotlib is installed. An existing README.md is replaced.
 
     Args:
         folder (str or Path): the pipeline's folder.

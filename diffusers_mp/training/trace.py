@@ -97,7 +97,7 @@ class Trace:
             def watched(tensor):
                 if not (torch.is_grad_enabled() and tensor.requires_grad):
                     return tensor
-                # An alias has a gradient of its own: the part that this module, and no other user, contributes.
+                # The gradient of an alias is the part that this module contributes, without other users of the tensor.
                 alias = tensor.view_as(tensor)
                 alias.register_hook(self._on_gradient("input", name, kind))
                 return alias
@@ -151,7 +151,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _not_compiled() -> contextlib.AbstractContextManager:
-    # Hooks inside of compiled code would only compile it anew. Who has compiled has imported the compiler.
+    # Hooks inside compiled code would only compile it again. A process that has compiled has imported the compiler.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 

@@ -157,7 +157,7 @@ class Watchdog:
             dist.all_gather_object(reports, report)
         # Forward before backward: a loss that is not finite on one process spoils the gradients of all.
         found = [report for report in reports if report["first"] is not None]
-        # In the same way shards of a gradient are spoilt by the process whose own activations tell where.
+        # Likewise, the process whose activations show where it began spoils every shard of a gradient.
         found.sort(
             key=lambda report: (report["first"]["stage"] == "backward", report["first"]["value"] == "parameter")
         )
@@ -209,7 +209,7 @@ class Watchdog:
             model = unwrapped(self.model)
             # Not `state_dict`, which may put rows back to their norm: evidence is what was there.
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-                # Of shards all processes gather one tensor at a time, and the first one keeps it.
+                # All processes gather sharded tensors, one at a time; the first process keeps them.
                 tensor = whole(tensor.detach())
                 if process == 0:
                     weights[name] = tensor
