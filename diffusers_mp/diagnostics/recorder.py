@@ -5,24 +5,27 @@ them are read at once. `plots` draws what it has recorded.
 """
 
 import contextlib
-import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..functional import compute_dtype
 from ..modulation import Modulation
 from ..sharding import local, return_to_shards, unwrapped
-from .history import HISTOGRAM, load_history, save_history, without_histograms
-
-
-# Equal bins of angles over (-pi, pi].
-NUM_ANGLE_BINS = 256
+from .history import load_history, save_history, without_histograms
+from .magnitudes import (
+    angle_counts,
+    fetch,
+    norm_of,
+    norm_of_difference,
+    norms_over_shards,
+    values_of_calls,
+    values_of_parameters,
+)
 
 
 class MagnitudeRecorder:
@@ -233,7 +236,7 @@ class MagnitudeRecorder:
                 tensors = tensors[:1]
             for index, tensor in enumerate(tensors):
                 key = name if len(tensors) == 1 else f"{name}/{index}"
-                self._calls.append((("activations", key), _norm(tensor), tensor.numel()))
+                self._calls.append((("activations", key), norm_of(tensor), tensor.numel()))
 
         return hook
 
@@ -257,7 +260,7 @@ class MagnitudeRecorder:
             rows = local(rows).to(compute_dtype(rows.dtype)).flatten()
             numbers = torch.stack([rows.sum(), torch.linalg.vector_norm(rows), rows.abs().max()])
             if kind == "rotate":
-                numbers = torch.cat([numbers, _angle_counts(rows)])
+                numbers = torch.cat([numbers, angle_counts(rows)])
             self._calls.append(((kind, name), numbers, rows.numel()))
 
     @torch.no_grad()
@@ -270,7 +273,7 @@ class MagnitudeRecorder:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if id(parameter) in watched and parameter.grad is not None:
-                    norm = _norm(parameter.grad)
+                    norm = norm_of(parameter.grad)
                     self._gradients[id(parameter)] = norm if scale is None else norm / scale.to(norm.device)
                     self._old[id(parameter)] = parameter.detach().clone()
 
@@ -282,16 +285,18 @@ class MagnitudeRecorder:
                 "no forward pass of `model` was seen in an update to be recorded: `model` must be the module that the "
                 f"training loop calls, got a {type(self._model).__name__}."
             )
+
+        # One read of the norms of all parameters and the numbers of all calls
         return_to_shards(self._model)
         parameters = {id(p): p for of_module in self._parameters.values() for p in of_module}
         norms = {
-            **{("weights", key): _norm(parameter) for key, parameter in parameters.items()},
+            **{("weights", key): norm_of(parameter) for key, parameter in parameters.items()},
             **{("gradients", key): norm for key, norm in self._gradients.items()},
-            **{("old", key): _norm(old) for key, old in self._old.items()},
-            **{("changes", key): _norm_of_difference(parameters[key], old) for key, old in self._old.items()},
+            **{("old", key): norm_of(old) for key, old in self._old.items()},
+            **{("changes", key): norm_of_difference(parameters[key], old) for key, old in self._old.items()},
         }
-        whole = _sum_over_shards(list(norms.values()), [parameters[key] for _, key in norms])
-        numbers = _fetch([*whole, *(numbers for _, numbers, _ in self._calls)])
+        whole = norms_over_shards(list(norms.values()), [parameters[key] for _, key in norms])
+        numbers = fetch([*whole, *(numbers for _, numbers, _ in self._calls)])
         norms = {key: norm for key, (norm,) in zip(norms, numbers, strict=False)}
         calls: dict[tuple[str, str], list[tuple[list[float], int]]] = {}
         for (key, _, count), of_call in zip(self._calls, numbers[len(norms) :], strict=True):
@@ -307,11 +312,12 @@ class MagnitudeRecorder:
                 )
         self._calls, self._gradients, self._old = [], {}, {}
 
+        # From numbers to named values
         entry: dict = {"step": self.num_updates}
         for name, of_module in self._parameters.items():
-            entry |= _of_parameters(name, of_module, norms)
+            entry |= values_of_parameters(name, of_module, norms)
         for (kind, name), of_name in calls.items():
-            entry |= _of_calls(kind, name, of_name)
+            entry |= values_of_calls(kind, name, of_name)
         if self.history:
             self.history[-1] = without_histograms(self.history[-1])
         self.history.append(dict(sorted(entry.items(), key=lambda item: item[0] != "step")))
@@ -359,82 +365,3 @@ def _is_swapped_linear(module: nn.Module) -> bool:
 
 def _is_measurable(value) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() > 0
-
-
-@torch.no_grad()
-def _norm(tensor: torch.Tensor) -> torch.Tensor:
-    tensor, dtype = local(tensor), compute_dtype(tensor.dtype)
-    if tensor.is_sparse:  # the gradient of a sparse embedding
-        tensor = tensor.coalesce().values()
-    # PyTorch takes no norms of float8, in which layerwise casting stores weights.
-    return torch.linalg.vector_norm(tensor.to(dtype) if tensor.itemsize == 1 else tensor, dtype=dtype)
-
-
-def _norm_of_difference(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    dtype = compute_dtype(new.dtype)
-    return torch.linalg.vector_norm(local(new).to(dtype) - local(old).to(dtype))
-
-
-def _angle_counts(angles: torch.Tensor) -> torch.Tensor:
-    # Sorted, because no histogram of CUDA is deterministic.
-    turns = angles / (2 * math.pi)
-    turns = (turns - turns.round()).sort().values
-    edges = torch.linspace(-0.5, 0.5, NUM_ANGLE_BINS + 1, device=angles.device, dtype=angles.dtype)[1:]
-    up_to = torch.searchsorted(turns, edges, right=True)
-    return torch.diff(up_to, prepend=torch.zeros_like(up_to[:1])).to(angles.dtype)
-
-
-def _sum_over_shards(norms: list[torch.Tensor], parameters: list[nn.Parameter]) -> list[torch.Tensor]:
-    """Norms of whole parameters from those of their shards, by one reduction for each mesh of processes."""
-    norms, shards = list(norms), {}
-    for index, parameter in enumerate(parameters):
-        for dim, placement in enumerate(getattr(parameter, "placements", ())):
-            if placement.is_shard():
-                shards.setdefault((parameter.device_mesh, dim), []).append(index)
-    for (mesh, dim), indices in shards.items():
-        squares = torch.stack([norms[index] for index in indices]).square()
-        dist.all_reduce(squares, group=mesh.get_group(dim))
-        for index, norm in zip(indices, squares.sqrt(), strict=True):
-            norms[index] = norm
-    return norms
-
-
-def _fetch(tensors: list[torch.Tensor]) -> list[list[float]]:
-    """All numbers of all tensors, which are on one device or on several, in one read of the host."""
-    device = tensors[0].device
-    numbers = iter(torch.cat([tensor.reshape(-1).to(device) for tensor in tensors]).tolist())
-    return [[next(numbers) for _ in range(tensor.numel())] for tensor in tensors]
-
-
-def _of_parameters(name: str, parameters: list[nn.Parameter], norms: dict[tuple[str, int], float]) -> dict[str, float]:
-    values = {}
-    for quantity in ("weights", "gradients"):
-        measured = [(norms[quantity, id(p)], p.numel()) for p in parameters if (quantity, id(p)) in norms]
-        if measured:
-            values[f"magnitude/{quantity}/{name}"] = _root_mean_square(measured)
-    old, change = (
-        math.hypot(*(norms.get((quantity, id(p)), 0.0) for p in parameters)) for quantity in ("old", "changes")
-    )
-    if old != 0:
-        values[f"relative_update/{name}"] = change / old
-    return values
-
-
-def _of_calls(kind: str, name: str, calls: list[tuple[list[float], int]]) -> dict:
-    numbers, counts = zip(*calls, strict=True)
-    if kind == "activations":
-        return {f"magnitude/activations/{name}": _root_mean_square([(norm, n) for (norm,), n in calls])}
-    sums, norms, maxima, *bins = zip(*numbers, strict=True)
-    values = {
-        f"{kind}/mean/{name}": sum(sums) / sum(counts),
-        f"{kind}/rms/{name}": _root_mean_square(zip(norms, counts, strict=True)),
-        f"{kind}/max/{name}": max(maxima),
-    }
-    if kind == "rotate":
-        values[f"{HISTOGRAM}{name}"] = [round(sum(counts_of_bin)) for counts_of_bin in bins]
-    return values
-
-
-def _root_mean_square(norms_and_counts: Iterable[tuple[float, int]]) -> float:
-    norms, counts = zip(*norms_and_counts, strict=True)
-    return math.hypot(*norms) / math.sqrt(sum(counts))

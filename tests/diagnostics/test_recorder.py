@@ -10,7 +10,7 @@ from recorded_models import DIT, Conditioned, Stack, Times, num_hooks, site, tra
 from torch import nn
 
 from diffusers_mp import GateModulation, MagnitudeRecorder, RotationModulation, swap_adaln_for_rotation
-from diffusers_mp.diagnostics.recorder import NUM_ANGLE_BINS
+from diffusers_mp.diagnostics.magnitudes import NUM_ANGLE_BINS
 from diffusers_mp.modulation import Modulation
 
 
