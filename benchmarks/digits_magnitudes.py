@@ -35,6 +35,10 @@ from diffusers_mp.training import (
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.append(str(EXAMPLES))
+import demo  # noqa: E402
+
+
 EMA_STDS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.21, 0.25)
 # The paper's 1e-2 for magnitude-preserving models; ten times its 1e-4 for the others, since runs are short.
 LEARNING_RATES = {configuration: 1e-3 if configuration in "AB" else 1e-2 for configuration in CONFIGURATIONS}
@@ -149,14 +153,9 @@ def main():
     args = parse_args()
     disable_progress_bar()
     start = time.perf_counter()
-    run(EXAMPLES / "digits.py", "--output_dir", args.output_dir / "digits")
-    if not (args.output_dir / "vae" / "config.json").is_file():
-        run(
-            EXAMPLES / "train_digits_vae.py",
-            *("--train_data_dir", args.output_dir / "digits" / "train"),
-            *("--output_dir", args.output_dir / "vae"),
-            *("--max_train_steps", args.vae_steps),
-        )
+    digits = demo.split_digits()["train"]
+    demo.write_image_folder(args.output_dir / "digits" / "train", digits)
+    demo.train_vae(args.output_dir / "vae", digits, args.vae_steps, seed=0)
     folders = {configuration: train(args, configuration) for configuration in args.configurations}
     records = {name: folder / "logs" / "magnitudes.json" for name, folder in folders.items()}
     print(head(facts_of_run()))

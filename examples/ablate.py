@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ablation_report
-import digits
+import demo
 import numpy as np
 import torch
 import train_mpdit
@@ -264,12 +264,12 @@ def prepare(args):
     file = args.output_dir / "judge.json"
     with lock(args, "prepare"):
         if not file.is_file():
-            scans, judged = load_digits(), digits.split_digits()["judge"].numbers
+            scans, judged = load_digits(), demo.split_digits()["judge"].numbers
             pictures = [Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8)) for scan in scans.images]
             others = np.setdiff1d(np.arange(len(pictures)), judged)
-            digits.write_image_folder(
+            demo.write_image_folder(
                 args.output_dir / "digits",
-                digits.LabelledImages([pictures[number] for number in others], scans.target[others], others),
+                demo.LabelledImages([pictures[number] for number in others], scans.target[others], others),
             )
             dataset, id2label = load_image_dataset(
                 args.output_dir / "digits", cache_dir=str(args.output_dir / "cache")
@@ -278,7 +278,7 @@ def prepare(args):
                 dataset,
                 args.output_dir / "latents",
                 vae=None,
-                resolution=digits.SCAN_SIZE,
+                resolution=demo.SCAN_SIZE,
                 id2label=id2label,
                 num_channels=1,
             )
@@ -300,7 +300,7 @@ class Judge(nn.Module):
             *(nn.Conv2d(1, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.SiLU()),
             *(nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 4 * 4, self.NUM_FEATURES), nn.SiLU()),
         )
-        self.head = nn.Linear(self.NUM_FEATURES, len(digits.CLASS_NAMES))
+        self.head = nn.Linear(self.NUM_FEATURES, len(demo.CLASS_NAMES))
 
     def forward(self, images):
         features = self.body(images.float() / 127.5 - 1)
@@ -481,7 +481,7 @@ def measure(args, run, folder, judge):
             "nearest_training_ratio": (nearest / usual).item(),
         }
         if scale == GUIDANCE_SCALES[0]:
-            first = [int((wanted == digit).nonzero()[0]) for digit in range(len(digits.CLASS_NAMES))]
+            first = [int((wanted == digit).nonzero()[0]) for digit in range(len(demo.CLASS_NAMES))]
             result["pictures"] = samples[first, 0].tolist()
     return result
 

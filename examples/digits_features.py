@@ -8,7 +8,7 @@ their Fréchet distance from other real ones, which a perfect model would have t
 
 import functools
 
-import digits
+import demo
 import torch
 from sklearn.neural_network import MLPClassifier
 
@@ -21,11 +21,11 @@ def classifier():
     """A network with 16 hidden units, fitted on the `judge` part of the digits, which no generative model has seen.
 
     Returns:
-        sklearn.neural_network.MLPClassifier: of `digits.features`; the same each time, with the same scikit-learn.
+        sklearn.neural_network.MLPClassifier: of `demo.features`; the same each time, with the same scikit-learn.
     """
-    judge = digits.split_digits()["judge"]
+    judge = demo.split_digits()["judge"]
     network = MLPClassifier((16,), solver="lbfgs", alpha=0.1, max_iter=2000, random_state=0)
-    return network.fit(digits.features(judge.images), judge.labels)
+    return network.fit(demo.features(judge.images), judge.labels)
 
 
 def hidden_units(images):
@@ -38,18 +38,18 @@ def hidden_units(images):
     """
     network = classifier()
     grey = images.double().mean(dim=1, keepdim=True) / 255
-    pixels = torch.nn.functional.adaptive_avg_pool2d(grey, digits.SCAN_SIZE).flatten(1)
+    pixels = torch.nn.functional.adaptive_avg_pool2d(grey, demo.SCAN_SIZE).flatten(1)
     weight, bias = torch.from_numpy(network.coefs_[0]), torch.from_numpy(network.intercepts_[0])
     return (pixels @ weight.to(pixels) + bias.to(pixels)).relu()
 
 
 def main():
-    splits = digits.split_digits()
+    splits = demo.split_digits()
     real, others = splits["held_out"], splits["train"]
-    read = classifier().predict(digits.features(real.images)) == real.labels
+    read = classifier().predict(demo.features(real.images)) == real.labels
     statistics = []
     for part in (real, others):
-        pixels = torch.from_numpy(digits.features(part.images) * 255).round().to(torch.uint8).view(-1, 1, 8, 8)
+        pixels = torch.from_numpy(demo.features(part.images) * 255).round().to(torch.uint8).view(-1, 1, 8, 8)
         statistics.append(RunningStatistics().update(hidden_units(pixels.expand(-1, 3, -1, -1))))
     first, second = statistics
     distance = frechet_distance(first.mean, first.covariance, second.mean, second.covariance)

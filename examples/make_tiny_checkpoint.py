@@ -17,8 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import demo
 import diffusers
-import digits
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ def train(work_dir, learning_rate, max_train_steps):
     command = [
         *(sys.executable, EXAMPLES / "train_mpdit.py"),
         *("--train_data_dir", work_dir / "digits" / "train"),
-        *("--resolution", digits.SCAN_SIZE, "--vae", "none", "--image_channels", 1),
+        *("--resolution", demo.SCAN_SIZE, "--vae", "none", "--image_channels", 1),
         *("--latents_dir", work_dir / "latents"),
         *("--model_config_name_or_path", work_dir / "model.json"),
         *("--output_dir", folder),
@@ -125,7 +125,7 @@ def generate(pipe, num_images_per_class):
     """
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     images = pipe(
-        class_labels=digits.CLASS_NAMES,
+        class_labels=demo.CLASS_NAMES,
         num_images_per_class=num_images_per_class,
         num_inference_steps=NUM_INFERENCE_STEPS,
         guidance_scale=GUIDANCE_SCALE,
@@ -188,9 +188,9 @@ def print_tables(runs, untrained):
 
 
 def main(args):
-    splits = digits.split_digits()
+    splits = demo.split_digits()
     for name, split in splits.items():
-        digits.write_image_folder(args.work_dir / "digits" / name, split)
+        demo.write_image_folder(args.work_dir / "digits" / name, split)
     runs = {rate: train(args.work_dir, rate, num_updates) for rate, num_updates in RATES.items()}
     run = next(iter(runs.values()))
 
@@ -202,14 +202,14 @@ def main(args):
     untrained = held_out_losses(untrained_model, training_scheduler, latents)
     images, labels = generate(pipe, NUM_JUDGED)
     real = splits["held_out"]
-    judge = digits.fit_judge(splits["judge"].images, splits["judge"].labels)
-    within = digits.within_class_ratio(images, labels, real)
-    nearest = digits.nearest_training_ratio(images, labels, real, splits["train"])
+    judge = demo.fit_judge(splits["judge"])
+    within = demo.within_class_ratio(images, labels, real)
+    nearest = demo.nearest_training_ratio(images, labels, real, splits["train"])
     measured = {
         "held-out loss (squared error + bound in bits)": f"{losses['loss']:.6f}",
         f"samples at guidance {GUIDANCE_SCALE:g}, {NUM_INFERENCE_STEPS} steps of DPM-Solver": len(images),
-        "of them a judge reads as asked": f"{digits.recognised(judge, images, labels):.1%}",
-        "of real digits it reads": f"{digits.recognised(judge, real.images, real.labels):.1%}",
+        "of them a judge reads as asked": f"{demo.recognised(judge, images, labels):.1%}",
+        "of real digits it reads": f"{demo.recognised(judge, real.images, real.labels):.1%}",
         "distance within a class, real digits = 1": f"{within:.2f}",
         "distance to the nearest training image, real digits = 1": f"{nearest:.2f}",
     }

@@ -21,15 +21,16 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import digits
+import demo
 import finetune_rotation
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import train_digits_vae
 from ablation_report import table, text
 from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from torch import nn
+
+from diffusers_mp.files import whole_folder
 
 
 ARMS = {
@@ -72,9 +73,9 @@ def parse_args(argv=None):
 
 
 def main(args):
-    splits = digits.split_digits()
-    digits.write_image_folder(args.output_dir / "digits" / "train", splits["train"])
-    make_vae(args)
+    splits = demo.split_digits()
+    demo.write_image_folder(args.output_dir / "digits" / "train", splits["train"])
+    make_vae(args, splits["train"])
     for seed in args.seeds:
         base = run(args, splits, f"base_seed{seed}", start_pipeline(args, seed), seed, base_arguments(args))
         for arm in ("drop", "mean"):
@@ -117,20 +118,24 @@ def settings_of(args):
 # What is trained
 
 
-def make_vae(args):
+def make_vae(args, digits):
     """The VAE of all seeds; its scaling factor makes latents of variance 1."""
-    folder = args.output_dir / "vae"
+    folder, unscaled = args.output_dir / "vae", args.output_dir / "unscaled_vae"
     if (folder / "config.json").is_file():
         return
-    unfinished = folder.with_name("vae.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    train_data_dir = args.output_dir / "digits" / "train"
-    argv = ["--train_data_dir", train_data_dir, "--output_dir", unfinished, "--max_train_steps", args.vae_steps]
-    vae = train_digits_vae.main(train_digits_vae.parse_args([*map(str, argv)]))
-    _, std, _ = train_digits_vae.latent_statistics(vae, train_digits_vae.read_images(train_data_dir, 1))
-    vae.register_to_config(scaling_factor=1 / std.item())
-    vae.save_pretrained(unfinished)
-    unfinished.rename(folder)
+    demo.train_vae(unscaled, digits, args.vae_steps, seed=0)
+    vae = AutoencoderKL.from_pretrained(unscaled)
+    vae.register_to_config(scaling_factor=1 / latent_std(vae, demo.pixels_of(digits)))
+    with whole_folder(folder) as unfinished:
+        vae.save_pretrained(unfinished)
+
+
+@torch.no_grad()
+def latent_std(vae, pixels):
+    """Standard deviation of draws from the posteriors, of a VAE with one latent channel."""
+    posteriors = [vae.encode(batch).latent_dist for batch in pixels.split(128)]
+    of_means = torch.cat([posterior.mean for posterior in posteriors]).var((0, 2, 3))
+    return (of_means + torch.cat([posterior.var for posterior in posteriors]).mean((0, 2, 3))).sqrt().item()
 
 
 def start_pipeline(args, seed):
@@ -144,8 +149,8 @@ def start_pipeline(args, seed):
         **{**MODEL, "num_layers": args.num_layers},
         in_channels=vae.config.latent_channels,
         out_channels=2 * vae.config.latent_channels,
-        sample_size=digits.IMAGE_SIZE // train_digits_vae.DOWNSAMPLING_FACTOR,
-        num_embeds_ada_norm=len(digits.CLASS_NAMES),
+        sample_size=demo.IMAGE_SIZE // 4,
+        num_embeds_ada_norm=len(demo.CLASS_NAMES),
     )
     for name, module in transformer.named_modules():
         if name.endswith("norm1.linear") or name == "proj_out_1":
@@ -215,13 +220,13 @@ def run(args, splits, name, base, seed, arguments):
 
 def judged(args, splits, folder, seed):
     """What a judge reads in samples of a run, and how they vary within a class."""
-    labels = np.repeat(np.arange(len(digits.CLASS_NAMES)), args.num_images_per_class)
+    labels = np.repeat(np.arange(len(demo.CLASS_NAMES)), args.num_images_per_class)
     pipeline = DiTPipeline.from_pretrained(folder)
     images = sample(pipeline, torch.tensor(labels), args, torch.Generator().manual_seed(seed))
-    judge = digits.fit_judge(splits["judge"].images, splits["judge"].labels)
+    judge = demo.fit_judge(splits["judge"])
     return {
-        "recognised": digits.recognised(judge, images, labels),
-        "within_class_ratio": digits.within_class_ratio(images, labels, splits["held_out"]),
+        "recognised": demo.recognised(judge, images, labels),
+        "within_class_ratio": demo.within_class_ratio(images, labels, splits["held_out"]),
     }
 
 
@@ -287,8 +292,8 @@ def report(args, splits):
     plot(args, {label: runs[label] for label in map("`{}`".format, ARMS)}, runs["base"], figure)
     records = [json.loads(path.read_text()) for path in (args.output_dir / "records").glob("*.json")]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "accelerate", "scikit-learn"))
-    judge = digits.fit_judge(splits["judge"].images, splits["judge"].labels)
-    real = digits.recognised(judge, splits["held_out"].images, splits["held_out"].labels)
+    judge = demo.fit_judge(splits["judge"])
+    real = demo.recognised(judge, splits["held_out"].images, splits["held_out"].labels)
     dates = sorted(record["date"] for record in records)
     facts = {
         **vars(args),
@@ -296,7 +301,7 @@ def report(args, splits):
         "machine": "; ".join(sorted({record["machine"] for record in records})),
         "dates": dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}",
         "seeds": f"{len(args.seeds)} seeds",
-        "num_samples": len(digits.CLASS_NAMES) * args.num_images_per_class,
+        "num_samples": len(demo.CLASS_NAMES) * args.num_images_per_class,
         "versions": f"Python {platform.python_version()}, {versions}",
         "minutes": sum(record["cpu_seconds"] for record in records) / 60,
         "num_runs": len(records),

@@ -67,13 +67,13 @@ def examples_run_here(monkeypatch):
 @pytest.fixture
 def few_digits(examples_run_here, monkeypatch):
     """A hundred digits of each part instead of all: what is run and written is the same."""
-    import digits
+    import demo
 
     few = {
-        part: digits.LabelledImages(of_part.images[:100], of_part.labels[:100], of_part.numbers[:100])
-        for part, of_part in digits.split_digits().items()
+        part: demo.LabelledImages(of_part.images[:100], of_part.labels[:100], of_part.numbers[:100])
+        for part, of_part in demo.split_digits().items()
     }
-    monkeypatch.setattr(digits, "split_digits", lambda: few)
+    monkeypatch.setattr(demo, "split_digits", lambda: few)
 
 
 @pytest.fixture(scope="session")

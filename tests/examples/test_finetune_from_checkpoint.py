@@ -21,7 +21,7 @@ from diffusers_mp.files import sha256_of_weights
 
 
 sys.path.insert(0, str(ROOT / "examples"))
-import digits
+import demo
 import train_mpdit
 import training_arguments
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("examples_run_here")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Thirty pictures each of the digits 7 and 3, which the checkpoint knows, and of a negative, which it does not."""
-    folder, real = tmp_path_factory.mktemp("data"), digits.split_digits()["judge"]
+    folder, real = tmp_path_factory.mktemp("data"), demo.split_digits()["judge"]
     for name, digit in (("7", 7), ("3", 3), ("negative", 7)):
         (folder / name).mkdir()
         for number in np.flatnonzero(real.labels == digit)[:30]:
@@ -105,8 +105,8 @@ def test_the_run_starts_from_the_weights_and_keeps_rows_by_name(data, tmp_path, 
 
 
 def test_all_the_same_classes_are_all_the_same_weights(tmp_path, monkeypatch):
-    real = digits.split_digits()["judge"]
-    digits.write_image_folder(tmp_path / "digits", real)
+    real = demo.split_digits()["judge"]
+    demo.write_image_folder(tmp_path / "digits", real)
     run = start_of(tmp_path / "digits", tmp_path / "run", monkeypatch)
     base = load_file(TINY / "transformer" / WEIGHTS)
     assert all(torch.equal(value, base[name]) for name, value in run.transformer.state_dict().items())

@@ -31,14 +31,14 @@ pytestmark = pytest.mark.usefixtures("examples_run_here")
 def base(tmp_path_factory):
     """A stock pipeline whose shifts matter, and 60 digits of 896, in ten classes."""
     sys.path.insert(0, str(EXAMPLES))
-    import digits
+    import demo
 
     sys.path.remove(str(EXAMPLES))
     folder = tmp_path_factory.mktemp("base")
-    train = digits.split_digits()["train"]
+    train = demo.split_digits()["train"]
     few = np.concatenate([np.flatnonzero(train.labels == digit)[:6] for digit in range(10)])
-    few = digits.LabelledImages([train.images[i] for i in few], train.labels[few], train.numbers[few])
-    digits.write_image_folder(folder / "images", few)
+    few = demo.LabelledImages([train.images[i] for i in few], train.labels[few], train.numbers[few])
+    demo.write_image_folder(folder / "images", few)
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
         num_layers=2,
@@ -469,74 +469,6 @@ def test_plain_fine_tuning_goes_on_from_a_swapped_base(base, tmp_path):
     assert type(DiTPipeline.from_pretrained(tmp_path / "run").transformer).__name__ == SWAPPED
 
 
-def experiment(folder, *more):
-    import rotation_digits
-
-    options = {
-        "--output_dir": folder,
-        "--max_train_steps": 4,
-        "--finetune_steps": 2,
-        "--validation_steps": 1,
-        "--train_batch_size": 64,
-        "--vae_steps": 4,
-        "--num_layers": 1,
-        "--num_images_per_class": 2,
-        "--num_inference_steps": 2,
-        "--num_validation_images": 8,
-        "--report": folder / "report" / "swap.md",
-    }
-    argv = [*sum(options.items(), ()), *more]
-    args = rotation_digits.parse_args(list(map(str, argv)))
-    rotation_digits.main(args)
-    return args
-
-
-@pytest.mark.usefixtures("few_digits")
-@pytest.mark.slow  # 21 runs of the experiment; the script itself is run above
-def test_experiment_is_resumed_run_by_run_and_reported(tmp_path, monkeypatch):
-    import rotation_digits
-
-    small = {"num_attention_heads": 1, "attention_head_dim": 8}
-    monkeypatch.setattr(rotation_digits, "MODEL", {**rotation_digits.MODEL, **small})
-    args = experiment(tmp_path, "--seeds", 0, 1, "--learning_rates", 1e-4, 1e-2)
-    records = {path: path.read_bytes() for path in (tmp_path / "records").iterdir()}
-    # For each seed a base, two swaps without training and five arms; and five arms at the other rate.
-    assert len(records) == 2 * 8 + 5
-    for arm in rotation_digits.ARMS:
-        losses = {
-            rate: rotation_digits.read(args, f"{arm}_lr{rate:g}_seed0")["final"]["loss"] for rate in (1e-4, 1e-2)
-        }
-        assert losses[rotation_digits.best_rate(args, arm)] == min(losses.values())
-    report = tmp_path / "report" / "swap.md"
-    text = report.read_text()
-    for label in (
-        "base",
-        "(a) right after `drop`",
-        "(b) right after `mean`",
-        "`control`",
-        "`distillation`",
-        "2 seeds",
-    ):
-        assert label in text
-    assert (tmp_path / "report" / "swap_loss.png").stat().st_size > 10_000
-
-    report.write_text(text + "\nIt works.\n")
-    lost = tmp_path / "records" / "mean_lr0.0001_seed0.json"
-    lost.unlink()
-    experiment(tmp_path, "--seeds", 0, 1, "--learning_rates", 1e-4, 1e-2)
-    again = {path: path.read_bytes() for path in (tmp_path / "records").iterdir()}
-    assert [path for path in records if again[path] != records[path]] in ([], [lost])
-    # The run that was done again gave the same, but for the time it took.
-    first, second = json.loads(records[lost]), json.loads(again[lost])
-    assert {**first, "cpu_seconds": 0} == {**second, "cpu_seconds": 0}
-    assert report.read_text().endswith("## Conclusions\n\nIt works.\n")
-    assert f"- machine: {first['machine']}\n" in text
-    with pytest.raises(
-        ValueError, match="settings of this command, .*'finetune_steps': 3.* has .*'finetune_steps': 2"
-    ):
-        experiment(tmp_path, "--seeds", 0, "--finetune_steps", 3)
-
-
 @pytest.mark.slow
 def test_two_processes_train_the_run_of_one(base, tmp_path):
     whole = finetune(base, tmp_path / "whole", "--train_batch_size", "16", "--swap", "anneal")
@@ -544,16 +476,3 @@ def test_two_processes_train_the_run_of_one(base, tmp_path):
     run_processes(EXAMPLES / "finetune_rotation.py", *arguments(base, tmp_path / "two", "--swap", "anneal"))
     two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     assert two["final"]["loss"] == pytest.approx(whole["final"]["loss"], rel=1e-4)
-
-
-@pytest.mark.slow
-def test_experiment_at_minute_scale(tmp_path):
-    import rotation_digits
-
-    small = ("--max_train_steps", 300, "--finetune_steps", 75, "--vae_steps", 100, "--num_layers", 3)
-    args = experiment(tmp_path, "--seeds", 0, "--learning_rates", 1e-3, "--train_batch_size", 32, *small)
-    losses = {arm: rotation_digits.read(args, f"{arm}_lr0.001_seed0") for arm in rotation_digits.ARMS}
-    base = rotation_digits.read(args, "base_seed0")
-    assert base["final"]["loss"] < 0.6 * base["before"]["loss"]
-    assert losses["mean"]["after_swap"]["relative_error"] < losses["drop"]["after_swap"]["relative_error"]
-    assert losses["drop"]["final"]["loss"] < losses["drop"]["after_swap"]["loss"]
