@@ -11,12 +11,15 @@ import diffusers
 import torch
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
 def facts_of_run(device: str | torch.device = "cpu") -> dict[str, str]:
     """Of this process. Cores are those it may use, which in a container are not all that there are."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
     return {
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {cores} cores, {torch.get_num_threads()} threads, {_processor()}",
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU",
         # An environment variable of PyTorch's, of which a command shows nothing.

@@ -16,6 +16,7 @@ from diffusers_mp.presets import CONFIGURATIONS
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+BENCHMARKS = ROOT / "benchmarks"
 FIXTURES = ROOT / "tests" / "fixtures"
 GOLDEN = FIXTURES / "golden"
 TINY = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8, "sample_size": 8, "num_classes": 10}

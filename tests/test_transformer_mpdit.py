@@ -15,7 +15,6 @@ import pytest
 import torch
 from helpers import (
     FLAGS,
-    ROOT,
     from_golden,
     golden_config,
     golden_names,
@@ -349,45 +348,6 @@ def test_initial_rows_and_tables():
     weight = plain.transformer_blocks[0].ff.linear_1.weight
     bound = math.sqrt(6 / (256 + 1024))
     assert 0.99 * bound < weight.abs().max() <= bound
-
-
-# Magnitudes
-
-
-@pytest.fixture(scope="module")
-def block_magnitudes():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        return importlib.import_module("block_magnitudes")
-
-
-def test_block_magnitudes_of_s2_stay_bounded_and_fall_by_averaging_alone(block_magnitudes):
-    model = MPDiTTransformer2DModel(**get_preset("S/2", "E")).eval()
-    measured = block_magnitudes.block_magnitudes(model, batch_size=4)
-    outputs = [numbers["output"] for numbers in measured]
-    assert len(outputs) == 12
-    assert all(0.4 < output < 1.1 for output in outputs)
-    assert outputs[0] == pytest.approx(0.95, abs=0.05)
-    assert outputs[-1] == pytest.approx(0.65, abs=0.15)
-    # Attention loses magnitude, feed-forward hardly any.
-    assert all(numbers["attention"] < 1 for numbers in measured)
-    assert measured[0]["attention"] < 0.75
-    assert all(0.85 < numbers["feed_forward"] < 1.15 for numbers in measured)
-    # Without the average over tokens nothing is lost.
-    model.set_attn_processor(block_magnitudes.SelfOnlyAttnProcessor())
-    measured = block_magnitudes.block_magnitudes(model, batch_size=4)
-    assert all(0.93 < numbers["output"] < 1.07 for numbers in measured)
-
-
-def test_block_magnitudes_table_has_a_row_for_each_block(block_magnitudes, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["benchmarks/block_magnitudes.py", "--sizes", "XS/8", "--batch_size", "2"])
-    block_magnitudes.main()
-    printed = capsys.readouterr().out
-    assert "`python benchmarks/block_magnitudes.py --sizes XS/8 --batch_size 2`" in printed
-    rows = [line for line in printed.splitlines() if line.startswith("| ") and line[2].isdigit()]
-    assert len(rows) == 6
-    # Zero gates: at the start a block of A changes nothing.
-    assert len({row.split("|")[4] for row in rows}) == 1
 
 
 # What PyTorch does with a model

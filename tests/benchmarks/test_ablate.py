@@ -5,22 +5,17 @@ import json
 import math
 import multiprocessing
 import signal
-import sys
 
+import ablate
+import ablation_report
 import numpy as np
 import pytest
 import torch
-from helpers import EXAMPLES
+from helpers import BENCHMARKS
 from PIL import Image
 from processes import start
 
 from diffusers_mp.training import split_validation
-
-
-sys.path.insert(0, str(EXAMPLES))
-
-import ablate
-import ablation_report
 
 
 MINIATURE = [
@@ -224,10 +219,11 @@ def finished(tmp_path_factory):
     # Dies as from `kill -9` right after the first checkpoint: only the first update has been made.
     killed = f"""
 import os, signal, sys
-sys.path.insert(0, {str(EXAMPLES)!r})
+sys.path.insert(0, {str(BENCHMARKS / "quality")!r})
 import torch
 torch.set_num_threads(1)
-import ablate, train_mpdit
+import ablate
+from shared import train_mpdit
 ablate.JUDGE_STEPS = {JUDGE_STEPS}
 save = train_mpdit.save_checkpoint
 def save_and_die(*args):

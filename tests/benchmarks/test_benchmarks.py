@@ -1,24 +1,17 @@
 """The benchmarks run and write what they say; what times come out is not asserted."""
 
 import collections
-import importlib
 import itertools
 import json
 import os
-import sys
 
 import pytest
-from helpers import ROOT, reset_accelerate
+import timing
+from helpers import BENCHMARKS
 from processes import run_python
+from timing import quiet_rounds, ratio, take_turns
 
-
-BENCHMARKS = ROOT / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import timing  # noqa: E402
-from timing import quiet_rounds, ratio, take_turns  # noqa: E402
-
-from diffusers_mp import get_preset  # noqa: E402
+from diffusers_mp import get_preset
 
 
 # argv: a script and its arguments.
@@ -139,19 +132,6 @@ def test_parts_prints_its_tables():
         assert sum(map(sum, times[:-2])) == pytest.approx(sum(times[-1]), rel=0.3)
 
 
-@pytest.fixture
-def run_here(monkeypatch, capsys):
-    """A script in this process: a new one takes longer to start than these runs."""
-
-    def run_here(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        capsys.readouterr()
-        importlib.import_module(script.removesuffix(".py")).main()
-        return capsys.readouterr().out
-
-    return run_here
-
-
 @pytest.mark.slow  # test_fused has each trick; this shows a table
 def test_operations_prints_a_row_for_each_trick(monkeypatch, run_here):
     import operations
@@ -200,43 +180,3 @@ def test_recorder_cost_prints_its_table(run_here):
         "| the same divided by the default stride 100",
     ]
     assert all(row.count("%") == 3 for row in rows)
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.usefixtures("few_digits")
-@pytest.mark.slow  # recorder, trainer and plots, each of which has its tests
-def test_digits_magnitudes_goes_on_after_a_kill_and_draws(tmp_path, monkeypatch, run_here):
-    import digits_magnitudes
-    import train_mpdit
-
-    def example(script, *arguments):
-        module = importlib.import_module(script.stem)
-        try:
-            module.main(module.parse_args([*map(str, arguments)]))
-        finally:
-            reset_accelerate()
-
-    def kill(*args):
-        raise Killed
-
-    monkeypatch.setattr(digits_magnitudes, "run", example)
-    small = ("--max_train_steps", "4", "--vae_steps", "4", "--num_validation_images", "8")
-    more = ("--configurations", "E", "--ema_stds", "0.05", "0.1")
-    command = ("digits_magnitudes.py", "--output_dir", str(tmp_path), *small, *more)
-    with monkeypatch.context() as of_the_first_run:
-        of_the_first_run.setattr(train_mpdit, "finish", kill)
-        with pytest.raises(Killed):
-            run_here(*command)
-    vae = (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
-    printed = run_here(*command)
-    assert f"Resuming from {tmp_path / 'E' / 'checkpoint-'}" in printed
-    assert (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == vae
-    assert "| E, block | attention, out / in |" in printed
-    for width in ("0.05", "0.1"):
-        assert f"E, average of width {width}: held-out loss" in printed
-    pictures = {path.stem: path.stat().st_size for path in (tmp_path / "pictures").iterdir()}
-    assert set(pictures) == {f"magnitudes_{name}" for name in ("blocks", "time", "angles", "ema", "samples")}
-    assert min(pictures.values()) > 10_000

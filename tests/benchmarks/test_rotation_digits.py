@@ -1,15 +1,11 @@
 """The experiment that compares the ways of swapping, in small."""
 
 import json
-import sys
 
 import pytest
-import torch
-from helpers import EXAMPLES, tiny_vae
-
-
-sys.path.insert(0, str(EXAMPLES))
 import rotation_digits
+import torch
+from helpers import tiny_vae
 
 
 pytestmark = pytest.mark.usefixtures("examples_run_here")

@@ -2,23 +2,19 @@
 
 import json
 import struct
-import sys
 from pathlib import Path
 
+import make_tiny_checkpoint
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from helpers import ROOT
 from PIL import Image
+from shared import demo
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, normalize_weights_
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
-
-
-sys.path.insert(0, str(ROOT / "examples"))
-import demo
-import make_tiny_checkpoint
 
 
 TINY = ROOT / "docs" / "tiny"

@@ -1,6 +1,6 @@
 """Magnitude of the tokens after each block at initialisation, configurations E and A side by side.
 
-    python benchmarks/block_magnitudes.py --sizes S/2 XL/2
+    python benchmarks/quality/block_magnitudes.py --sizes S/2 XL/2
 
 Gaussian latents of 4x16x16, random timesteps and classes, every gain at 0 as at the start of training. Five more
 columns say why tokens of E lose magnitude, as means over the seeds: what attention and feed-forward return relative
@@ -12,7 +12,7 @@ feed-forwards. Prints Markdown; asserts nothing.
 import argparse
 
 import torch
-from facts import facts_of_run, head
+from shared import facts
 
 from diffusers_mp import MPDiTTransformer2DModel, MPLeakyReLU, functional, get_preset
 from diffusers_mp.transformer_mpdit import MPDiTAttnProcessor
@@ -121,7 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     print("# Magnitude after each block at initialisation\n")
-    print(head(facts_of_run()))
+    print(facts.head(facts.facts_of_run()))
     print(f"- {arguments.batch_size} Gaussian latents of {'x'.join(map(str, LATENT_SHAPE))} for each seed, gains at 0")
     for size in arguments.sizes:
         print(f"\n## {size}\n")

@@ -1,6 +1,8 @@
-"""Features of digits for evaluate.py, where no network can be downloaded: `--extractors digits_features:hidden_units`.
+"""Features of digits for evaluate.py, where no network can be downloaded.
 
-    python examples/digits_features.py
+    PYTHONPATH=benchmarks/quality python examples/evaluate.py --extractors digits_features:hidden_units ...
+
+    python benchmarks/quality/digits_features.py
 
 prints what real digits score: how well the classifier behind the features reads those that it was not fitted on, and
 their Fréchet distance from other real ones, which a perfect model would have too.
@@ -8,8 +10,8 @@ their Fréchet distance from other real ones, which a perfect model would have t
 
 import functools
 
-import demo
 import torch
+from shared import demo
 from sklearn.neural_network import MLPClassifier
 
 from diffusers_mp import frechet_distance

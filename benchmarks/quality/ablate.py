@@ -1,6 +1,6 @@
 """What does each part of the magnitude-preserving transformer do? Real digits, and for every arm a rate of its own.
 
-    python examples/ablate.py --output_dir ablation --report docs/results/ablation.md
+    python benchmarks/quality/ablate.py --output_dir ablation --report docs/results/ablation.md
 
 Arms are configurations A to D with DiT's own modulation, and E with ten modulations. All have equal data, updates and
 batches, and runs of one seed the same order and noise. Every arm first tries its rates on the first seed; the one of
@@ -31,15 +31,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ablation_report
-import demo
 import numpy as np
 import torch
-import train_mpdit
-import training_arguments
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from shared import demo, train_mpdit
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -417,7 +415,7 @@ def train(args, run, folder):
     num_done = 0 if checkpoint is None else read_state(checkpoint)["step"]
     start = time.process_time()
     with (args.output_dir / "runs" / f"{run.name}.log").open("a") as log, contextlib.redirect_stderr(log):
-        train_mpdit.main(training_arguments.parse_args([*map(str, sum(options.items(), ()))]))
+        train_mpdit.main(train_mpdit.parse_args([*map(str, sum(options.items(), ()))]))
     seconds = time.process_time() - start
     if not (folder / "model_index.json").is_file():
         raise SystemExit(f"stopped by a signal in {run.name}; the same command goes on")
@@ -503,7 +501,7 @@ def report(args, facts):
             results[arm.name] = [record for record in records if record is not None and "failure" not in record]
     ablation_report.write_report(
         args.report,
-        command=shlex.join(["python", "examples/ablate.py", *sys.argv[1:]]),
+        command=shlex.join(["python", "benchmarks/quality/ablate.py", *sys.argv[1:]]),
         sweeps=sweeps,
         results=results,
         facts=facts,

@@ -1,6 +1,6 @@
 """Magnitudes of five configurations trained on the demo's digits: the pictures of docs/diagnostics.md.
 
-    python benchmarks/digits_magnitudes.py --output_dir digits_magnitudes
+    python benchmarks/quality/digits_magnitudes.py --output_dir digits_magnitudes
 
 Trains a small VAE and, by examples/train_mpdit.py with `--record_magnitudes_steps`, a model of each configuration on
 its latents, then draws what was recorded, the held-out loss of averages of many widths, and samples. What a broken-off
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils.logging import disable_progress_bar
-from facts import facts_of_run, head
+from shared import EXAMPLES, demo, facts
 from torch.utils.data import DataLoader
 
 from diffusers_mp import MagnitudeRecorder, MPDiTPipeline, reconstruct_ema
@@ -32,11 +32,6 @@ from diffusers_mp.training import (
     validation_losses,
     validation_timesteps,
 )
-
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.append(str(EXAMPLES))
-import demo  # noqa: E402
 
 
 EMA_STDS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.21, 0.25)
@@ -66,7 +61,7 @@ def train(args, configuration):
     folder = args.output_dir / configuration
     if (folder / "model_index.json").is_file():
         return folder
-    model = {**json.loads((EXAMPLES / "digits_model.json").read_text()), **CONFIGURATIONS[configuration]}
+    model = {**json.loads(Path(__file__).with_name("digits_model.json").read_text()), **CONFIGURATIONS[configuration]}
     (args.output_dir / f"{configuration}.json").write_text(json.dumps(model))
     run(
         EXAMPLES / "train_mpdit.py",
@@ -158,7 +153,7 @@ def main():
     demo.train_vae(args.output_dir / "vae", digits, args.vae_steps, seed=0)
     folders = {configuration: train(args, configuration) for configuration in args.configurations}
     records = {name: folder / "logs" / "magnitudes.json" for name, folder in folders.items()}
-    print(head(facts_of_run()))
+    print(facts.head(facts.facts_of_run()))
     first, last = args.configurations[0], args.configurations[-1]
     print_branches(folders[last], args.seed)
     figures = {

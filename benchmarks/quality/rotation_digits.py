@@ -1,6 +1,6 @@
 """Does swapping AdaLN's shifts for rotations work? A stock DiT on real digits, swapped and fine-tuned in five ways.
 
-    python examples/rotation_digits.py --output_dir rotation_digits --report docs/results/rotation_swap.md
+    python benchmarks/quality/rotation_digits.py --output_dir rotation_digits --report docs/results/rotation_swap.md
 
 For each seed a diffusers `DiTTransformer2DModel` is trained from scratch on the latents of the digits, and then
 fine-tuned by every arm with the same number of updates, the same batches and the same noise: `control` without a
@@ -21,13 +21,12 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import demo
-import finetune_rotation
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from ablation_report import table, text
 from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from shared import demo, finetune_rotation
 from torch import nn
 
 from diffusers_mp.files import whole_folder
@@ -297,7 +296,7 @@ def report(args, splits):
     dates = sorted(record["date"] for record in records)
     facts = {
         **vars(args),
-        "command": shlex.join(["python", "examples/rotation_digits.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/quality/rotation_digits.py", *sys.argv[1:]]),
         "machine": "; ".join(sorted({record["machine"] for record in records})),
         "dates": dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}",
         "seeds": f"{len(args.seeds)} seeds",

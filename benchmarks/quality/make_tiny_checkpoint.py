@@ -1,6 +1,6 @@
 """Train the tiny checkpoint of docs/tiny: digits of 8x8 pixels, 237,077 parameters, a few minutes of one core.
 
-    python examples/make_tiny_checkpoint.py --work_dir build/tiny --output_dir docs/tiny
+    python benchmarks/quality/make_tiny_checkpoint.py --work_dir build/tiny --output_dir docs/tiny
 
 Trains by train_mpdit.py on half of scikit-learn's digits, then again at the paper's learning rate and at two wrong
 ones. Leaves a pipeline with its card, its log, its samples and its curves in `output_dir`, everything else in
@@ -17,7 +17,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import demo
 import diffusers
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,6 +24,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
+from shared import EXAMPLES, demo
 from torch.utils.data import DataLoader
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel
@@ -40,7 +40,6 @@ from diffusers_mp.training import (
 )
 
 
-EXAMPLES = Path(__file__).parent
 MODEL = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16, "patch_size": 2}
 SEED, BATCH_SIZE, NUM_HELD_OUT, NUM_LEVELS = 0, 64, 96, 8
 MAX_TRAIN_STEPS = 3000
@@ -224,7 +223,7 @@ def main(args):
     write_model_card(
         run,
         license="apache-2.0",
-        data="half of the digits that scikit-learn ships, 8x8 grey pixels, written by examples/digits.py",
+        data="half of the digits that scikit-learn ships, 8x8 grey pixels, written by examples/demo.py",
         sample_grid=grid,
         num_images_seen=MAX_TRAIN_STEPS * BATCH_SIZE,
         hardware=f"one thread of {platform.machine()}, no GPU",
@@ -235,7 +234,7 @@ def main(args):
         shutil.copyfile(run / name, args.output_dir / name)
     draw_curves(args.output_dir / "learning_rates.png", runs, untrained)
 
-    print("\n- command: `python examples/make_tiny_checkpoint.py`")
+    print("\n- command: `python benchmarks/quality/make_tiny_checkpoint.py`")
     print(f"- machine: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
     print(f"- versions: Python {platform.python_version()}, {versions}\n- date: {datetime.date.today()}")
