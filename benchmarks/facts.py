@@ -1,10 +1,11 @@
-"""What stands beside every number: the command, the machine, the versions and the date."""
+"""What stands beside every number: the command, the machine, the versions and the date; and tables of them."""
 
 import datetime
 import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import diffusers
@@ -31,8 +32,13 @@ def facts_of_run(device: str | torch.device = "cpu") -> dict[str, str]:
 
 def head(facts: dict[str, str]) -> str:
     """The same as the first lines of a list in Markdown."""
-    lines = [f"- {name}: {facts[name]}" for name in ("machine", "device", "huge pages", "versions", "date")]
-    return "\n".join([f"- command: `{facts['command']}`", *lines])
+    names = [name for name in ("machine", "device", "huge pages", "versions", "date") if name in facts]
+    return "\n".join([f"- command: `{facts['command']}`", *(f"- {name}: {facts[name]}" for name in names)])
+
+
+def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (header, ["---"] * len(header), *rows))
 
 
 def _processor() -> str:

@@ -9,6 +9,7 @@ docs/imagenet.md.
 
 import torch
 from diffusers import AutoencoderKL
+from facts import table
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_mp import MPDiTTransformer2DModel, get_preset
@@ -87,11 +88,7 @@ def tables() -> str:
     second = ["resolution", "encoder, GFLOP an image", *(f"encoding, {gpu} h" for gpu in gpus)]
     second += ["latents, GiB", "with flips, GiB"]
     with torch.device("meta"):
-        filled = (first, rows_of_models()), (second, rows_of_latents())
-        return "\n\n".join(
-            "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
-            for header, rows in filled
-        )
+        return f"{table(first, rows_of_models())}\n\n{table(second, rows_of_latents())}"
 
 
 if __name__ == "__main__":

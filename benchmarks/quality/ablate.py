@@ -1,6 +1,7 @@
 """What does each part of the magnitude-preserving transformer do? Real digits, and for every arm a rate of its own.
 
-    python benchmarks/quality/ablate.py --output_dir ablation --report docs/results/ablation.md
+    python benchmarks/quality/ablate.py --output_dir ablation --report docs/results/ablation.md \
+        --records benchmarks/records/ablation.jsonl
 
 Arms are configurations A to D with DiT's own modulation, and E with ten modulations. All have equal data, updates and
 batches, and runs of one seed the same order and noise. Every arm first tries its rates on the first seed; the one of
@@ -16,38 +17,32 @@ import argparse
 import contextlib
 import datetime
 import fcntl
-import hashlib
 import json
 import math
-import os
-import platform
 import re
-import shlex
 import shutil
-import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import ablation_report
 import numpy as np
 import torch
+from ablation_judge import distance, facts_of_judge, fit_judge, load_judge
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from shared import demo, train_mpdit
+from safetensors.torch import save_file
+from shared import demo, facts_of_run, read_log, train_mpdit
 from sklearn.datasets import load_digits
-from torch import nn
 
-from diffusers_mp import MPDiTPipeline, frechet_distance, get_preset
+from diffusers_mp import MPDiTPipeline, get_preset
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.latents import LatentDataset
 from diffusers_mp.diagnostics.history import load_history
-from diffusers_mp.evaluation.frechet import RunningStatistics
 from diffusers_mp.evaluation.generation import NonFiniteImageError, generate_images
+from diffusers_mp.files import read_json, sha256_of_file, whole_file, write_json
 from diffusers_mp.training import (
     NonFiniteError,
     find_checkpoints,
@@ -109,6 +104,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("ablation"), help="folder for everything but the report")
     add("--report", type=Path, help="write the tables of all records here, and the figures beside them")
+    add("--records", type=Path, help="with --report: write all records here, a line for each run")
     add("--only", default="", help="regular expression: arms to run, by a part of their names, as in E_scale")
     add("--max_hours", type=float, default=math.inf, help="begin no run after these; 0 trains nothing")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights, data and noise; the first one for rates")
@@ -246,14 +242,6 @@ def lock(args, name, blocking=True):
             yield True
 
 
-def write_json(file, content):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # By process: arms at work in two of them have one file of their model.
-    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    unfinished.replace(file)
-
-
 # Data and judge
 
 
@@ -263,11 +251,11 @@ def prepare(args):
     with lock(args, "prepare"):
         if not file.is_file():
             scans, judged = load_digits(), demo.split_digits()["judge"].numbers
-            pictures = [Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8)) for scan in scans.images]
-            others = np.setdiff1d(np.arange(len(pictures)), judged)
+            scaled = [Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8)) for scan in scans.images]
+            others = np.setdiff1d(np.arange(len(scaled)), judged)
             demo.write_image_folder(
                 args.output_dir / "digits",
-                demo.LabelledImages([pictures[number] for number in others], scans.target[others], others),
+                demo.LabelledImages([scaled[number] for number in others], scans.target[others], others),
             )
             dataset, id2label = load_image_dataset(
                 args.output_dir / "digits", cache_dir=str(args.output_dir / "cache")
@@ -280,47 +268,12 @@ def prepare(args):
                 id2label=id2label,
                 num_channels=1,
             )
-            images = np.stack([np.asarray(pictures[number]) for number in judged])
+            images = np.stack([np.asarray(scaled[number]) for number in judged])
             judge = fit_judge(torch.tensor(images)[:, None], torch.tensor(scans.target[judged]), JUDGE_STEPS)
             save_file(judge.state_dict(), args.output_dir / "judge.safetensors")
-            write_json(file, facts_of(args, judge))
+            sha256 = sha256_of_file(args.output_dir / "judge.safetensors")
+            write_json(file, {"sha256": sha256, **facts_of_judge(judge, *read_digits(args))})
     return json.loads(file.read_text())
-
-
-class Judge(nn.Module):
-    """A small convolutional network: uint8 digits, (B, 1, 8, 8), to 32 features and the logits of ten classes."""
-
-    NUM_FEATURES = 32
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(
-            *(nn.Conv2d(1, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.SiLU()),
-            *(nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 4 * 4, self.NUM_FEATURES), nn.SiLU()),
-        )
-        self.head = nn.Linear(self.NUM_FEATURES, len(demo.CLASS_NAMES))
-
-    def forward(self, images):
-        features = self.body(images.float() / 127.5 - 1)
-        return features, self.head(features)
-
-
-def fit_judge(images, labels, num_steps):
-    """The judge of the digits that no generative model sees, each moved by up to a pixel."""
-    torch.manual_seed(0)
-    judge = Judge().train()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    for _ in range(num_steps):
-        chosen = torch.randint(len(images), (64,))
-        down, across = torch.randint(-1, 2, (2,)).tolist()
-        moved = torch.roll(nn.functional.pad(images[chosen], (1, 1, 1, 1)), (down, across), (2, 3))[..., 1:-1, 1:-1]
-        loss = nn.functional.cross_entropy(judge(moved)[1], labels[chosen])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return judge.eval()
 
 
 def read_digits(args):
@@ -329,28 +282,6 @@ def read_digits(args):
     samples = [latents.read(index) for index in range(len(latents))]
     images = torch.stack([sample["mean"] for sample in samples])
     return ((images + 1) * 127.5).round().byte(), torch.tensor([sample["label"] for sample in samples])
-
-
-@torch.no_grad()
-def facts_of(args, judge, num_splits=20):
-    """What the judge reads in real digits, and the distance between halves of them."""
-    images, labels = read_digits(args)
-    features, logits = judge(images)
-    generator = torch.Generator().manual_seed(0)
-    halves = [torch.randperm(len(images), generator=generator).chunk(2) for _ in range(num_splits)]
-    file = args.output_dir / "judge.safetensors"
-    return {
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "accuracy": (logits.argmax(1) == labels).double().mean().item(),
-        "num_real": len(images),
-        "floor": float(np.mean([distance(features[one], features[other]) for one, other in halves])),
-    }
-
-
-def distance(features, others):
-    """Fréchet distance between two sets of features."""
-    one, other = RunningStatistics().update(features), RunningStatistics().update(others)
-    return frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
 
 
 # One run
@@ -365,14 +296,12 @@ def do(args, run, facts):
         "arm": run.arm.name,
         "learning_rate": run.learning_rate,
         "seed": run.seed,
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate")},
+        **facts_of_run(),
     }
     start = time.process_time()
     try:
         record |= train(args, run, folder)
-        record |= measure(args, run, folder, load_judge(args))
+        record |= measure(args, run, folder, load_judge(args.output_dir))
     except FAILURES as error:
         record["failure"] = str(error)
     record["cpu_seconds"] = time.process_time() - start
@@ -380,12 +309,6 @@ def do(args, run, facts):
     # Weights and averages stay, for other measures; what training would need to go on does not.
     for checkpoint in find_checkpoints(folder):
         shutil.rmtree(checkpoint)
-
-
-def load_judge(args):
-    judge = Judge()
-    judge.load_state_dict(load_file(args.output_dir / "judge.safetensors"))
-    return judge.eval()
 
 
 def train(args, run, folder):
@@ -419,7 +342,7 @@ def train(args, run, folder):
     seconds = time.process_time() - start
     if not (folder / "model_index.json").is_file():
         raise SystemExit(f"stopped by a signal in {run.name}; the same command goes on")
-    log = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    log = read_log(folder)
     validations = [entry for entry in log if "validation/loss" in entry]
     speeds = [entry["train/images_per_second"] for entry in log if "train/images_per_second" in entry]
     magnitudes = load_history(folder / "logs" / "magnitudes.json")
@@ -444,7 +367,7 @@ def train(args, run, folder):
 
 @torch.no_grad()
 def measure(args, run, folder, judge):
-    """What the judge says of samples, how near they are to training images, and a sample of each digit."""
+    """What the judge says of samples, and how near they are to training images."""
     images, labels = read_digits(args)
     pipeline = MPDiTPipeline.from_pretrained(folder)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
@@ -478,9 +401,6 @@ def measure(args, run, folder, judge):
             "recognised": (logits.argmax(1) == wanted).double().mean().item(),
             "nearest_training_ratio": (nearest / usual).item(),
         }
-        if scale == GUIDANCE_SCALES[0]:
-            first = [int((wanted == digit).nonzero()[0]) for digit in range(len(demo.CLASS_NAMES))]
-            result["pictures"] = samples[first, 0].tolist()
     return result
 
 
@@ -501,17 +421,16 @@ def report(args, facts):
             results[arm.name] = [record for record in records if record is not None and "failure" not in record]
     ablation_report.write_report(
         args.report,
-        command=shlex.join(["python", "benchmarks/quality/ablate.py", *sys.argv[1:]]),
         sweeps=sweeps,
         results=results,
         facts=facts,
         settings={name: getattr(args, name) for name in SETTINGS},
         num_planned=sum(len(sweep) + len(args.seeds) - 1 for sweep in sweeps.values()),
     )
-    if args.report.is_file():
-        # With the report goes what it was made of.
-        folder = args.report.with_name(f"{args.report.stem}_records")
-        shutil.copytree(args.output_dir / "records", folder, dirs_exist_ok=True)
+    if args.records is not None:
+        files = sorted((args.output_dir / "records").glob("*.json"))
+        with whole_file(args.records) as unfinished:
+            unfinished.write_text("".join(json.dumps(read_json(file)) + "\n" for file in files))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""The report of ablate.py: statistics, tables and figures of its records; rotation_digits.py writes its cells too.
+"""The report of ablate.py: tables and figures of its records.
 
-Means come with 95 % intervals of Student's t over seeds, and arms are compared in pairs of equal seed: equal data,
-order and noise. Three seeds give 2.5 standard deviations to either side, so that only large effects stand out.
+Arms are compared in pairs of equal seed: equal data, order and noise.
 """
 
 import math
@@ -9,7 +8,8 @@ import re
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import t as student
+from report import head_of, interval, signed, text, write_page
+from shared import table
 
 from diffusers_mp.diagnostics import plots
 
@@ -30,19 +30,9 @@ CLAIMS = (
     ("E takes longer than A", "update_cpu_ms", ADALN, CONFIGURATIONS[0], 8.5),
 )
 PROBE_RATE = 1e-4
-CONCLUSIONS = "## Conclusions\n"
 
 
 # Statistics
-
-
-def interval(values):
-    """Mean of n values and half of its 95 % interval of Student's t, which is nan for one value."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return float(values.mean()), math.nan
-    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean()), float(half)
 
 
 def changes(records, references, name):
@@ -86,27 +76,9 @@ def magnitudes(entry, quantity):
 # Tables
 
 
-def text(values, digits=2, factor=1.0):
-    """Mean ± half an interval."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return "–"
-    mean, half = interval(factor * np.asarray(values, dtype=float))
-    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
-
-
-def signed(values, digits=1):
-    return text(values, digits) if not values or np.mean(values) < 0 else f"+{text(values, digits)}"
-
-
 def title(arm):
     configuration, modulation = arm.split("_")
     return f"{configuration}, {modulation.replace('+', ' + ')}"
-
-
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
 def claims_table(results, sweeps):
@@ -245,42 +217,16 @@ def levels_table(results):
 # Figures
 
 
-def figures(results, sweeps):
+def figures(results):
     """Name of each figure to the figure."""
     results = {arm: records for arm, records in results.items() if records}
     named = {**{arm: arm[0] for arm in CONFIGURATIONS}, ROTATION: "E, rotation"}
     return {
-        "rates": plot_rates(sweeps),
         "frechet": plot_frechet(results),
         "magnitudes": plots.plot_blocks(
             {name: results[arm][0]["magnitudes"] for arm, name in named.items() if arm in results}
         ),
-        "samples": plots.plot_samples(
-            {title(arm): np.asarray(records[0]["pictures"], dtype=np.uint8) for arm, records in results.items()},
-            columns=list(range(10)),
-        ),
     }
-
-
-def plot_rates(sweeps):
-    """Validation loss of the first seed over the rate."""
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    shown = {arm: losses(sweep) for arm, sweep in sweeps.items() if losses(sweep)}
-    for index, (arm, of_rates) in enumerate(shown.items()):
-        rates = sorted(of_rates)
-        style = {
-            "color": f"C{index % 10}",
-            "linestyle": "-" if index < 10 else "--",
-            "marker": "osD^v<>ph*X8dP"[index % 14],
-        }
-        axes.plot(rates, [of_rates[rate] for rate in rates], label=title(arm), markersize=4, alpha=0.8, **style)
-    axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="validation loss, first seed")
-    for formats in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formats("{x:g}")
-    axes.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside right center", fontsize="small", frameon=False)
-    return figure
 
 
 def plot_frechet(results):
@@ -302,12 +248,11 @@ def plot_frechet(results):
 # The file
 
 
-def write_report(file, command, sweeps, results, facts, settings, num_planned):
-    """Write the tables and figures; what stands below the conclusions of a former report is kept.
+def write_report(file, sweeps, results, facts, settings, num_planned):
+    """Write the tables, and the figures beside them; what stands above the numbers of a former report is kept.
 
     Args:
         file (Path): the report; figures go beside it as `<stem>_<name>.png`.
-        command (str): that makes it.
         sweeps (dict): names of arms to rates to records of the first seed, with the seeds that have failed at the rate
             as `failed_seeds`; None where there is none yet.
         results (dict): names of arms to records at their best rate, one for each seed, failed ones left out.
@@ -322,22 +267,12 @@ def write_report(file, command, sweeps, results, facts, settings, num_planned):
         print("no arm has all its rates yet: nothing to report")
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    pictures = {name: f"{file.stem}_{name}.png" for name in ("rates", "frechet", "magnitudes", "samples")}
-    for name, figure in figures(results, sweeps).items():
-        figure.savefig(file.with_name(pictures[name]))
-
-    def all_of(name):
-        return "; ".join(sorted({str(record[name]) for record in records}))
-
-    versions = {", ".join(f"{name} {value}" for name, value in record["versions"].items()) for record in records}
-    dates = sorted(record["date"] for record in records)
-    former = file.read_text() if file.is_file() else ""
+    figure_files = {name: f"{file.stem}_{name}.png" for name in ("frechet", "magnitudes")}
+    for name, figure in figures(results).items():
+        figure.savefig(file.with_name(figure_files[name]))
     quality = quality_table(results, sweeps)
     filled = TEMPLATE.format(
-        command=command,
-        machine=all_of("machine"),
-        versions="; ".join(sorted(versions)),
-        dates=dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}",
+        head=head_of(records),
         hours=sum(record["cpu_seconds"] for record in records) / 3600,
         num_runs=len(records),
         num_planned=num_planned,
@@ -352,25 +287,17 @@ def write_report(file, command, sweeps, results, facts, settings, num_planned):
         tried=sweep_table(sweeps),
         magnitudes=magnitudes_table(results),
         levels=levels_table(results),
-        pictures=pictures,
-        records=f"{file.stem}_records",
+        figures=figure_files,
         perfect=facts["floor"] * (1 / settings["num_samples"] + 1 / facts["num_real"]) / (4 / facts["num_real"]),
         **settings,
         **facts,
     )
-    file.write_text(filled + former.partition(CONCLUSIONS)[2])
-    print(f"wrote {file} of {len(records)} runs; what stood below its conclusions was kept: see that it still holds")
+    write_page(file, filled)
 
 
-TEMPLATE = (
-    """# Ablation on digits
-
-- command: `{command}`
-- machine: {machine}, shared with other work
-- versions: {versions}
-- date: {dates}
-- records of all runs, these and others that were tried: `{records}/`
-- {hours:.1f} core hours for {num_runs} of {num_planned} runs, of which {num_failed} became not finite
+TEMPLATE = """{head}
+- {hours:.1f} core hours for {num_runs} of {num_planned} runs, of which {num_failed} became not finite, on a machine
+  with other work; records of these runs and of others that were tried: `benchmarks/records/ablation.jsonl`
 
 Real digits of 8×8 pixels, {num_layers} blocks of width {width}, patches of 2×2, {max_train_steps} updates of
 {train_batch_size}: the same data, updates and batches for every arm, and the same order and noise for runs of one
@@ -384,7 +311,7 @@ Mean ± 95 % interval (Student's t) over seeds. Three seeds make these wide: 2.5
 - Fréchet: distance between {num_samples} samples and all {num_real} real digits that the judge has not seen, in the 32
   features below the logits of a small convolutional network, the judge. Samples are of the digits in proportion to the
   data, {num_inference_steps} steps of DPM-Solver without guidance; "guided" with a scale of 2. Two random halves of
-  the real digits are {floor:.1f} apart; as a finite number of pictures adds to the distance in inverse proportion, a
+  the real digits are {floor:.1f} apart; as a finite number of images adds to the distance in inverse proportion, a
   perfect model would be at about {perfect:.1f} here. These numbers compare with
   nothing but each other: an FID is of Inception features.
 - Recognised: samples in which the judge reads the digit asked for (real digits: {accuracy:.1%}).
@@ -392,57 +319,40 @@ Mean ± 95 % interval (Student's t) over seeds. Three seeds make these wide: 2.5
   model repeats what it was trained on.
 - Validation loss: of {num_validation_images} digits held out of training, at 8 fixed noise levels with fixed noise.
 - ms: time of an update, median over the run; CPU ms: processor time of it, validation and logs included. The machine
-  had other work, so that the latter is the better one, and [speed](../design/performance.md) is where to look.
+  had other work, so that the latter is the better one, and [speed](speed.md) is where to look.
 
-## What the paper says
+### What the paper says
 
 Changes are relative, paired by seed. A claim is resolved where the interval excludes no change; it agrees in size
 where the interval contains the paper's number. Those are of ImageNet, 30 M weights and 400 000 updates.
 
 {claims}
 
-## All arms
+### All arms
 
 {quality}
-
-![Fréchet distance of each arm]({pictures[frechet]})
 
 Paired by seed:
 
 {pairs}
 
-## Rates
+### Learning rates
 
 Validation loss, and Fréchet distance, of the first seed at every rate that was tried. In bold the one that was taken.
 {edges}
 
 {tried}
 
-![validation loss over the rate]({pictures[rates]})
-
-## Magnitudes
+### Magnitudes
 
 Root mean square of what blocks return, at the first update and the last, and of their weights. Unit rows have a fixed
-magnitude, which D and E return to after every update.
+magnitude, which D and E return to after every update. The [figure]({figures[magnitudes]}) shows the first seed.
 
 {magnitudes}
 
-First seed; A to E with scale + shift + gate, and E with scale + rotate + gate:
-
-![magnitude after each block]({pictures[magnitudes]})
-
-## Noise levels
+### Noise levels
 
 Squared error of held-out digits at fixed timesteps.
 
 {levels}
-
-## Samples
-
-One of each digit, first seed, without guidance, from the same noise.
-
-![samples of each arm]({pictures[samples]})
-
 """
-    + CONCLUSIONS
-)

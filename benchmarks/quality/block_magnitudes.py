@@ -12,7 +12,7 @@ feed-forwards. Prints Markdown; asserts nothing.
 import argparse
 
 import torch
-from shared import facts
+from shared import facts_of_run, head, table
 
 from diffusers_mp import MPDiTTransformer2DModel, MPLeakyReLU, functional, get_preset
 from diffusers_mp.transformer_mpdit import MPDiTAttnProcessor
@@ -97,7 +97,7 @@ def measure_size(size: str, seeds: list[int], batch_size: int) -> list[dict[str,
     return rows
 
 
-def table(rows: list[dict[str, float]], seeds: list[int]) -> str:
+def table_of(rows: list[dict[str, float]], seeds: list[int]) -> str:
     columns = {
         **{f"E{seed}": f"E, seed {seed}" for seed in seeds},
         **{f"A{seed}": f"A, seed {seed}" for seed in seeds},
@@ -107,10 +107,10 @@ def table(rows: list[dict[str, float]], seeds: list[int]) -> str:
         "self": "E, no averaging",
         "leaky": "E, leaky ReLU",
     }
-    lines = ["| block | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
-    for index, row in enumerate(rows, start=1):
-        lines.append(f"| {index} | " + " | ".join(f"{row[key]:.3f}" for key in columns) + " |")
-    return "\n".join(lines)
+    return table(
+        ("block", *columns.values()),
+        [(index, *(f"{row[key]:.3f}" for key in columns)) for index, row in enumerate(rows, start=1)],
+    )
 
 
 def main() -> None:
@@ -121,11 +121,11 @@ def main() -> None:
     arguments = parser.parse_args()
 
     print("# Magnitude after each block at initialisation\n")
-    print(facts.head(facts.facts_of_run()))
+    print(head(facts_of_run()))
     print(f"- {arguments.batch_size} Gaussian latents of {'x'.join(map(str, LATENT_SHAPE))} for each seed, gains at 0")
     for size in arguments.sizes:
         print(f"\n## {size}\n")
-        print(table(measure_size(size, arguments.seeds, arguments.batch_size), arguments.seeds), flush=True)
+        print(table_of(measure_size(size, arguments.seeds, arguments.batch_size), arguments.seeds), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,27 +8,22 @@ ones. Leaves a pipeline with its card, its log, its samples and its curves in `o
 """
 
 import argparse
-import datetime
-import json
-import os
 import platform
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import diffusers
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
-from shared import EXAMPLES, demo
+from shared import demo, facts_of_run, head, read_log, run_trainer, table
 from torch.utils.data import DataLoader
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel
 from diffusers_mp.data.latents import LatentDataset
+from diffusers_mp.files import write_json
 from diffusers_mp.publishing.hub import files_to_publish
 from diffusers_mp.publishing.model_card import write_model_card
 from diffusers_mp.training import (
@@ -61,35 +56,30 @@ def parse_args(argv=None):
 
 def train(work_dir, learning_rate, max_train_steps):
     """One run of the trainer, its warm-up and decay those of the long one, unless it is finished or stopped itself."""
-    folder = work_dir / f"rate-{learning_rate:g}"
-
-    def has_ended():
-        return (folder / "model_index.json").is_file() or (folder / "non_finite").is_dir()
-
-    if has_ended():
-        return folder
-    (work_dir / "model.json").write_text(json.dumps(MODEL))
-    command = [
-        *(sys.executable, EXAMPLES / "train_mpdit.py"),
-        *("--train_data_dir", work_dir / "digits" / "train"),
-        *("--resolution", demo.SCAN_SIZE, "--vae", "none", "--image_channels", 1),
-        *("--latents_dir", work_dir / "latents"),
-        *("--model_config_name_or_path", work_dir / "model.json"),
-        *("--output_dir", folder),
-        *("--train_batch_size", BATCH_SIZE),
-        *("--max_train_steps", max_train_steps),
-        *("--learning_rate", learning_rate),
-        *("--lr_warmup_steps", MAX_TRAIN_STEPS // 150, "--lr_constant_steps", MAX_TRAIN_STEPS // 10),
-        *("--ema_stds", 0.05),
-        *("--checkpointing_steps", 1000, "--checkpoints_total_limit", 1),
-        *("--validation_steps", 100, "--validation_inference_steps", 10),
-        *("--num_validation_images", NUM_HELD_OUT, "--num_validation_levels", NUM_LEVELS),
-        *("--seed", SEED),
-        *("--resume_from_checkpoint", "latest"),
-    ]
-    status = subprocess.run([*map(str, command)]).returncode
-    if not has_ended():
-        raise RuntimeError(f"the run in {folder} left with status {status}; start again to go on with it")
+    folder, model = work_dir / f"rate-{learning_rate:g}", work_dir / "model.json"
+    write_json(model, MODEL)
+    options = {
+        "--train_data_dir": work_dir / "digits" / "train",
+        "--resolution": demo.SCAN_SIZE,
+        "--vae": "none",
+        "--image_channels": 1,
+        "--latents_dir": work_dir / "latents",
+        "--model_config_name_or_path": model,
+        "--train_batch_size": BATCH_SIZE,
+        "--max_train_steps": max_train_steps,
+        "--learning_rate": learning_rate,
+        "--lr_warmup_steps": MAX_TRAIN_STEPS // 150,
+        "--lr_constant_steps": MAX_TRAIN_STEPS // 10,
+        "--ema_stds": 0.05,
+        "--checkpointing_steps": 1000,
+        "--checkpoints_total_limit": 1,
+        "--validation_steps": 100,
+        "--validation_inference_steps": 10,
+        "--num_validation_images": NUM_HELD_OUT,
+        "--num_validation_levels": NUM_LEVELS,
+        "--seed": SEED,
+    }
+    run_trainer(folder, options)
     return folder
 
 
@@ -135,8 +125,7 @@ def generate(pipe, num_images_per_class):
 
 def read_curve(folder, name):
     """Updates and values of one measure, from the log."""
-    entries = map(json.loads, (folder / "logs" / "metrics.jsonl").read_text().splitlines())
-    return zip(*((entry["step"], entry[name]) for entry in entries if name in entry), strict=True)
+    return zip(*((entry["step"], entry[name]) for entry in read_log(folder) if name in entry), strict=True)
 
 
 def draw_curves(path, runs, untrained):
@@ -165,25 +154,24 @@ def draw_curves(path, runs, untrained):
 
 def print_tables(runs, untrained):
     """Losses over updates in Markdown."""
-    updates = [10, 30, 100, 300, 1000, MAX_TRAIN_STEPS]
-    print(f"\n| update | 0 | {' | '.join(map(str, updates))} |\n|{'---|' * (len(updates) + 2)}")
+    updates, rows = [10, 30, 100, 300, 1000, MAX_TRAIN_STEPS], []
     for rate, folder in runs.items():
         for name, what in (("train/loss", "training"), ("validation/loss", "held out")):
-            steps, values = read_curve(folder, name)
-            curve = dict(zip(steps, values, strict=True))
+            curve = dict(zip(*read_curve(folder, name), strict=True))
             cells = [f"{curve[step]:.4g}" if step in curve else "" for step in updates]
-            first = f"{untrained['loss']:.4g}" if what == "held out" else ""
-            print(f"| {rate:g}, {what} | {first} | {' | '.join(cells)} |")
+            rows.append((f"{rate:g}, {what}", f"{untrained['loss']:.4g}" if what == "held out" else "", *cells))
+    print(f"\n{table(('update', 0, *updates), rows)}")
     folder, updates = next(iter(runs.values())), [100, 300, 1000, MAX_TRAIN_STEPS]
     _, values = read_curve(folder, "train/loss")
     last = np.array(values[-50:])
     print(f"\nThe last 50 entries of training: {last.mean():.4f} ± {last.std(ddof=1):.4f}, each of 10 updates")
-    print(f"\n| timestep | 0 | {' | '.join(map(str, updates))} |\n|{'---|' * (len(updates) + 2)}")
+    rows = []
     for name, value in untrained.items():
         if name.startswith("mse_t"):
             curve = dict(zip(*read_curve(folder, f"validation/{name}"), strict=True))
-            print(f"| {int(name.removeprefix('mse_t'))} | {value:.3f} | ", end="")
-            print(" | ".join(f"{curve[step]:.2g}" for step in updates), "|")
+            timestep = int(name.removeprefix("mse_t"))
+            rows.append((timestep, f"{value:.3f}", *(f"{curve[step]:.2g}" for step in updates)))
+    print(f"\n{table(('timestep', 0, *updates), rows)}")
 
 
 def main(args):
@@ -234,10 +222,7 @@ def main(args):
         shutil.copyfile(run / name, args.output_dir / name)
     draw_curves(args.output_dir / "learning_rates.png", runs, untrained)
 
-    print("\n- command: `python benchmarks/quality/make_tiny_checkpoint.py`")
-    print(f"- machine: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-    print(f"- versions: Python {platform.python_version()}, {versions}\n- date: {datetime.date.today()}")
+    print(f"\n{head(facts_of_run())}")
     print_tables(runs, untrained)
     print("\n" + "\n".join(f"- {name}: {value}" for name, value in measured.items()))
     fine = held_out_losses(pipe.transformer, training_scheduler, latents, num_levels=100)

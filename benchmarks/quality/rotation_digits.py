@@ -10,26 +10,20 @@ swap, and `drop`, `mean`, `anneal`, `distillation` (from `mean`) with one. Seed 
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import shlex
 import shutil
-import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from ablation_report import table, text
 from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
-from shared import demo, finetune_rotation
+from report import head_of, text, write_page
+from shared import MODEL, demo, facts_of_run, finetune_rotation, read_log, table
 from torch import nn
 
-from diffusers_mp.files import whole_folder
+from diffusers_mp.files import read_json, whole_folder, write_json
 
 
 ARMS = {
@@ -45,7 +39,6 @@ SETTINGS = (
     *("max_train_steps", "finetune_steps", "train_batch_size", "learning_rate", "vae_steps", "num_layers"),
     *("num_images_per_class", "num_inference_steps", "guidance_scale", "num_validation_images", "validation_steps"),
 )
-MODEL = json.loads((Path(__file__).parent / "digits_model.json").read_text())
 
 
 def parse_args(argv=None):
@@ -196,21 +189,17 @@ def run(args, splits, name, base, seed, arguments):
     }
     argv = [*sum(options.items(), ()), *arguments]
     finetune_rotation.main(finetune_rotation.parse_args(list(map(str, argv))))
-    log = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    log = read_log(folder)
     measures = {
         "settings": settings_of(args),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        **json.loads((folder / "evaluation.json").read_text()),
+        **facts_of_run(),
+        **read_json(folder / "evaluation.json"),
         "curve": {entry["step"]: entry["validation/loss"] for entry in log if "validation/loss" in entry},
         "samples": judged(args, splits, folder, seed),
         "cpu_seconds": time.process_time() - start,
     }
     del measures["arguments"]
-    record.parent.mkdir(exist_ok=True)
-    unfinished = record.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(measures, indent=2))
-    unfinished.rename(record)
+    write_json(record, measures)
     return folder
 
 
@@ -289,29 +278,22 @@ def report(args, splits):
     figure = args.report.with_name(f"{args.report.stem}_loss.png")
     args.report.parent.mkdir(parents=True, exist_ok=True)
     plot(args, {label: runs[label] for label in map("`{}`".format, ARMS)}, runs["base"], figure)
-    records = [json.loads(path.read_text()) for path in (args.output_dir / "records").glob("*.json")]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "accelerate", "scikit-learn"))
-    judge = demo.fit_judge(splits["judge"])
-    real = demo.recognised(judge, splits["held_out"].images, splits["held_out"].labels)
-    dates = sorted(record["date"] for record in records)
-    facts = {
-        **vars(args),
-        "command": shlex.join(["python", "benchmarks/quality/rotation_digits.py", *sys.argv[1:]]),
-        "machine": "; ".join(sorted({record["machine"] for record in records})),
-        "dates": dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}",
-        "seeds": f"{len(args.seeds)} seeds",
-        "num_samples": len(demo.CLASS_NAMES) * args.num_images_per_class,
-        "versions": f"Python {platform.python_version()}, {versions}",
-        "minutes": sum(record["cpu_seconds"] for record in records) / 60,
-        "num_runs": len(records),
-        "real": real,
-        "rates": ", ".join(f"{arm} {rate:g}" for arm, rate in rates.items()),
-        "first": first,
-    }
-    former = args.report.read_text() if args.report.is_file() else ""
-    filled = TEMPLATE.format(quality=quality, tried=tried, figure=figure.name, **facts)
-    args.report.write_text(filled + former.partition(CONCLUSIONS)[2])
-    print(f"wrote {args.report} and {figure}; what stands below its conclusions was kept: see that it still holds")
+    records = [read_json(path) for path in (args.output_dir / "records").glob("*.json")]
+    judge, held_out = demo.fit_judge(splits["judge"]), splits["held_out"]
+    numbers = TEMPLATE.format(
+        head=head_of(records),
+        minutes=sum(record["cpu_seconds"] for record in records) / 60,
+        num_runs=len(records),
+        seeds=f"{len(args.seeds)} seeds",
+        num_samples=len(demo.CLASS_NAMES) * args.num_images_per_class,
+        real=demo.recognised(judge, held_out.images, held_out.labels),
+        rates=", ".join(f"{arm} {rate:g}" for arm, rate in rates.items()),
+        first=first,
+        quality=quality,
+        tried=tried,
+        **{name: value for name, value in vars(args).items() if name != "seeds"},
+    )
+    write_page(args.report, numbers)
 
 
 def plot(args, arms, base, picture):
@@ -331,14 +313,7 @@ def plot(args, arms, base, picture):
     plt.close(figure)
 
 
-CONCLUSIONS = "## Conclusions\n"
-TEMPLATE = (
-    """# Rotations in the place of a trained DiT's shifts
-
-- command: `{command}`
-- machine: {machine}
-- versions: {versions}
-- date: {dates}
+TEMPLATE = """{head}
 - {minutes:.0f} minutes of one core for {num_runs} runs
 
 A diffusers `DiTTransformer2DModel` is trained from scratch on the latents of real digits
@@ -355,16 +330,11 @@ by a judge fitted on other digits; {num_samples} samples, guidance {guidance_sca
 
 {quality}
 
-![validation loss over updates of fine-tuning]({figure})
-
 Every arm was tried at these rates on seed {first}, with these final validation losses. The best of each was used for
 all seeds: {rates}. What seed {first} says is therefore flattered, for all arms alike.
 
 {tried}
-
 """
-    + CONCLUSIONS
-)
 
 
 if __name__ == "__main__":

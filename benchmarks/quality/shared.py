@@ -1,5 +1,7 @@
-"""The scripts of examples/, which the experiments run as they are, and the facts that stand beside numbers."""
+"""What the experiments share: the scripts of examples/, which they run as they are, and a model for digits."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +11,32 @@ EXAMPLES = BENCHMARKS.parent / "examples"
 sys.path += [str(EXAMPLES), str(BENCHMARKS)]
 
 import demo  # noqa: E402, F401
-import facts  # noqa: E402, F401
 import finetune_rotation  # noqa: E402, F401
 import train_mpdit  # noqa: E402, F401
+from facts import facts_of_run, head, table  # noqa: E402, F401
+
+
+MODEL = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 32, "patch_size": 2}
+
+
+def run_trainer(folder, options):
+    """Run train_mpdit.py with these flags, from its last checkpoint, unless what it leaves is in `folder`.
+
+    Raises:
+        RuntimeError: if it was stopped.
+    """
+
+    def has_ended():
+        return (folder / "model_index.json").is_file() or (folder / "non_finite").is_dir()
+
+    if not has_ended():
+        options = {**options, "--output_dir": folder, "--resume_from_checkpoint": "latest"}
+        words = [EXAMPLES / "train_mpdit.py", *sum(options.items(), ())]
+        status = subprocess.run([sys.executable, *map(str, words)]).returncode
+        if not has_ended():
+            raise RuntimeError(f"the run in {folder} left with status {status}; start again to go on with it")
+
+
+def read_log(folder):
+    """What a run has logged: a dict for each entry."""
+    return [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]

@@ -10,11 +10,13 @@ import ablate
 import ablation_report
 import numpy as np
 import pytest
+import report
 import torch
 from helpers import BENCHMARKS
 from PIL import Image
 from processes import start
 
+from diffusers_mp.files import write_json
 from diffusers_mp.training import split_validation
 
 
@@ -29,14 +31,14 @@ MINIATURE = [
     *("--num_samples", "40"),
     *("--num_inference_steps", "2"),
     *("--plain_learning_rates", "1e-4", "1e-3"),
-    *("--learning_rates", "1e-3", "1e-2"),
+    *("--learning_rates", "1e-2"),
 ]
 # In the process that is killed, which makes the judge.
 JUDGE_STEPS = 60
 ARMS = "^A_|^E_scale.shift.gate"
 RUNS = [
     f"{arm}_lr{rate}_seed0"
-    for arm, rates in {"A_scale+shift+gate": ("0.0001", "0.001"), "E_scale+shift+gate": ("0.001", "0.01")}.items()
+    for arm, rates in {"A_scale+shift+gate": ("0.0001", "0.001"), "E_scale+shift+gate": ("0.01",)}.items()
     for rate in rates
 ]
 
@@ -54,22 +56,22 @@ def run(folder, *more):
 
 
 def test_interval_is_that_of_student():
-    mean, half = ablation_report.interval([1.0, 2.0, 3.0])
+    mean, half = report.interval([1.0, 2.0, 3.0])
     # t of 2 degrees of freedom in closed form: t = (2p - 1) sqrt(2 / (4 p (1 - p))), p = 0.975.
     t = 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025))
     assert mean == 2
     assert half == pytest.approx(t / math.sqrt(3))
-    assert math.isnan(ablation_report.interval([5.0])[1])
+    assert math.isnan(report.interval([5.0])[1])
 
 
 def test_cells_of_tables():
     # Mean 2, standard error 1 / sqrt(3), and 4.3027 is the 97.5 % point of two degrees of freedom.
-    assert ablation_report.text([1, 2, 3], 4) == f"2.0000 ± {4.302653 / 3**0.5:.4f}"
-    assert ablation_report.text([0.5], 1, 100) == "50.0"
-    assert ablation_report.text([None, 0.5]) == "0.50"
-    assert ablation_report.text([None]) == "–"
-    assert ablation_report.signed([1.0]) == "+1.0"
-    assert ablation_report.signed([-1.0]) == "-1.0"
+    assert report.text([1, 2, 3], 4) == f"2.0000 ± {4.302653 / 3**0.5:.4f}"
+    assert report.text([0.5], 1, 100) == "50.0"
+    assert report.text([None, 0.5]) == "0.50"
+    assert report.text([None]) == "–"
+    assert report.signed([1.0]) == "+1.0"
+    assert report.signed([-1.0]) == "-1.0"
 
 
 def record_of(seed, frechet, cpu=10.0):
@@ -166,7 +168,7 @@ def test_seeds_take_the_best_rate_and_leave_failed_ones(tmp_path):
     def record(rate, seed, result):
         run = ablate.Run(arm, rate, seed)
         content = {"settings": ablate.settings_of(args, arm, facts), "learning_rate": rate, **result}
-        ablate.write_json(ablate.record_file(args, run), content)
+        write_json(ablate.record_file(args, run), content)
 
     def planned():
         return [(run.learning_rate, run.seed) for run in ablate.plan(args, facts)]
@@ -238,7 +240,7 @@ ablate.main(ablate.parse_args({arguments!r}))
     assert not list((folder / "records").glob("*.json"))
     assert (folder / "runs" / RUNS[0] / "checkpoint-1").is_dir()
     with (folder / "out.txt").open("w") as out, contextlib.redirect_stdout(out):
-        run(folder, "--report", str(folder / "docs" / "ablation.md"))
+        run(folder, "--report", str(folder / "docs" / "ablation.md"), "--records", str(folder / "ablation.jsonl"))
     return folder
 
 
@@ -253,9 +255,9 @@ def test_killed_run_went_on_at_its_checkpoint(finished):
 
 def test_every_run_has_a_record_with_all_measures(finished):
     found = records(finished)
-    copies = (finished / "docs" / "ablation_records").glob("*")
-    assert {path.stem: json.loads(path.read_text()) for path in copies} == found
-    assert len(found) == 6  # two arms at two rates, then each at its best with the other seed
+    lines = (finished / "ablation.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [found[name] for name in sorted(found)]
+    assert len(found) == 5  # one arm at two rates, one at one, then each at its best with the other seed
     assert set(RUNS) < set(found)
     for name, record in found.items():
         assert record["settings"]["model"]["num_layers"] == 1
@@ -267,7 +269,6 @@ def test_every_run_has_a_record_with_all_measures(finished):
         assert sum(level.startswith("mse_t") for level in record["validation"]) == 8
         assert record["validation"]["loss"] == record["curve"]["4"]
         assert [entry["step"] for entry in record["magnitudes"]] == [1, 4]
-        assert np.shape(record["pictures"]) == (10, 8, 8)
         assert record["update_ms"] > 0
         assert record["update_cpu_ms"] > 0
         weights = [ablation_report.magnitudes(entry, "weights") for entry in record["magnitudes"]]
@@ -281,7 +282,7 @@ def test_runs_of_a_seed_see_the_same_data_and_seeds_others(finished):
     losses = {0: [], 1: []}
     for record in records(finished).values():
         losses[record["seed"]].append(record["curve"]["1"])
-    assert losses[0] == pytest.approx([losses[0][0]] * 4, rel=0.01)
+    assert losses[0] == pytest.approx([losses[0][0]] * 3, rel=0.01)
     assert losses[1] == pytest.approx([losses[1][0]] * 2, rel=0.01)
     assert losses[0][0] != pytest.approx(losses[1][0], rel=0.03)
 
@@ -305,7 +306,7 @@ def test_measures_of_real_digits(finished, monkeypatch, part):
         return torch.stack([images[of_class[digit][n % len(of_class[digit])]] for n, digit in enumerate(asked)])
 
     monkeypatch.setattr(ablate, "generate_images", real_digits)
-    judge = ablate.load_judge(args)
+    judge = ablate.load_judge(args.output_dir)
     result = ablate.measure(args, run, finished / "runs" / RUNS[0], judge)
     facts = json.loads((finished / "judge.json").read_text())
     for scale in ("1", "2"):
@@ -317,9 +318,6 @@ def test_measures_of_real_digits(finished, monkeypatch, part):
     # Classes in the proportions of the data, up to one image.
     shares = torch.bincount(labels, minlength=10) * 1000 / len(labels)
     assert (counts - shares).abs().max() <= 1
-    shown = torch.tensor(result["pictures"], dtype=torch.uint8)
-    for digit in range(10):
-        assert any(torch.equal(shown[digit], image[0]) for image in images[labels == digit])
 
 
 def test_finished_runs_are_not_run_again(finished, monkeypatch):
@@ -334,7 +332,7 @@ def test_no_run_begins_after_max_hours(tmp_path, finished, monkeypatch, capsys):
         (tmp_path / name).write_bytes((finished / name).read_bytes())
     monkeypatch.setattr(ablate, "do", lambda *args: pytest.fail("no time was left"))
     run(tmp_path, "--max_hours", "0")
-    assert "stopped, 4 runs can be done now" in capsys.readouterr().out
+    assert "stopped, 3 runs can be done now" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", ["max_train_steps", "num_samples", "attention_head_dim"])
@@ -346,17 +344,9 @@ def test_records_of_other_settings_are_refused(finished, option):
 def test_report_has_every_arm_and_keeps_conclusions(finished, capsys):
     file = finished / "docs" / "ablation.md"
     text = file.read_text()
-    assert "6 of " in text
-    for heading in (
-        "What the paper says",
-        "All arms",
-        "Rates",
-        "Magnitudes",
-        "Noise levels",
-        "Samples",
-        "Conclusions",
-    ):
-        assert f"\n## {heading}\n" in text
+    assert "for 5 of " in text
+    for heading in ("What the paper says", "All arms", "Learning rates", "Magnitudes", "Noise levels"):
+        assert f"\n### {heading}\n" in text
     found = records(finished)
     for arm in ("A, scale + shift + gate", "E, scale + shift + gate"):
         assert text.count(f"| {arm} |") >= 4
@@ -364,16 +354,15 @@ def test_report_has_every_arm_and_keeps_conclusions(finished, capsys):
     assert f"**{best['validation']['loss']:.4f}, {best['samples']['1']['frechet']:.0f}**" in text
     both = [record for record in found.values() if record["arm"] == best["arm"]]
     both = [record for record in both if record["learning_rate"] == best["learning_rate"]]
-    assert ablation_report.text([record["samples"]["1"]["frechet"] for record in both], 1) in text
+    assert report.text([record["samples"]["1"]["frechet"] for record in both], 1) in text
     assert "magnitude preservation lowers the distance" in text
     assert "rotation needs fewer" not in text  # that arm has no record
-    for name in ("rates", "frechet", "magnitudes", "samples"):
-        assert f"(ablation_{name}.png)" in text
-        picture = np.asarray(Image.open(file.with_name(f"ablation_{name}.png")).convert("L"))
-        assert picture.std() > 5  # something is drawn
-    file.write_text(text + "\nWhat it means.\n")
+    for name in ("frechet", "magnitudes"):
+        figure = np.asarray(Image.open(file.with_name(f"ablation_{name}.png")).convert("L"))
+        assert figure.std() > 5  # something is drawn
+    file.write_text(text.replace("## Numbers", "What it means.\n\n## Numbers"))
     run(finished, "--report", str(file), "--max_hours", "0")
-    assert file.read_text().endswith("## Conclusions\n\nWhat it means.\n")
+    assert file.read_text() == text.replace("## Numbers", "What it means.\n\n## Numbers")
     capsys.readouterr()
 
 
