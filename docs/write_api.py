@@ -36,7 +36,7 @@ SECTIONS = {
         "evaluation.features",
     ],
     "Data": ["data.images", "data.encoding", "data.latents"],
-    "Files": ["files"],
+    "Files and flags": ["files", "arguments"],
     "Publishing": [
         "publishing.hub",
         "publishing.model_card",

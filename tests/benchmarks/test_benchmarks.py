@@ -5,9 +5,10 @@ import itertools
 import json
 import os
 
+import imagenet_cost
 import pytest
 import timing
-from helpers import BENCHMARKS
+from helpers import BENCHMARKS, ROOT
 from processes import run_python
 from timing import quiet_rounds, ratio, take_turns
 
@@ -180,3 +181,9 @@ def test_recorder_cost_prints_its_table(run_here):
         "| the same divided by the default stride 100",
     ]
     assert all(row.count("%") == 3 for row in rows)
+
+
+def test_costs_of_imagenet_are_those_of_the_page():
+    tables = imagenet_cost.tables()
+    assert tables.count("\n") > 12
+    assert tables in (ROOT / "docs" / "imagenet.md").read_text()

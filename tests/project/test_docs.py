@@ -127,13 +127,6 @@ def test_api_pages_have_what_the_documentation_and_the_examples_use(write_api):
     assert {path for path in shown if path.rpartition(".")[2] not in diffusers_mp.__all__} <= called
 
 
-def test_costs_of_imagenet_are_those_of_their_script(capsys):
-    runpy.run_path(str(ROOT / "benchmarks" / "imagenet_cost.py"), run_name="__main__")
-    printed = capsys.readouterr().out
-    assert printed.strip().count("\n") > 12
-    assert printed.strip() in (ROOT / "docs" / "imagenet.md").read_text()
-
-
 def test_tests_that_pages_name_exist():
     named = {name for page in PAGES for name in re.findall(r"`(test_\w+)::(test_\w+)`", page.read_text())}
     assert len(named) > 40
