@@ -47,9 +47,9 @@ test-wheel: $(INSTALLED)  ## build, install in an empty environment, import, typ
 	.venv-wheel/bin/python -P .ci/check_wheel.py
 
 bench: $(INSTALLED)  ## E beside A and diffusers' DiT, about 35 minutes on 2 cores; leave the machine to it
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py --output benchmarks/records/speed
-	HF_HUB_OFFLINE=1 THP_MEM_ALLOC_ENABLE=1 $(BIN)/python benchmarks/parts.py --output benchmarks/records/parts.md
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py --sample_size 32 --batch_size 4 --output benchmarks/records/speed_256_tokens
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed/speed.py --output benchmarks/records/speed
+	HF_HUB_OFFLINE=1 THP_MEM_ALLOC_ENABLE=1 $(BIN)/python benchmarks/speed/parts.py --output benchmarks/records/parts.md
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed/speed.py --sample_size 32 --batch_size 4 --output benchmarks/records/speed_256_tokens
 
 tiny: $(INSTALLED)  ## the checkpoint in docs/tiny, its curves and its evaluation: about 15 minutes on one core
 	rm -rf build/tiny

@@ -8,7 +8,7 @@ from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 EXAMPLES = BENCHMARKS.parent / "examples"
-sys.path += [str(EXAMPLES), str(BENCHMARKS)]
+sys.path += [str(EXAMPLES), str(BENCHMARKS / "speed")]
 
 import demo  # noqa: E402, F401
 import finetune_rotation  # noqa: E402, F401

@@ -31,7 +31,7 @@ RUN_SPEED = f"""
 import contextlib, io, sys, types
 import torch
 torch.set_num_threads(1)
-sys.path.insert(0, {str(BENCHMARKS)!r})
+sys.path.insert(0, {str(BENCHMARKS / "speed")!r})
 import speed
 
 def run(command, **options):
@@ -112,7 +112,7 @@ def test_speed_writes_its_table(tmp_path):
 @pytest.mark.slow  # compiles six models
 def test_parts_prints_its_tables():
     arguments = ("--size", "XS/8", "--batch_size", "2", "--rounds", "3")
-    printed = run_python(RUN, BENCHMARKS / "parts.py", *arguments)
+    printed = run_python(RUN, BENCHMARKS / "speed" / "parts.py", *arguments)
     common = ("products of tokens", "products of the conditioning", "attention")
     update = ("Adam", "forced normalisation", "two averages")
     compiled = ("compiled kernels", "copies, allocation, calls")
@@ -145,7 +145,7 @@ def test_operations_prints_a_row_for_each_trick(monkeypatch, run_here):
     }
     monkeypatch.setattr(operations, "OPERATIONS", of_one_image)
     monkeypatch.setattr(operations, "get_preset", lambda size, **more: get_preset("XS/8", **more))
-    printed = run_here("operations.py", "--rounds", "3", "--size", "XS/8")
+    printed = run_here("speed/operations.py", "--rounds", "3", "--size", "XS/8")
     rows = [line for line in printed.splitlines() if line[:2] == "| "]
     tricks, steps = rows[: 1 + 6 * 3 + 4], rows[1 + 6 * 3 + 4 :]
     assert all(line.count("|") == 5 for line in tricks)
@@ -161,7 +161,7 @@ def test_operations_prints_a_row_for_each_trick(monkeypatch, run_here):
 
 def test_guidance_interval_prints_its_table(run_here):
     printed = run_here(
-        *("guidance_interval.py", "--preset", "XS/8", "--sample_size", "16", "--batch_size", "1"),
+        *("speed/guidance_interval.py", "--preset", "XS/8", "--sample_size", "16", "--batch_size", "1"),
         *("--num_inference_steps", "4", "--rounds", "2", "--device", "cpu"),
     )
     rows = {row.split(" | ")[0]: row.split(" | ")[1:] for row in printed.splitlines() if row[:2] == "| "}
@@ -173,7 +173,7 @@ def test_guidance_interval_prints_its_table(run_here):
 
 
 def test_recorder_cost_prints_its_table(run_here):
-    printed = run_here("recorder_cost.py", "--size", "XS/8", "--batch_size", "1", "--rounds", "2")
+    printed = run_here("speed/recorder_cost.py", "--size", "XS/8", "--batch_size", "1", "--rounds", "2")
     rows = [line for line in printed.splitlines() if line[:2] == "| "][1:]
     assert [row.split(" | ")[0] for row in rows] == [
         "| with a recorder that rests",

@@ -1,6 +1,6 @@
 """What each trick of docs/design/performance.md is worth: the plain formula and what stands in its place.
 
-    python benchmarks/operations.py
+    python benchmarks/speed/operations.py
 
 Tensors of S/2 with 16 latents of 4x16x16: 1024 tokens of 384 channels, 6 heads. "inference" is a forward without
 gradient, "forward" one with, "backward" gives all gradients; each comes after a matrix product, as in a model, which

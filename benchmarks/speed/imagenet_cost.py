@@ -1,6 +1,6 @@
 """What training on ImageNet costs, by arithmetic: FLOPs are counted, the share of a GPU's rate is assumed.
 
-    python benchmarks/imagenet_cost.py
+    python benchmarks/speed/imagenet_cost.py
 
 Counts products of configuration E on meta tensors: nothing is computed, a second is enough. An update is a forward and
 a backward, which is two more; the run is the paper's, 400 000 updates of 256 images. Prints the tables of

@@ -1,6 +1,6 @@
 """Time of sampling with guidance at all noise levels, within an interval of them (arXiv 2404.07724), and nowhere.
 
-    python benchmarks/guidance_interval.py --preset S/2 --num_inference_steps 50
+    python benchmarks/speed/guidance_interval.py --preset S/2 --num_inference_steps 50
 
 The three take turns in one process. Beside each time stands the number of rows that the transformer saw, relative to
 full guidance: what the time would be if nothing but the transformer took any. Weights are those of initialisation,

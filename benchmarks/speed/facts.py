@@ -12,7 +12,7 @@ import diffusers
 import torch
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def facts_of_run(device: str | torch.device = "cpu") -> dict[str, str]:

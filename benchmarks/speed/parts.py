@@ -1,6 +1,6 @@
 """Where E, A and diffusers' DiT spend their time: what they have in common, and what is left to save.
 
-    python benchmarks/parts.py --output benchmarks/records/parts.md
+    python benchmarks/speed/parts.py --output benchmarks/records/parts.md
 
 The models of speed.py, turn by turn: inference and training, eager and compiled. In each round the profiler adds up
 the time of a forward, or of a forward and a backward pass, in products of tokens, products of the conditioning,

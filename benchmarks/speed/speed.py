@@ -1,7 +1,7 @@
 """Speed and memory of configuration E beside A and diffusers' DiT: the same size, the same data, turn by turn.
 
     make bench
-    python benchmarks/speed.py --size S/2 --sample_size 16 --batch_size 16 --output benchmarks/records/speed
+    python benchmarks/speed/speed.py --size S/2 --sample_size 16 --batch_size 16 --output benchmarks/records/speed
 
 Models: E with scale, rotation and gate, and with scale, shift and gate; A with scale, shift and gate, through the same
 operations; diffusers' `DiTTransformer2DModel`. Gains and modulations are drawn: nothing is zero. A training step is

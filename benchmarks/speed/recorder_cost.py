@@ -1,6 +1,6 @@
 """Cost of a MagnitudeRecorder: training updates with and without one, taking turns in one process.
 
-    python benchmarks/recorder_cost.py --size S/2 --batch_size 16
+    python benchmarks/speed/recorder_cost.py --size S/2 --batch_size 16
 
 One model, one optimiser. A round times an update without a recorder, one that is recorded, and one with a recorder
 that rests, as between two records. What a record costs more than a plain update, divided by the stride, is the cost of
