@@ -31,7 +31,7 @@ def classifier():
 
 
 def hidden_units(images):
-    """What the hidden units make of pictures.
+    """What the hidden units make of images.
 
     Args:
         images (torch.Tensor): uint8, shape (B, 3, H, W), H and W at least 8.

@@ -14,21 +14,13 @@ from pathlib import Path
 
 import torch
 from diffusers.utils.logging import disable_progress_bar
-from shared import MODEL, demo, facts_of_run, head, run_trainer, table
-from torch.utils.data import DataLoader
+from shared import MODEL, demo, facts_of_run, head, held_out_losses, run_trainer, table
 
 from diffusers_mp import MagnitudeRecorder, MPDiTPipeline, reconstruct_ema
 from diffusers_mp.data.latents import LatentDataset
 from diffusers_mp.diagnostics import plots
 from diffusers_mp.files import write_json
 from diffusers_mp.presets import CONFIGURATIONS
-from diffusers_mp.training import (
-    DDPMObjective,
-    TrainingSamples,
-    split_validation,
-    validation_losses,
-    validation_timesteps,
-)
 
 
 EMA_STDS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.21, 0.25)
@@ -73,22 +65,16 @@ def train(args, configuration):
     return folder
 
 
-@torch.no_grad()
 def losses_of_averages(args, folder):
     """Held-out loss of averages of each width."""
-    latents = LatentDataset(args.output_dir / "latents")
-    _, held_out = split_validation(len(latents), args.num_validation_images, args.seed)
-    samples = TrainingSamples(latents, seed=args.seed, num_classes=10, indices=held_out)
-    losses = {}
+    latents, losses = LatentDataset(args.output_dir / "latents"), {}
     for std in args.ema_stds:
         average = folder / f"average_{std:g}"
         if not (average / "model_index.json").is_file():
             reconstruct_ema(folder / "ema_snapshots", average, std)
         pipeline = MPDiTPipeline.from_pretrained(average)
-        objective = DDPMObjective(pipeline.scheduler)
-        batches = DataLoader(samples, sampler=[(0, index) for index in range(len(samples))], batch_size=64)
-        levels = validation_timesteps(objective, 8)
-        losses[std] = validation_losses(pipeline.transformer, objective, batches, levels, torch.device("cpu"))["loss"]
+        parts = pipeline.transformer, pipeline.scheduler, latents
+        losses[std] = held_out_losses(*parts, args.num_validation_images, args.seed)["loss"]
     return losses
 
 

@@ -18,21 +18,13 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
-from shared import demo, facts_of_run, head, read_log, run_trainer, table
-from torch.utils.data import DataLoader
+from shared import demo, facts_of_run, head, held_out_losses, read_log, run_trainer, table
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel
 from diffusers_mp.data.latents import LatentDataset
 from diffusers_mp.files import write_json
 from diffusers_mp.publishing.hub import files_to_publish
 from diffusers_mp.publishing.model_card import write_model_card
-from diffusers_mp.training import (
-    DDPMObjective,
-    TrainingSamples,
-    split_validation,
-    validation_losses,
-    validation_timesteps,
-)
 
 
 MODEL = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16, "patch_size": 2}
@@ -81,26 +73,6 @@ def train(work_dir, learning_rate, max_train_steps):
     }
     run_trainer(folder, options)
     return folder
-
-
-def held_out_losses(transformer, scheduler, latents, num_levels=NUM_LEVELS):
-    """What the trainer logs as `validation/…`, of any model.
-
-    Args:
-        transformer (MPDiTTransformer2DModel): in evaluation mode.
-        scheduler (DDPMScheduler): of training.
-        latents (LatentDataset): the encoded training part of the digits.
-        num_levels (int): noise levels, the trainer's by default.
-    Returns:
-        dict[str, float]: `loss`, `mse` and `mse_t<timestep>`.
-    """
-    _, held_out = split_validation(len(latents), NUM_HELD_OUT, SEED)
-    samples = TrainingSamples(latents, seed=SEED, num_classes=len(latents.id2label), indices=held_out)
-    objective = DDPMObjective(scheduler)
-    keys = [(0, position) for position in range(len(samples))]
-    batches = DataLoader(samples, sampler=keys, batch_size=BATCH_SIZE)
-    levels = validation_timesteps(objective, num_levels)
-    return validation_losses(transformer, objective, batches, levels, torch.device("cpu"))
 
 
 def generate(pipe, num_images_per_class):
@@ -183,10 +155,10 @@ def main(args):
 
     latents, pipe = LatentDataset(args.work_dir / "latents"), MPDiTPipeline.from_pretrained(run)
     training_scheduler = pipe.scheduler
-    losses = held_out_losses(pipe.transformer, training_scheduler, latents)
+    losses = held_out_losses(pipe.transformer, training_scheduler, latents, NUM_HELD_OUT)
     torch.manual_seed(SEED)
     untrained_model = MPDiTTransformer2DModel.from_config(pipe.transformer.config).eval()
-    untrained = held_out_losses(untrained_model, training_scheduler, latents)
+    untrained = held_out_losses(untrained_model, training_scheduler, latents, NUM_HELD_OUT)
     images, labels = generate(pipe, NUM_JUDGED)
     real = splits["held_out"]
     judge = demo.fit_judge(splits["judge"])
@@ -225,7 +197,7 @@ def main(args):
     print(f"\n{head(facts_of_run())}")
     print_tables(runs, untrained)
     print("\n" + "\n".join(f"- {name}: {value}" for name, value in measured.items()))
-    fine = held_out_losses(pipe.transformer, training_scheduler, latents, num_levels=100)
+    fine = held_out_losses(pipe.transformer, training_scheduler, latents, NUM_HELD_OUT, num_levels=100)
     print(f"- held-out loss at 100 noise levels: {fine['loss']:.4f}")
     print(f"Checkpoint: {args.output_dir}")
 

@@ -296,7 +296,7 @@ def report(args, splits):
     write_page(args.report, numbers)
 
 
-def plot(args, arms, base, picture):
+def plot(args, arms, base, file):
     """Validation loss over updates of fine-tuning, mean over seeds."""
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for (label, records), marker in zip(arms.items(), "os^vD", strict=True):
@@ -309,7 +309,7 @@ def plot(args, arms, base, picture):
     axes.set_title(f"Stock DiT on digits, swapped: mean of {len(args.seeds)} seeds")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(picture, dpi=150, bbox_inches="tight")
+    figure.savefig(file, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 

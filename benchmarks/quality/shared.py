@@ -1,9 +1,20 @@
-"""What the experiments share: the scripts of examples/, which they run as they are, and a model for digits."""
+"""What the experiments share: the scripts of examples/, which they run as they are, a model for digits, its loss."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from diffusers_mp.training import (
+    DDPMObjective,
+    TrainingSamples,
+    split_validation,
+    validation_losses,
+    validation_timesteps,
+)
 
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
@@ -40,3 +51,23 @@ def run_trainer(folder, options):
 def read_log(folder):
     """What a run has logged: a dict for each entry."""
     return [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+
+
+def held_out_losses(transformer, scheduler, latents, num_held_out, seed=0, num_levels=8):
+    """What the trainer logs as `validation/…`, of any model.
+
+    Args:
+        transformer (MPDiTTransformer2DModel): in evaluation mode.
+        scheduler (DDPMScheduler): of training.
+        latents (LatentDataset): the encoded training part of the digits.
+        num_held_out, seed (int): of the run, which say what was held out.
+        num_levels (int): noise levels, the trainer's by default.
+    Returns:
+        dict[str, float]: `loss`, `mse` and `mse_t<timestep>`.
+    """
+    _, held_out = split_validation(len(latents), num_held_out, seed)
+    samples = TrainingSamples(latents, seed=seed, num_classes=len(latents.id2label), indices=held_out)
+    objective = DDPMObjective(scheduler)
+    batches = DataLoader(samples, sampler=[(0, position) for position in range(len(samples))], batch_size=64)
+    levels = validation_timesteps(objective, num_levels)
+    return validation_losses(transformer, objective, batches, levels, torch.device("cpu"))

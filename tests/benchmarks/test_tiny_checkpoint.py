@@ -1,6 +1,7 @@
 """The checkpoint in docs/tiny: it loads offline, its samples are digits, and its log and its card are its own."""
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from helpers import ROOT
 from PIL import Image
-from shared import demo
+from shared import demo, held_out_losses, train_mpdit
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, normalize_weights_
 from diffusers_mp.data.encoding import encode_dataset
@@ -79,21 +80,35 @@ def test_its_statistics_are_those_of_the_data(pipe, latents):
 
 
 def test_the_log_is_that_of_the_weights(pipe, latents):
-    losses = make_tiny_checkpoint.held_out_losses(pipe.transformer.eval(), pipe.scheduler, latents)
+    losses = held_out_losses(pipe.transformer.eval(), pipe.scheduler, latents, make_tiny_checkpoint.NUM_HELD_OUT)
     assert len(losses) == 2 + make_tiny_checkpoint.NUM_LEVELS
     for name, value in losses.items():
         assert value == pytest.approx(logged(f"validation/{name}")[make_tiny_checkpoint.MAX_TRAIN_STEPS], rel=1e-4)
 
 
-def test_an_untrained_model_predicts_zero_and_has_the_loss_of_the_page(pipe, latents):
+def test_an_untrained_model_predicts_zero_and_has_the_loss_of_the_page(pipe, latents, capsys):
     """docs/is_my_loss_normal.md: 1 at every noise level, up to the mean of the squared noise, and the bound."""
     model = MPDiTTransformer2DModel.from_config(pipe.transformer.config).eval()
-    untrained = make_tiny_checkpoint.held_out_losses(model, DDPMScheduler.from_config(pipe.scheduler.config), latents)
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    untrained = held_out_losses(model, scheduler, latents, make_tiny_checkpoint.NUM_HELD_OUT)
     levels = [value for name, value in untrained.items() if name.startswith("mse")]
     # The same noise at every level, 96 * 64 numbers: the standard error of its mean square is 0.018.
     assert levels == pytest.approx([levels[0]] * len(levels), rel=1e-5)
     assert levels[0] == pytest.approx(1, abs=0.06)
     assert 0 < untrained["loss"] - untrained["mse"] < 0.1
+    make_tiny_checkpoint.print_tables({3e-2: TINY}, untrained)
+    rows = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\| \d", line)]
+    assert len(rows) == 2 + make_tiny_checkpoint.NUM_LEVELS
+    assert set(rows) <= set((ROOT / "docs" / "is_my_loss_normal.md").read_text().splitlines())
+
+
+def test_the_trainer_takes_its_flags(tmp_path, monkeypatch):
+    taken = {}
+    monkeypatch.setattr(make_tiny_checkpoint, "run_trainer", lambda folder, options: taken.update(options))
+    make_tiny_checkpoint.train(tmp_path, 1e-2, 1000)
+    args = train_mpdit.parse_args([*map(str, sum(taken.items(), ())), "--output_dir", str(tmp_path / "run")])
+    assert (args.learning_rate, args.max_train_steps, args.lr_warmup_steps, args.vae) == (1e-2, 1000, 20, "none")
+    assert json.loads((tmp_path / "model.json").read_text()) == make_tiny_checkpoint.MODEL
 
 
 def test_nothing_in_it_tells_of_a_machine():
