@@ -58,6 +58,7 @@ from diffusers_mp.data.encoding import encode_dataset, load_vae
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.latents import LatentDataset, vae_fingerprint
 from diffusers_mp.files import sha256_of_weights
+from diffusers_mp.optimization import check_optimizer, inverse_sqrt_schedule
 from diffusers_mp.publishing.hub import check_hub_access, public_arguments, publish
 from diffusers_mp.publishing.model_card import write_model_card
 from diffusers_mp.training import (
@@ -68,10 +69,8 @@ from diffusers_mp.training import (
     StreamBatchSampler,
     TrainingSamples,
     Watchdog,
-    check_optimizer,
     conditions_of,
     find_checkpoints,
-    inverse_sqrt_schedule,
     leave_signals_to_main_process,
     load_checkpoint,
     read_state,

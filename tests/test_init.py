@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import diffusers_mp
+from diffusers_mp import training
 
 
 def test_importing_the_package_and_its_layers_is_light():
@@ -42,11 +43,18 @@ def test_all_is_sorted_without_repeats():
     assert names == sorted(set(names))
 
 
-def test_type_checkers_see_exactly_the_public_names():
-    tree = ast.parse(Path(diffusers_mp.__file__).read_text())
+@pytest.mark.parametrize("package", [diffusers_mp, training], ids=["diffusers_mp", "training"])
+def test_type_checkers_see_exactly_the_public_names(package):
+    tree = ast.parse(Path(package.__file__).read_text())
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     seen = {alias.asname: statement.module for statement in block.body for alias in statement.names}
-    assert seen == diffusers_mp._MODULE_OF
+    assert seen == package._MODULE_OF
+
+
+def test_every_name_of_training_resolves():
+    assert all(getattr(training, name) is not None for name in training._MODULE_OF)
+    with pytest.raises(AttributeError, match="module 'diffusers_mp.training' has no attribute 'EDMObjective'"):
+        training.EDMObjective  # noqa: B018
 
 
 def test_unknown_attribute():

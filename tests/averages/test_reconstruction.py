@@ -28,7 +28,8 @@ from diffusers_mp import (
 from diffusers_mp.averages.ema import exponent_of_std, profile_inner_product
 from diffusers_mp.averages.reconstruction import plan_reconstruction, profile_fit_error, reconstruction_weights
 from diffusers_mp.averages.snapshots import Snapshot, discard_snapshots_after, find_snapshots, save_snapshots
-from diffusers_mp.training import DDPMObjective, inverse_sqrt_schedule
+from diffusers_mp.optimization import inverse_sqrt_schedule
+from diffusers_mp.training import DDPMObjective
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

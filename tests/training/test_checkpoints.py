@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from helpers import reset_accelerate
 
 from diffusers_mp import MPLinear, PowerFunctionEMA, normalize_weights_
+from diffusers_mp.optimization import inverse_sqrt_schedule
 from diffusers_mp.training import (
     checkpoints,
     find_checkpoints,
-    inverse_sqrt_schedule,
     load_checkpoint,
     resolve_checkpoint,
     save_checkpoint,
