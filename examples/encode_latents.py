@@ -12,8 +12,8 @@ arguments, whatever the number of processes. The trainer takes the folder as `--
 import argparse
 
 from accelerate import Accelerator
-from training_arguments import HelpFormatter
 
+from diffusers_mp.arguments import HelpFormatter
 from diffusers_mp.data.encoding import check_encoding, encode_dataset, load_vae
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.latents import LatentDataset

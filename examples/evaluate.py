@@ -36,10 +36,10 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
-from training_arguments import HelpFormatter
 
 import diffusers_mp
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, reconstruct_ema
+from diffusers_mp.arguments import HelpFormatter
 from diffusers_mp.averages.reconstruction import plan_reconstruction, snapshots_up_to
 from diffusers_mp.averages.snapshots import check_snapshots, find_snapshots, pipeline_parts
 from diffusers_mp.data.images import load_image_dataset

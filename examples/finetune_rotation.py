@@ -39,9 +39,9 @@ from diffusers.models.embeddings import LabelEmbedding
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from training_arguments import HelpFormatter
 
 from diffusers_mp import drop_shift_, save_rotation_adapter, set_shift_scale, swap_adaln_for_rotation
+from diffusers_mp.arguments import HelpFormatter
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.publishing.hub import check_hub_access, check_trackers, public_arguments, publish

@@ -41,7 +41,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from training_arguments import DEFAULT_VAE, OBJECTIVE_FLAGS, latents_folder, model_config, parse_args
 
 from diffusers_mp import (
     MagnitudeRecorder,
@@ -80,6 +79,7 @@ from diffusers_mp.training import (
     validation_losses,
     validation_timesteps,
 )
+from diffusers_mp.training.arguments import DEFAULT_VAE, OBJECTIVE_FLAGS, latents_folder, model_config, parse_args
 from diffusers_mp.training.engine import check_engine, lock_folder
 
 

@@ -31,9 +31,8 @@ def arguments(data, output_dir, *more):
 
 def train(data, output_dir, *more):
     import train_mpdit
-    import training_arguments
 
-    train_mpdit.main(training_arguments.parse_args(arguments(data, output_dir, *more)))
+    train_mpdit.main(train_mpdit.parse_args(arguments(data, output_dir, *more)))
     reset_accelerate()
     return output_dir
 

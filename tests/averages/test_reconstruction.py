@@ -528,7 +528,6 @@ class TestTrainer:
 
         def train(output_dir, *more):
             import train_mpdit
-            import training_arguments
 
             arguments = [
                 *("--train_data_dir", str(tmp_path / "images"), "--vae", "none", "--image_channels", "1"),
@@ -537,7 +536,7 @@ class TestTrainer:
                 *("--validation_steps", "0", "--num_validation_images", "0", "--ema_snapshot_steps", "2"),
                 *("--output_dir", str(output_dir), *more),
             ]
-            train_mpdit.main(training_arguments.parse_args(arguments))
+            train_mpdit.main(train_mpdit.parse_args(arguments))
             reset_accelerate()
             return output_dir
 

@@ -23,7 +23,6 @@ from diffusers_mp.files import sha256_of_weights
 sys.path.insert(0, str(ROOT / "examples"))
 import demo
 import train_mpdit
-import training_arguments
 
 
 TINY = ROOT / "docs" / "tiny"
@@ -55,7 +54,7 @@ def parse(data, output_dir, *more, source=TINY):
         *(("--vae", "none") if source is None else ("--pretrained_model_name_or_path", source)),
         *more,
     ]
-    return training_arguments.parse_args([*map(str, arguments)])
+    return train_mpdit.parse_args([*map(str, arguments)])
 
 
 def train(data, output_dir, *more, source=TINY):
@@ -197,11 +196,11 @@ def test_from_the_hub(data, server, tmp_path):
     code = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT / "examples")!r})
-import train_mpdit, training_arguments
+import train_mpdit
 from diffusers_mp.publishing.hub import publish
 folder, argv = json.load(sys.stdin)
 publish(folder, "user/tiny")
-train_mpdit.main(training_arguments.parse_args(argv))
+train_mpdit.main(train_mpdit.parse_args(argv))
 print("RESULTS " + json.dumps(None))
 """
     argv = [
@@ -259,7 +258,7 @@ def test_the_command_of_the_docs_is_understood(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "import_dit.md").read_text(), re.S)
     (command,) = [line for block in blocks for line in block.splitlines() if "train_mpdit.py" in line]
-    args = training_arguments.parse_args(shlex.split(command.partition("train_mpdit.py")[2]))
+    args = train_mpdit.parse_args(shlex.split(command.partition("train_mpdit.py")[2]))
     assert args.pretrained_model_name_or_path in command
     assert args.vae is None
 
@@ -279,4 +278,4 @@ def test_a_transformer_alone_has_no_vae(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train_mpdit, "load_vae", lambda name, cache_dir: asked.append(name) or sys.exit())
     with pytest.raises(SystemExit):
         train(data, tmp_path / "run", source=TINY / "transformer")
-    assert asked == [training_arguments.DEFAULT_VAE]
+    assert asked == [train_mpdit.DEFAULT_VAE]

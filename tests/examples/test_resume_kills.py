@@ -33,7 +33,7 @@ import json, multiprocessing, os, random, signal, sys
 # As in a process of its own: workers of another server would not see that their trainer was killed, and stay.
 multiprocessing.set_start_method("fork", force=True)
 sys.path.insert(0, {str(EXAMPLES)!r})
-import torch, train_mpdit, training_arguments
+import torch, train_mpdit
 from pathlib import Path
 
 torch.set_num_threads(1)
@@ -89,7 +89,7 @@ while True:
             left["updates"] = updates
             if updates == 0:
                 count_update()
-        train_mpdit.main(training_arguments.parse_args([*argv, "--resume_from_checkpoint", "latest"]))
+        train_mpdit.main(train_mpdit.parse_args([*argv, "--resume_from_checkpoint", "latest"]))
         os._exit(0)
     _, status = os.waitpid(child, 0)
     if last:

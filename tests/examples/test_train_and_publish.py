@@ -9,11 +9,11 @@ from training_runs import arguments
 TRAIN = f"""
 import json, sys, traceback
 sys.path.insert(0, {str(EXAMPLES)!r})
-import train_mpdit, training_arguments
+import train_mpdit
 results = []
 for argv in json.load(sys.stdin):
     try:
-        train_mpdit.main(training_arguments.parse_args(argv))
+        train_mpdit.main(train_mpdit.parse_args(argv))
         results.append(None)
     except Exception as error:
         traceback.print_exc()

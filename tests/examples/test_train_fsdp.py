@@ -44,7 +44,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor, Shard
-import train_mpdit, training_arguments
+import train_mpdit
 
 torch.set_num_threads(1)
 # A user is told nothing that is not meant for the user.
@@ -96,7 +96,7 @@ for name, (argv, broken) in json.loads((folder / "runs.json").read_text()).items
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     outcomes[name] = {{"error": None}}
     try:
-        train_mpdit.main(training_arguments.parse_args(argv))
+        train_mpdit.main(train_mpdit.parse_args(argv))
     except FloatingPointError as error:
         outcomes[name]["error"] = str(error)
     outcomes[name]["num_updates"], num_updates = num_updates, 0

@@ -37,6 +37,7 @@ from diffusers_mp.training import (
     validation_losses,
     validation_timesteps,
 )
+from diffusers_mp.training.arguments import model_config, parse_args
 from diffusers_mp.training.engine import check_engine
 
 
@@ -407,7 +408,7 @@ os.setsid()
 sys.path.insert(0, {str(EXAMPLES)!r})
 import torch
 torch.set_num_threads(1)
-import train_mpdit, training_arguments
+import train_mpdit
 
 update = train_mpdit.PowerFunctionEMA.update
 def update_and_signal(self, step):
@@ -416,7 +417,7 @@ def update_and_signal(self, step):
         os.system("kill -s TERM 0")
         time.sleep(0.5)  # word of a dead worker comes within
 train_mpdit.PowerFunctionEMA.update = update_and_signal
-train_mpdit.main(training_arguments.parse_args(sys.argv[1:]))
+train_mpdit.main(train_mpdit.parse_args(sys.argv[1:]))
 """
 
 
@@ -566,12 +567,11 @@ def test_encoded_images_alone_are_enough_and_keep_their_settings(data, plain, tm
     # What a run leaves that stopped before its first update does not stand in the way of the next try.
     shutil.copytree(first / "latents", tmp_path / "second" / "latents")
     import train_mpdit
-    import training_arguments
 
     argv = arguments(data, tmp_path / "second")
     for flag in ("--train_data_dir", "--vae", "--resolution"):
         del argv[argv.index(flag) : argv.index(flag) + 2]
-    train_mpdit.main(training_arguments.parse_args(argv))
+    train_mpdit.main(train_mpdit.parse_args(argv))
     assert_same_weights(weights(first / "transformer"), weights(tmp_path / "second" / "transformer"))
 
 
@@ -742,9 +742,7 @@ def test_unlabelled_images(data, tmp_path):
 
 
 def test_preset_flags(tmp_path):
-    import training_arguments
-
-    args = training_arguments.parse_args(
+    args = parse_args(
         [
             *("--train_data_dir", "x", "--output_dir", str(tmp_path / "new")),
             *(
@@ -760,7 +758,7 @@ def test_preset_flags(tmp_path):
             ),
         ]
     )
-    config = training_arguments.model_config(args, (4, 16, 16), 7)
+    config = model_config(args, (4, 16, 16), 7)
     assert (config["num_layers"], config["patch_size"], config["num_classes"]) == (12, 4, 7)
     assert (config["modulation"], config["mp_silu"], config["layer_norm"]) == (["scale", "shift"], False, True)
     assert (config["in_channels"], config["out_channels"]) == (4, 8)
@@ -784,10 +782,8 @@ def test_bf16(data, tmp_path):
     ],
 )
 def test_a_wrong_model_is_refused_before_images_are_encoded(tmp_path, capsys, wrong, message):
-    import training_arguments
-
     with pytest.raises(SystemExit):
-        training_arguments.parse_args(["--train_data_dir", "x", "--output_dir", str(tmp_path / "new"), *wrong])
+        parse_args(["--train_data_dir", "x", "--output_dir", str(tmp_path / "new"), *wrong])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
@@ -802,10 +798,8 @@ def test_every_scheduler_trains(data, tmp_path):
 
 
 def test_help_says_no_second_default(capsys):
-    import training_arguments
-
     with pytest.raises(SystemExit):
-        training_arguments.parse_args(["--help"])
+        parse_args(["--help"])
     shown = capsys.readouterr().out
     assert "default: None" not in shown
     assert "(default: 256)" in shown
@@ -813,8 +807,6 @@ def test_help_says_no_second_default(capsys):
 
 @pytest.mark.parametrize("page", ["resume.md", "scale_out.md"])
 def test_every_command_of_the_docs_is_understood(page, tmp_path, monkeypatch):
-    import training_arguments
-
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```bash\n(.*?)```", (EXAMPLES.parent / "docs" / page).read_text(), re.S)
     commands = [line for block in blocks for line in block.splitlines() if "train_mpdit.py" in line]
@@ -824,7 +816,7 @@ def test_every_command_of_the_docs_is_understood(page, tmp_path, monkeypatch):
         if "--train_data_dir" not in argv:
             (tmp_path / "run" / "latents").mkdir(parents=True)
             (tmp_path / "run" / "latents" / "index.json").write_text('{"resolution": 256, "vae": {"id": "x"}}')
-        args = training_arguments.parse_args(argv)
+        args = parse_args(argv)
         assert args.preset in command
 
 
@@ -879,11 +871,10 @@ class TestErrors:
 
     def test_averages_that_would_never_move(self, data, tmp_path):
         import train_mpdit
-        import training_arguments
 
         argv = arguments(data, tmp_path / "run", "--num_train_epochs", "0.25", "--ema_update_steps", "4")
         place = argv.index("--max_train_steps")
-        args = training_arguments.parse_args([*argv[:place], *argv[place + 2 :]])
+        args = train_mpdit.parse_args([*argv[:place], *argv[place + 2 :]])
         # A quarter of 35 images, in batches of 4.
         with pytest.raises(ValueError, match="`--ema_update_steps` must be at most .* updates, 3, .* got 4"):
             train_mpdit.main(args)

@@ -9,6 +9,7 @@ from helpers import reset_accelerate
 
 from diffusers_mp import MPDiTPipeline
 from diffusers_mp.training import DDPMObjective, FlowMatchObjective
+from diffusers_mp.training.arguments import parse_args
 
 
 MODEL = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 4}
@@ -31,9 +32,8 @@ def arguments(picture_folder, tmp_path):
 
 def train(arguments):
     import train_mpdit
-    import training_arguments
 
-    args = training_arguments.parse_args(arguments)
+    args = train_mpdit.parse_args(arguments)
     train_mpdit.main(args)
     reset_accelerate()
     return args.output_dir
@@ -84,11 +84,10 @@ def test_run_becomes_a_pipeline_that_needs_no_word(arguments, flags, scheduler_c
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow_prediction"])
 def test_the_objective_is_the_one_of_the_flags(arguments, prediction_type):
     import train_mpdit
-    import training_arguments
 
     more = ["--logit_mean", "-0.5", "--logit_std", "0.7"] if prediction_type == "flow_prediction" else []
     more = more or ["--snr_gamma", "3", "--variance_type", "fixed_small"]
-    args = training_arguments.parse_args([*arguments, "--prediction_type", prediction_type, *more])
+    args = train_mpdit.parse_args([*arguments, "--prediction_type", prediction_type, *more])
     objective = train_mpdit.training_objective(args)
     latents, noise = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
     if prediction_type == "flow_prediction":
@@ -133,10 +132,9 @@ def test_resume_with_another_objective_is_refused(arguments):
     ],
 )
 def test_flags_that_contradict_each_other(arguments, flags, message, capsys):
-    import training_arguments
 
     with pytest.raises(SystemExit):
-        training_arguments.parse_args([*arguments, *flags.split()])
+        parse_args([*arguments, *flags.split()])
     assert message in capsys.readouterr().err
 
 

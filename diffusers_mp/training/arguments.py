@@ -9,11 +9,12 @@ from accelerate import init_empty_weights
 from accelerate.tracking import get_available_trackers
 from diffusers.optimization import SchedulerType
 
-from diffusers_mp import MPDiTTransformer2DModel, get_preset
-from diffusers_mp.averages.ema import exponent_of_std
-from diffusers_mp.presets import CONFIGURATIONS
-from diffusers_mp.publishing.hub import check_trackers
-from diffusers_mp.training.engine import LOCK_NAME
+from ..arguments import HelpFormatter
+from ..averages.ema import exponent_of_std
+from ..presets import CONFIGURATIONS, get_preset
+from ..publishing.hub import check_trackers
+from ..transformer_mpdit import MPDiTTransformer2DModel
+from .engine import LOCK_NAME
 
 
 MODEL_FLAGS = tuple(CONFIGURATIONS["E"])
@@ -49,13 +50,6 @@ PRESET_DEFAULTS = {
     "activation_fn": "silu",
 }
 OBJECTIVE_FLAGS = ("prediction_type", "variance_type", "snr_gamma", "logit_mean", "logit_std")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Says no "(default: None)", beside which help in brackets says what is done."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
