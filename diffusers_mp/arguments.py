@@ -11,6 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 
+# Those of `diffusers.optimization.get_scheduler` that need no rules beside the numbers of updates.
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Says no "(default: None)", beside which help in brackets says what is done."""
 

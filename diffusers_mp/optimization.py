@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from .layers import MPEmbedding, MPLinear
 
@@ -169,3 +169,17 @@ def inverse_sqrt_schedule(
         return warmup / math.sqrt(max(1.0, update / num_constant_steps))
 
     return LambdaLR(optimizer, factor)
+
+
+def scale_learning_rate(optimizer: torch.optim.Optimizer, lr_scheduler: LRScheduler, factor: float) -> None:
+    """Another learning rate from here on, after a checkpoint has brought back the rates that the schedule multiplies.
+
+    Args:
+        optimizer (torch.optim.Optimizer): its groups' rates are multiplied.
+        lr_scheduler (LRScheduler): its base rates are multiplied.
+        factor (float): the new learning rate over the former one.
+    """
+    for group in optimizer.param_groups:
+        group["initial_lr"] *= factor
+        group["lr"] *= factor
+    lr_scheduler.base_lrs = [rate * factor for rate in lr_scheduler.base_lrs]

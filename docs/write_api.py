@@ -25,7 +25,17 @@ SECTIONS = {
     "Rotation swap": ["rotation_swap", "rotation_swap.swap", "rotation_swap.checks", "rotation_swap.sites"],
     "Classes of a model": ["class_embeddings", "original_dit"],
     "Optimization": ["optimization"],
-    "Training": ["training", "training.engine"],
+    "Training": [
+        "training",
+        "training.arguments",
+        "training.checks",
+        "training.model",
+        "training.engine",
+        "training.run",
+        "training.resume",
+        "training.preview",
+    ],
+    "Command lines": ["arguments"],
     "Averages of weights": ["averages.ema", "averages.snapshots", "averages.reconstruction"],
     "Diagnostics": ["diagnostics.recorder", "diagnostics.history", "diagnostics.plots"],
     "Evaluation": [
@@ -96,11 +106,17 @@ def documented_names() -> dict[str, list[str]]:
             names[path] |= public_names(path)
         elif module and is_documented(getattr(module_of(module), name)):
             names[module].add(name)
-    return {module: sorted(found, key=list(vars(module_of(module))).index) for module, found in names.items()}
+    return {module: sorted(found, key=list(members(module)).index) for module, found in names.items()}
 
 
 def module_of(name: str):
     return importlib.import_module(f"diffusers_mp.{name}")
+
+
+def members(module: str) -> dict:
+    """What a module of ours knows, in its order, lazy names among it."""
+    found = module_of(module)
+    return {name: getattr(found, name) for name in getattr(found, "_MODULE_OF", vars(found))}
 
 
 def is_documented(value) -> bool:
@@ -110,11 +126,10 @@ def is_documented(value) -> bool:
 
 def public_names(module: str) -> set[str]:
     """Classes and functions of a module of ours, or of its parts if it is a package."""
-    found = module_of(module)
     return {
         name
-        for name, value in vars(found).items()
-        if name[0] != "_" and is_documented(value) and value.__module__.startswith(found.__name__)
+        for name, value in members(module).items()
+        if name[0] != "_" and is_documented(value) and value.__module__.startswith(f"diffusers_mp.{module}")
     }
 
 

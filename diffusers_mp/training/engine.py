@@ -1,6 +1,8 @@
 """What runs a script: processes that found each other, an engine that is supported, a folder for one run alone."""
 
+import argparse
 import contextlib
+import datetime
 import fcntl
 import os
 import platform
@@ -8,10 +10,46 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from .arguments import LOCK_NAME
+from .tracking import JSONLinesTracker
 
 
-LOCK_NAME = ".lock"
+def start(args: argparse.Namespace, logging_dir: Path) -> tuple[Accelerator, JSONLinesTracker]:
+    """Accelerate, checked to be what was asked for, and the curve that every run keeps.
+
+    Args:
+        args (argparse.Namespace): with `mixed_precision`, `gradient_accumulation_steps`, `report_to`, `output_dir` and
+            `seed`.
+        logging_dir (Path): folder of the curve and of what other trackers write.
+    Raises:
+        RuntimeError: see `check_engine`.
+    """
+    curve = JSONLinesTracker(logging_dir)
+    # The main process alone validates, saves and publishes; NCCL by itself waits ten minutes for it.
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=[curve] if args.report_to == "none" else [curve, args.report_to],
+        project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(logging_dir)),
+        kwargs_handlers=[patience],
+    )
+    check_engine(accelerator, args.gradient_accumulation_steps)
+    if accelerator.is_fsdp2:
+        # Accelerate's policy rounds weights and timesteps to half precision. Autocast computes as under the other
+        # engines: rows are normalised, and gradients summed, in float32.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    set_seed(args.seed)
+    return accelerator, curve
 
 
 def check_processes(accelerator: Accelerator, consequence: str) -> None:

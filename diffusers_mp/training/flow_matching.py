@@ -42,6 +42,11 @@ class FlowMatchObjective(Objective):
         self.logit_mean = logit_mean
         self.logit_std = logit_std
 
+    @classmethod
+    def of_recipe(cls, prediction_type: str, logit_mean: float = 0.0, logit_std: float = 1.0) -> "FlowMatchObjective":
+        """Timesteps from 0 to 1000; `prediction_type` can be "flow_prediction" only. See `Objective.of_recipe`."""
+        return cls(FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000), logit_mean, logit_std)
+
     def timesteps(self, time: torch.Tensor) -> torch.Tensor:
         """num_train_timesteps · σ, where σ is the logit-normal quantile of `time` (float32); see `Objective`."""
         self._check_time(time)

@@ -12,6 +12,7 @@ All of them answer the same calls, so that a training loop need not know which o
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
@@ -35,6 +36,16 @@ class Objective(ABC):
 
     scheduler: SchedulerMixin
     learns_variance: bool = False
+
+    @classmethod
+    @abstractmethod
+    def of_recipe(cls, prediction_type: str, **options: Any) -> "Objective":
+        """The objective of the trainer's flags.
+
+        Args:
+            prediction_type (str): what the model predicts, of those that the class knows.
+            **options: the flags of this objective, see `arguments.OBJECTIVES`.
+        """
 
     @abstractmethod
     def timesteps(self, time: torch.Tensor) -> torch.Tensor:
@@ -84,7 +95,7 @@ class Objective(ABC):
 
     @abstractmethod
     def preview_scheduler(self) -> SchedulerMixin:
-        """A fresh scheduler that makes pictures of the model in few steps."""
+        """A fresh scheduler that makes images of the model in few steps."""
 
     def _check_time(self, time: torch.Tensor) -> None:
         if not time.is_floating_point():
@@ -163,6 +174,22 @@ class DDPMObjective(Objective):
         self._fixed_large = variance_type == "fixed_large"
         tables = _ddpm_tables(alphas_cumprod, self.predicts_v, snr_gamma)
         self._tables = {(torch.device("cpu"), torch.float64): tables}
+
+    @classmethod
+    def of_recipe(
+        cls, prediction_type: str, variance_type: str = LEARNED_RANGE, snr_gamma: float | None = None
+    ) -> "DDPMObjective":
+        """Noise levels of DiT: 1000, β linear from 1e-4 to 0.02; see `Objective.of_recipe`."""
+        scheduler = DDPMScheduler(
+            num_train_timesteps=1000,
+            beta_schedule="linear",
+            beta_start=1e-4,
+            beta_end=0.02,
+            prediction_type=prediction_type,
+            variance_type=variance_type,
+            clip_sample=False,
+        )
+        return cls(scheduler, snr_gamma=snr_gamma)
 
     def timesteps(self, time: torch.Tensor) -> torch.Tensor:
         """⌊time · num_timesteps⌋ (int64); see `Objective.timesteps`."""

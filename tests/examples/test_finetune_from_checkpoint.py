@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, normalize_weights_
 from diffusers_mp.data.latents import vae_fingerprint
 from diffusers_mp.files import sha256_of_weights
+from diffusers_mp.training.arguments import DEFAULT_VAE
 
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -278,4 +279,4 @@ def test_a_transformer_alone_has_no_vae(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train_mpdit, "load_vae", lambda name, cache_dir: asked.append(name) or sys.exit())
     with pytest.raises(SystemExit):
         train(data, tmp_path / "run", source=TINY / "transformer")
-    assert asked == [train_mpdit.DEFAULT_VAE]
+    assert asked == [DEFAULT_VAE]

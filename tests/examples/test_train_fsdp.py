@@ -45,6 +45,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor, Shard
 import train_mpdit
+from diffusers_mp.training import DDPMObjective
 
 torch.set_num_threads(1)
 # A user is told nothing that is not meant for the user.
@@ -69,7 +70,7 @@ def update_of_shards(self, step):
 train_mpdit.PowerFunctionEMA.update = update_of_shards
 
 # A loss that is not finite on the second process, in its second batch.
-loss, num_losses = train_mpdit.DDPMObjective.loss, None
+loss, num_losses = DDPMObjective.loss, None
 def loss_with_a_hole(self, *args):
     global num_losses
     terms = loss(self, *args)
@@ -79,7 +80,7 @@ def loss_with_a_hole(self, *args):
             # Its gradient stays finite: nothing but the word of this process tells the other.
             terms["loss"] = terms["loss"] + math.nan
     return terms
-train_mpdit.DDPMObjective.loss = loss_with_a_hole
+DDPMObjective.loss = loss_with_a_hole
 
 save_checkpoint = train_mpdit.save_checkpoint
 def save_with_a_hole(accelerator, output_dir, step, model, *args):

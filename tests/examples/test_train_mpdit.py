@@ -31,14 +31,17 @@ from diffusers_mp.training import (
     StopRequest,
     TrainingSamples,
     check_checkpoint,
+    engine,
     leave_signals_to_main_process,
+    preview,
     resolve_checkpoint,
     split_validation,
     validation_losses,
     validation_timesteps,
 )
-from diffusers_mp.training.arguments import model_config, parse_args
+from diffusers_mp.training.arguments import parse_args
 from diffusers_mp.training.engine import check_engine
+from diffusers_mp.training.model import model_config
 
 
 pytestmark = pytest.mark.usefixtures("examples_run_here")
@@ -244,14 +247,13 @@ def test_latest_is_a_fresh_start_before_the_first_checkpoint(data, tmp_path):
 
 @pytest.mark.parametrize("due", [False, True])
 def test_a_validation_that_fails_costs_no_update(data, plain, tmp_path, monkeypatch, due):
-    import train_mpdit
 
     def fail(args, run, pipeline):
         raise torch.OutOfMemoryError("no memory for 10 images")
 
     more = ("--validation_steps", "3", "--checkpointing_steps", "3" if due else "5000")
     with monkeypatch.context() as patch:
-        patch.setattr(train_mpdit, "validate_pipeline", fail)
+        patch.setattr(preview, "validate_pipeline", fail)
         with pytest.raises(torch.OutOfMemoryError, match="no memory for 10 images"):
             train(data, tmp_path / "run", *more)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
@@ -283,11 +285,12 @@ FAILING_VALIDATION = """
 import os, sys
 import torch.distributed as dist
 import train_mpdit
+from diffusers_mp.training import preview
 
 def fail(args, run, pipeline):
     raise MemoryError("no memory for 10 images")
 
-train_mpdit.validate_pipeline = fail
+preview.validate_pipeline = fail
 try:
     train_mpdit.main(train_mpdit.parse_args(sys.argv[1:]))
 except (MemoryError, RuntimeError) as error:
@@ -467,7 +470,7 @@ def test_the_recipe_reaches_the_run(data, tmp_path, monkeypatch):
 
         monkeypatch.setattr(owner, name, call)
 
-    for name in ("TrainingSamples", "parameter_groups", "validation_losses"):
+    for name in ("TrainingSamples", "parameter_groups"):
         spy(train_mpdit, name)
     spy(torch.optim, "Adam")
     spy(MPDiTPipeline, "__call__")
@@ -480,7 +483,7 @@ def test_the_recipe_reaches_the_run(data, tmp_path, monkeypatch):
     torch.backends.cuda.matmul.allow_tf32 = False
     ((_, preview),) = made["__call__"]
     assert (preview["guidance_scale"], preview["num_inference_steps"]) == (3.0, 2)
-    (_, training), (_, held_out) = made["TrainingSamples"]
+    (_, held_out), (_, training) = made["TrainingSamples"]
     assert (training["class_dropout_prob"], training["random_flip"], training["num_classes"]) == (0.25, True, 2)
     assert held_out.get("class_dropout_prob", 0) == 0
     assert (len(training["indices"]), len(held_out["indices"])) == (25, 5)
@@ -610,9 +613,8 @@ def test_two_workers_do_not_change_the_run(data, tmp_path):
 @pytest.fixture
 def scalers(monkeypatch):
     """The trainer with float16's scaler, of which this is a list, but on the CPU, so in float32."""
-    import train_mpdit
 
-    class Scaled(train_mpdit.Accelerator):
+    class Scaled(Accelerator):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.scaler = scalers.append(torch.amp.GradScaler("cpu", init_scale=2.0**15)) or scalers[-1]
@@ -623,13 +625,12 @@ def scalers(monkeypatch):
                 self.scaler.unscale_(optimizer.optimizer)
 
     scalers = []
-    monkeypatch.setattr(train_mpdit, "Accelerator", Scaled)
+    monkeypatch.setattr(engine, "Accelerator", Scaled)
     return scalers
 
 
 def test_updates_that_the_scaler_of_float16_skips_are_updates_by_zero(data, tmp_path, monkeypatch, scalers):
     """Weights and Adam's state stay, everything that counts updates goes on."""
-    import train_mpdit
 
     def loss_with_gradients_too_large(self, *args):
         terms = loss(self, *args)
@@ -637,8 +638,8 @@ def test_updates_that_the_scaler_of_float16_skips_are_updates_by_zero(data, tmp_
             terms["loss"].register_hook(lambda gradient: gradient * math.inf)
         return terms
 
-    loss = train_mpdit.DDPMObjective.loss
-    monkeypatch.setattr(train_mpdit.DDPMObjective, "loss", loss_with_gradients_too_large)
+    loss = DDPMObjective.loss
+    monkeypatch.setattr(DDPMObjective, "loss", loss_with_gradients_too_large)
     more = ("--logging_steps", "1", "--checkpointing_steps", "1", "--max_train_steps", "4")
     output_dir = train(data, tmp_path / "run", *more)
     assert list(metrics(output_dir, "train/loss")) == [3, 4]
@@ -658,15 +659,14 @@ def test_updates_that_the_scaler_of_float16_skips_are_updates_by_zero(data, tmp_
 
 def test_clipping_and_the_scaler_of_float16_go_on_after_a_skipped_update(data, tmp_path, monkeypatch, scalers):
     """Clipping has unscaled the gradients that no step of the optimiser takes then."""
-    import train_mpdit
 
     def loss_with_a_hole(self, *args):
         terms = loss(self, *args)
         calls.append(terms)
         return {**terms, "loss": terms["loss"] / (0 if len(calls) == 2 else 1)}
 
-    loss, calls = train_mpdit.DDPMObjective.loss, []
-    monkeypatch.setattr(train_mpdit.DDPMObjective, "loss", loss_with_a_hole)
+    loss, calls = DDPMObjective.loss, []
+    monkeypatch.setattr(DDPMObjective, "loss", loss_with_a_hole)
     more = ("--max_grad_norm", "0.5", "--on_non_finite", "skip", "--logging_steps", "1")
     output_dir = train(data, tmp_path / "run", *more)
     assert list(metrics(output_dir, "train/loss")) == [1, 3, 4, 5, 6]
@@ -782,8 +782,10 @@ def test_bf16(data, tmp_path):
     ],
 )
 def test_a_wrong_model_is_refused_before_images_are_encoded(tmp_path, capsys, wrong, message):
-    with pytest.raises(SystemExit):
-        parse_args(["--train_data_dir", "x", "--output_dir", str(tmp_path / "new"), *wrong])
+    import train_mpdit
+
+    with pytest.raises(SystemExit, match="2"):
+        train_mpdit.main(parse_args(["--train_data_dir", "x", "--output_dir", str(tmp_path / "new"), *wrong]))
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
@@ -888,9 +890,8 @@ class TestErrors:
 
     @pytest.mark.parametrize("skipped", [1, 2])
     def test_non_finite_update_can_be_skipped(self, data, tmp_path, monkeypatch, skipped):
-        import train_mpdit
 
-        loss = train_mpdit.DDPMObjective.loss
+        loss = DDPMObjective.loss
 
         def loss_with_a_hole(self, *args):
             terms = loss(self, *args)
@@ -898,7 +899,7 @@ class TestErrors:
             return {**terms, "loss": terms["loss"] / (0 if len(calls) == skipped else 1)}
 
         calls = []
-        monkeypatch.setattr(train_mpdit.DDPMObjective, "loss", loss_with_a_hole)
+        monkeypatch.setattr(DDPMObjective, "loss", loss_with_a_hole)
         output_dir = train(data, tmp_path / "run", "--on_non_finite", "skip", "--logging_steps", "1")
         assert list(metrics(output_dir, "train/loss")) == [step for step in range(1, 7) if step != skipped]
         evidence = output_dir / "non_finite" / f"step-000000{skipped}"
@@ -912,24 +913,27 @@ class TestErrors:
             (("--dataset_name", "x"), "give one of --train_data_dir and --dataset_name"),
             (("--num_train_epochs", "2"), "give one of --max_train_steps and --num_train_epochs"),
             (("--report_to", "wandb"), "--report_to wandb: not installed"),
-            (("--train_batch_size", "0"), "--train_batch_size must be at least 1, got 0"),
+            (("--train_batch_size", "0"), "argument --train_batch_size: must be at least 1, got 0"),
             (("--preset", "S/3"), "--model_config_name_or_path stands instead of --preset"),
-            (("--max_train_steps", "0"), "--max_train_steps must be at least 1, got 0"),
+            (("--max_train_steps", "0"), "argument --max_train_steps: must be at least 1, got 0"),
             # Noticed by the first validation otherwise, before the first checkpoint.
-            (("--validation_inference_steps", "0"), "--validation_inference_steps must be at least 1, got 0"),
-            (("--ema_stds", "0.5"), "--ema_stds: `std` must lie in"),
+            (
+                ("--validation_inference_steps", "0"),
+                "argument --validation_inference_steps: must be at least 1, got 0",
+            ),
+            (("--ema_stds", "0.5"), "argument --ema_stds: must be in (0, 1/sqrt(12)), that is below 0.2887, got 0.5"),
             (("--ema_stds", "0.1", "0.05", "0.1"), "--ema_stds must differ from each other, got [0.1, 0.05, 0.1]"),
-            (("--learning_rate", "0"), "--learning_rate must be positive, got 0.0"),
-            (("--learning_rate", "nan"), "--learning_rate must be positive, got nan"),
+            (("--learning_rate", "0"), "argument --learning_rate: must be positive, got 0"),
+            (("--learning_rate", "nan"), "argument --learning_rate: must be positive, got nan"),
             # Off in other trainers; clipped to nothing, gradients change no weight.
-            (("--max_grad_norm", "0"), "--max_grad_norm must be positive, got 0.0"),
-            (("--adam_epsilon", "0"), "--adam_epsilon must be positive, got 0.0"),
-            (("--adam_beta1", "1"), "--adam_beta1 must be in [0, 1), got 1.0"),
-            (("--lr_warmup_steps", "-1"), "--lr_warmup_steps must not be negative, got -1"),
-            (("--validation_steps", "-1"), "--validation_steps must not be negative, got -1"),
-            (("--num_validation_images", "-1"), "--num_validation_images must not be negative, got -1"),
-            (("--validation_guidance_scale", "nan"), "--validation_guidance_scale must be finite, got nan"),
-            (("--resolution", "0"), "--resolution must be at least 1, got 0"),
+            (("--max_grad_norm", "0"), "argument --max_grad_norm: must be positive, got 0"),
+            (("--adam_epsilon", "0"), "argument --adam_epsilon: must be positive, got 0"),
+            (("--adam_beta1", "1"), "argument --adam_beta1: must be in [0, 1), got 1"),
+            (("--lr_warmup_steps", "-1"), "argument --lr_warmup_steps: must be at least 0, got -1"),
+            (("--validation_steps", "-1"), "argument --validation_steps: must be at least 0, got -1"),
+            (("--num_validation_images", "-1"), "argument --num_validation_images: must be at least 0, got -1"),
+            (("--validation_guidance_scale", "nan"), "argument --validation_guidance_scale: must be finite, got nan"),
+            (("--resolution", "0"), "argument --resolution: must be at least 1, got 0"),
             (
                 ("--class_dropout_prob", "0", "--validation_guidance_scale", "2", "--validation_steps", "3"),
                 "--validation_guidance_scale needs dropped conditions in training, not --class_dropout_prob 0",
@@ -1031,9 +1035,8 @@ def test_a_launcher_for_gpus_without_any_is_refused(data, tmp_path):
 )
 def test_engine_that_is_not_given_is_refused(monkeypatch, engine, message):
     # On the CPU Accelerate would go on without it and say nothing.
-    import train_mpdit
 
-    accelerator = train_mpdit.Accelerator()
+    accelerator = Accelerator()
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(RuntimeError, match=message):
         check_engine(accelerator, 1)
@@ -1047,13 +1050,12 @@ def test_engine_that_is_not_given_is_refused(monkeypatch, engine, message):
     ],
 )
 def test_kind_of_fsdp_that_is_not_supported_is_refused(monkeypatch, options, message):
-    import train_mpdit
 
     # A single process says that it shards: nothing needs a second one to be refused.
     with monkeypatch.context() as patch:
         patch.setenv("ACCELERATE_USE_FSDP", "true")
         plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **options})
-        accelerator = train_mpdit.Accelerator(fsdp_plugin=plugin)
+        accelerator = Accelerator(fsdp_plugin=plugin)
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
         with pytest.raises(RuntimeError, match=message):

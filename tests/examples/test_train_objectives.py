@@ -126,8 +126,8 @@ def test_resume_with_another_objective_is_refused(arguments):
             "--prediction_type v_prediction --logit_std 1",
             "--logit_std has no meaning for --prediction_type v_prediction",
         ),
-        ("--snr_gamma 0", "--snr_gamma must be positive, got 0.0"),
-        ("--prediction_type flow_prediction --logit_std -1", "--logit_std must be positive, got -1.0"),
+        ("--snr_gamma 0", "argument --snr_gamma: must be positive, got 0"),
+        ("--prediction_type flow_prediction --logit_std -1", "argument --logit_std: must be positive, got -1"),
         ("--prediction_type sample", "invalid choice: 'sample'"),
     ],
 )

@@ -1,0 +1,47 @@
+"""What can be told of a run before anything is downloaded or encoded, but not without torch, diffusers, Accelerate."""
+
+import argparse
+
+from accelerate import init_empty_weights
+from accelerate.tracking import get_available_trackers
+from diffusers import AutoencoderKL
+
+from ..publishing.hub import check_trackers
+from ..transformer_mpdit import MPDiTTransformer2DModel
+from .arguments import make_parser
+from .model import Pretrained, model_config
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse, as the parser does, trackers that are not there and flags that make no model."""
+    parser, installed = make_parser(), [str(tracker) for tracker in get_available_trackers()]
+    if args.report_to != "none" and args.report_to not in installed:
+        parser.error(f"--report_to {args.report_to}: not installed; there are {installed}")
+    try:
+        check_trackers(args.report_to, args.hub_token)
+        if args.preset is not None:
+            with init_empty_weights():
+                MPDiTTransformer2DModel(**model_config(args, (4, 8, 8), 2))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def check_model(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained: Pretrained | None) -> None:
+    """Refuse a model that latents of this size will not fit, before they are downloaded and encoded for hours."""
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    channels, size = args.image_channels if vae is None else vae.config.latent_channels, args.resolution // factor
+    known = {"num_classes": None, "pooled_projection_dim": None}  # the data will tell; until then, as the config says
+    if pretrained is not None:
+        known |= pretrained.transformer.config
+    elif args.model_config_name_or_path is not None:
+        known |= MPDiTTransformer2DModel.load_config(args.model_config_name_or_path, cache_dir=args.cache_dir)
+    conditions = known["num_classes"], known["pooled_projection_dim"]
+    source = known if pretrained is not None or args.model_config_name_or_path is not None else None
+    try:
+        with init_empty_weights():
+            MPDiTTransformer2DModel(**model_config(args, (channels, size, size), *conditions, source))
+    except ValueError as error:
+        raise ValueError(
+            f"`--resolution {args.resolution}` with this `--vae` makes latents of {channels} x {size} x {size}, which "
+            f"the model must take: {error}"
+        ) from error

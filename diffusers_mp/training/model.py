@@ -1,0 +1,148 @@
+"""The model of a run: of a preset and flags, of another model's config, or of pretrained weights."""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, SchedulerMixin
+
+from ..class_embeddings import resize_class_embeddings_
+from ..data.latents import LatentDataset, vae_fingerprint
+from ..files import sha256_of_weights
+from ..pipeline_mpdit import MPDiTPipeline
+from ..presets import get_preset
+from ..rows import normalize_weights_
+from ..transformer_mpdit import MPDiTTransformer2DModel
+from .arguments import DEFAULT_VAE, MODEL_FLAGS
+
+
+@dataclass
+class Pretrained:
+    """What a run starts from that does not start from random weights; of a transformer alone the first two only."""
+
+    transformer: MPDiTTransformer2DModel
+    # Of the weights as they lie there: what is made of them depends, in the last bit, on processor and threads.
+    weights_sha256: str
+    id2label: dict[int, str] | None = None
+    latents_mean: list[float] | None = None
+    latents_std: list[float] | None = None
+
+
+def vae_of_pretrained(args: argparse.Namespace) -> str:
+    """What `--vae` is by default: the autoencoder of the checkpoint, whose latents the transformer knows."""
+    source = args.pretrained_model_name_or_path
+    try:
+        components = MPDiTPipeline.load_config(source, cache_dir=args.cache_dir)
+    except OSError:  # no model_index.json: a transformer alone, or nothing, which is an error
+        MPDiTTransformer2DModel.load_config(source, cache_dir=args.cache_dir)
+        return DEFAULT_VAE
+    return source if components.get("vae", [None])[0] is not None else "none"
+
+
+def load_pretrained(args: argparse.Namespace, vae: AutoencoderKL | None, scheduler: SchedulerMixin) -> Pretrained:
+    """A pipeline or a transformer, refused where the VAE or the objective is another, before images are encoded.
+
+    Args:
+        args (argparse.Namespace): the command line.
+        vae (AutoencoderKL, optional): of the run; None for pixels.
+        scheduler (SchedulerMixin): of the run's objective.
+    """
+    source = args.pretrained_model_name_or_path
+    try:
+        MPDiTPipeline.load_config(source, cache_dir=args.cache_dir)
+    except OSError:  # no model_index.json
+        transformer = MPDiTTransformer2DModel.from_pretrained(source, cache_dir=args.cache_dir)
+        return Pretrained(transformer, sha256_of_weights(transformer.state_dict()))
+    pipeline = MPDiTPipeline.from_pretrained(source, cache_dir=args.cache_dir)
+    if (pipeline.vae is None) != (vae is None) or (
+        vae is not None and vae_fingerprint(pipeline.vae) != vae_fingerprint(vae)
+    ):
+        raise ValueError(
+            f"`--vae` must be the VAE of {source}, whose latents the transformer knows "
+            f"({'none: it works on pixels' if pipeline.vae is None else 'its folder is vae/'}), got {args.vae}."
+        )
+    wanted, stored = scheduler.config, pipeline.scheduler.config
+    for name in ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "shift"):
+        if stored.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{source} must have been trained as `--prediction_type {args.prediction_type}` trains here, with "
+                f"{name} {wanted.get(name)} of the scheduler, got {stored.get(name)}."
+            )
+    transformer, config = pipeline.transformer, pipeline.config
+    sha256 = sha256_of_weights(transformer.state_dict())
+    return Pretrained(transformer, sha256, pipeline.id2label, config.latents_mean, config.latents_std)
+
+
+def model_config(
+    args: argparse.Namespace,
+    latent_shape: tuple[int, int, int],
+    num_classes: int | None,
+    pooled_projection_dim: int | None = None,
+    pretrained_config: dict | None = None,
+) -> dict:
+    """Keyword arguments of the model: preset and flags, or another model's config, and what follows from the data."""
+    channels, sample_size, _ = latent_shape
+    of_data = {
+        "in_channels": channels,
+        "out_channels": 2 * channels if args.variance_type == "learned_range" else channels,
+        "sample_size": sample_size,
+        "num_classes": num_classes,
+        "pooled_projection_dim": pooled_projection_dim,
+    }
+    class_dropout_prob = 0.1 if args.class_dropout_prob is None else args.class_dropout_prob
+    is_conditional = num_classes is not None or pooled_projection_dim is not None
+    if not is_conditional:
+        class_dropout_prob = 0.0
+    if pretrained_config is None and args.model_config_name_or_path is None:
+        flags = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
+        return get_preset(
+            args.preset,
+            args.configuration,
+            args.modulation,
+            activation_fn=args.activation_fn,
+            class_dropout_prob=class_dropout_prob,
+            **of_data,
+            **flags,
+        )
+    source = args.pretrained_model_name_or_path or args.model_config_name_or_path
+    config = pretrained_config
+    if config is None:
+        config = MPDiTTransformer2DModel.load_config(source, cache_dir=args.cache_dir)
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    for name, value in of_data.items():
+        # A table of classes that there is takes the place of one of another size.
+        is_resized = name == "num_classes" and pretrained_config is not None and None not in (config[name], value)
+        if config.get(name, value) != value and not is_resized:
+            raise ValueError(
+                f"`{name}` of {source} must be {value} for these data and "
+                f"--prediction_type {args.prediction_type} with --variance_type {args.variance_type}, got "
+                f"{config[name]}."
+            )
+    if args.class_dropout_prob is None and is_conditional:
+        class_dropout_prob = config.get("class_dropout_prob", class_dropout_prob)
+    return {**config, **of_data, "class_dropout_prob": class_dropout_prob}
+
+
+def make_model(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    latents: LatentDataset,
+    num_classes: int | None,
+    pretrained: Pretrained | None,
+) -> MPDiTTransformer2DModel:
+    """The model of the run, with random weights or those it is to start from."""
+    pretrained_config = None if pretrained is None else pretrained.transformer.config
+    config = model_config(args, latents.latent_shape, num_classes, latents.pooled_projection_dim, pretrained_config)
+    if pretrained is None:
+        return MPDiTTransformer2DModel(**config)
+    model, known = pretrained.transformer, set((pretrained.id2label or {}).values())
+    if num_classes is not None:
+        generator = torch.Generator().manual_seed(args.seed)
+        resize_class_embeddings_(model, pretrained.id2label, latents.id2label, generator)
+        num_known = sum(name in known for name in latents.id2label.values())
+        source = args.pretrained_model_name_or_path
+        accelerator.print(f"{source} knows {num_known:,} of {num_classes:,} classes by name")
+    model.register_to_config(class_dropout_prob=config["class_dropout_prob"])
+    # Of a snapshot of averages, and of weights that were saved in half precision, rows are shorter than 1.
+    return normalize_weights_(model)

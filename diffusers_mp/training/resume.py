@@ -1,0 +1,133 @@
+"""How a run goes on: what it goes on from, what must not change, and what a former try left of updates to come."""
+
+import argparse
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+from ..averages.snapshots import discard_snapshots_after
+from ..data.latents import LatentDataset
+from ..optimization import scale_learning_rate
+from ..publishing.hub import public_arguments
+from ..transformer_mpdit import MPDiTTransformer2DModel
+from .arguments import OBJECTIVE_FLAGS
+from .checkpoints import find_checkpoints, load_checkpoint, read_state, resolve_checkpoint
+from .model import Pretrained
+from .run import Run
+from .tracking import JSONLinesTracker
+
+
+logger = get_logger(__name__)
+
+
+def checkpoint_to_resume(args: argparse.Namespace, accelerator: Accelerator, curve: JSONLinesTracker) -> Path | None:
+    """What the run is to go on from; None for a new run, which says so where one was to be resumed."""
+    if args.resume_from_checkpoint is None:
+        return None
+    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    if checkpoint is None:
+        if (args.output_dir / "model_index.json").is_file():
+            raise ValueError(
+                f"`--resume_from_checkpoint latest` must find a checkpoint where a run has ended: {args.output_dir} "
+                "has its pipeline (model_index.json) but no checkpoint, and a new run would delete its log and its "
+                "snapshots. Give another `--output_dir`."
+            )
+        # As the former try was called: this one may want them more often.
+        former = args.output_dir / "training_arguments.json"
+        due = json.loads(former.read_text())["checkpointing_steps"] if former.is_file() else args.checkpointing_steps
+        if curve.last_step > due:
+            raise ValueError(
+                f"`--resume_from_checkpoint latest` must find a checkpoint where a run has come to update "
+                f"{curve.last_step:,}: {args.output_dir} has its log, but no checkpoint, and a new run would delete "
+                "log and snapshots. Bring the checkpoints back, or give another `--output_dir`."
+            )
+        accelerator.print(f"No checkpoint in {args.output_dir} yet, starting from the beginning")
+    return checkpoint
+
+
+def run_facts(
+    args: argparse.Namespace,
+    model: MPDiTTransformer2DModel,
+    latents: LatentDataset,
+    pretrained: Pretrained | None,
+    num_train_samples: int,
+    total_batch_size: int,
+    max_train_steps: int,
+) -> dict[str, Any]:
+    """What makes this run this run: kept with its checkpoints, and what a resumed one has to agree with."""
+    learning_rate, lr_warmup_steps, lr_constant_steps = (
+        args.learning_rate,
+        args.lr_warmup_steps,
+        args.lr_constant_steps,
+    )
+    if learning_rate is None:
+        learning_rate = 1e-2 if model.config.weight_normalization else 1e-4
+    return {
+        "seed": args.seed,
+        "total_batch_size": total_batch_size,
+        "num_train_samples": num_train_samples,
+        "random_flip": args.random_flip,
+        "learning_rate": learning_rate,
+        "lr_scheduler": args.lr_scheduler,
+        "lr_warmup_steps": max_train_steps // 150 if lr_warmup_steps is None else lr_warmup_steps,
+        "lr_constant_steps": max(1, max_train_steps // 10) if lr_constant_steps is None else lr_constant_steps,
+        "ema_stds": args.ema_stds,
+        "ema_update_steps": args.ema_update_steps,
+        **{name: getattr(args, name) for name in ("adam_beta1", "adam_beta2", "adam_epsilon")},
+        **{name: getattr(args, name) for name in ("prediction_type", *OBJECTIVE_FLAGS)},
+        **{f"model.{name}": value for name, value in model.config.items() if not name.startswith("_")},
+        # Ids mean other classes in other data, while the label table fits.
+        "id2label_sha256": hashlib.sha256(json.dumps(latents.id2label).encode()).hexdigest(),
+        "pretrained_weights_sha256": None if pretrained is None else pretrained.weights_sha256,
+    }
+
+
+def resumed_facts(checkpoint: Path, facts: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Facts of the run as its checkpoint has them; refuses a command line that would make it another run."""
+    state = read_state(checkpoint)
+    stored = {name: state.get(name) for name in facts}
+    # The lengths that follow from --max_train_steps stay what they were, so that a longer run keeps its rates. Another
+    # learning rate is applied once the checkpoint is loaded.
+    kept = [name for name in ("lr_warmup_steps", "lr_constant_steps") if getattr(args, name) is None]
+    wanted = {**facts, **{name: stored[name] for name in [*kept, "learning_rate"]}}
+    differences = [f"{name} {stored[name]} (now {wanted[name]})" for name in facts if stored[name] != wanted[name]]
+    if differences:
+        raise ValueError(
+            f"`--resume_from_checkpoint` must go on with the run of {checkpoint}, which has {', '.join(differences)}."
+        )
+    return stored
+
+
+def resume(args: argparse.Namespace, run: Run, checkpoint: Path) -> None:
+    """Go on where a checkpoint was left, with another learning rate if one is given."""
+    run.accelerator.print(f"Resuming from {checkpoint}")
+    load_checkpoint(run.accelerator, checkpoint, run.transformer, run.optimizer, run.lr_scheduler, run.ema)
+    run.step = read_state(checkpoint)["step"]
+    former = run.facts["learning_rate"]
+    if args.learning_rate is not None and args.learning_rate != former:
+        run.accelerator.print(f"Learning rate {former:g} of the checkpoint, now {args.learning_rate:g}")
+        scale_learning_rate(run.optimizer, run.lr_scheduler, args.learning_rate / former)
+        run.facts["learning_rate"] = args.learning_rate
+
+
+def clear_what_comes_again(args: argparse.Namespace, run: Run) -> None:
+    """Drop what a former try left of the updates to come, and note how this one was called."""
+    run.curve.discard_after(run.step)
+    arguments = public_arguments(vars(args))
+    if run.accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        discard_snapshots_after(args.output_dir / "ema_snapshots", run.step)
+        for later in find_checkpoints(args.output_dir):
+            # Of updates that are made again now: `latest` must not go on from them after a kill.
+            if int(later.name.partition("-")[2]) > run.step:
+                abandoned = later.with_name(f"{later.name}.abandoned")
+                shutil.rmtree(abandoned, ignore_errors=True)
+                later.rename(abandoned)
+                logger.warning("%s is of updates that come again, and is kept as %s", later.name, abandoned.name)
+        (args.output_dir / "training_arguments.json").write_text(json.dumps(arguments, indent=2, default=str) + "\n")
+    run.accelerator.init_trackers("train_mpdit", config={name: str(value) for name, value in arguments.items()})
