@@ -66,3 +66,10 @@ def assert_same_weights(first, second):
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
+
+
+def damage(path):
+    """Flip one byte in the middle of a file: its size stays."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

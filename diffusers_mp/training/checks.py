@@ -15,10 +15,10 @@ from .model import Pretrained, model_config
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse, as the parser does, trackers that are not there and flags that make no model."""
     parser, installed = make_parser(), [str(tracker) for tracker in get_available_trackers()]
-    if args.report_to != "none" and args.report_to not in installed:
-        parser.error(f"--report_to {args.report_to}: not installed; there are {installed}")
     try:
         check_trackers(args.report_to, args.hub_token)
+        if args.report_to not in ("none", *installed):
+            parser.error(f"--report_to {args.report_to}: not installed; there are {installed}")
         if args.preset is not None:
             with init_empty_weights():
                 MPDiTTransformer2DModel(**model_config(args, (4, 8, 8), 2))

@@ -1,14 +1,17 @@
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from helpers import EXAMPLES
 from PIL import Image
-from training_runs import MODEL
+from training_runs import MODEL, train
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Two classes of 20 pictures 16x16, a VAE of factor 4, a model config."""
     folder = tmp_path_factory.mktemp("data")
@@ -29,3 +32,18 @@ def data(tmp_path_factory):
     ).save_pretrained(folder / "vae")
     (folder / "model.json").write_text(json.dumps(MODEL))
     return folder
+
+
+@pytest.fixture(scope="session")
+def plain(data, tmp_path_factory):
+    """The run that the arguments alone describe. To be read; what goes on with it takes a copy."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        return train(data, tmp_path_factory.mktemp("plain") / "run")
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture
+def plain_copy(plain, tmp_path):
+    return shutil.copytree(plain, tmp_path / "run")

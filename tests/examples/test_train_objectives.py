@@ -9,7 +9,6 @@ from helpers import reset_accelerate
 
 from diffusers_mp import MPDiTPipeline
 from diffusers_mp.training import DDPMObjective, FlowMatchObjective
-from diffusers_mp.training.arguments import parse_args
 
 
 MODEL = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 4}
@@ -111,31 +110,6 @@ def test_resume_with_another_objective_is_refused(arguments):
         train([*resume, "flow_prediction", "--logit_mean", "1"])
     with pytest.raises(ValueError, match=r"prediction_type flow_prediction \(now v_prediction\)"):
         train([*resume, "v_prediction", "--variance_type", "fixed_small"])
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (
-            "--prediction_type flow_prediction --snr_gamma 5",
-            "--snr_gamma has no meaning for --prediction_type flow_pred",
-        ),
-        ("--prediction_type flow_prediction --variance_type learned_range", "--variance_type has no meaning"),
-        ("--logit_mean 1", "--logit_mean has no meaning for --prediction_type epsilon"),
-        (
-            "--prediction_type v_prediction --logit_std 1",
-            "--logit_std has no meaning for --prediction_type v_prediction",
-        ),
-        ("--snr_gamma 0", "argument --snr_gamma: must be positive, got 0"),
-        ("--prediction_type flow_prediction --logit_std -1", "argument --logit_std: must be positive, got -1"),
-        ("--prediction_type sample", "invalid choice: 'sample'"),
-    ],
-)
-def test_flags_that_contradict_each_other(arguments, flags, message, capsys):
-
-    with pytest.raises(SystemExit):
-        parse_args([*arguments, *flags.split()])
-    assert message in capsys.readouterr().err
 
 
 def test_a_model_config_of_another_objective_is_refused(arguments, tmp_path):

@@ -1,0 +1,190 @@
+"""What goes wrong while the trainer is at work: a validation, a number that is not finite, a signal."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers import EXAMPLES, reset_accelerate
+from training_runs import (
+    assert_same_weights,
+    metrics,
+    raw_weights,
+    stored,
+    train,
+    weights,
+)
+
+from diffusers_mp import MPDiTPipeline
+from diffusers_mp.training import (
+    DDPMObjective,
+    StopRequest,
+    check_checkpoint,
+    engine,
+    leave_signals_to_main_process,
+    preview,
+)
+
+
+pytestmark = pytest.mark.usefixtures("examples_run_here")
+
+
+@pytest.mark.parametrize("due", [False, True])
+def test_a_validation_that_fails_costs_no_update(data, plain, tmp_path, monkeypatch, due):
+
+    def fail(args, run, pipeline):
+        raise torch.OutOfMemoryError("no memory for 10 images")
+
+    more = ("--validation_steps", "3", "--checkpointing_steps", "3" if due else "5000")
+    with monkeypatch.context() as patch:
+        patch.setattr(preview, "validate_pipeline", fail)
+        with pytest.raises(torch.OutOfMemoryError, match="no memory for 10 images"):
+            train(data, tmp_path / "run", *more)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    reset_accelerate()
+    output_dir = train(data, tmp_path / "run", *more, "--resume_from_checkpoint", "latest")
+    assert_same_weights(raw_weights(plain / "checkpoint-6"), raw_weights(output_dir / "checkpoint-6"))
+
+
+def test_a_validation_that_fails_while_it_samples_leaves_snapshots_as_they_are_wanted(data, tmp_path, monkeypatch):
+    def fail(pipeline, **kwargs):
+        raise torch.OutOfMemoryError("no memory for 10 images")
+
+    more = ("--validation_steps", "3", "--ema_snapshot_steps", "3")
+    with monkeypatch.context() as patch:
+        patch.setattr(MPDiTPipeline, "__call__", fail)
+        with pytest.raises(torch.OutOfMemoryError, match="no memory for 10 images"):
+            train(data, tmp_path / "run", *more)
+    reset_accelerate()
+    assert check_checkpoint(tmp_path / "run" / "checkpoint-3") is None
+    output_dir = train(data, tmp_path / "run", *more, "--resume_from_checkpoint", "latest")
+    for folder in (output_dir, output_dir / "ema_snapshots"):
+        index = json.loads((folder / "model_index.json").read_text())
+        assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
+    assert len(list((output_dir / "ema_snapshots").glob("step-*"))) == 4
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_signal_saves_a_checkpoint_and_leaves_with_0(data, plain, tmp_path, monkeypatch, capfd, name):
+    import train_mpdit
+
+    update = train_mpdit.PowerFunctionEMA.update
+
+    def update_and_signal(self, step):
+        update(self, step)
+        if step == 3:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    former = signal.getsignal(getattr(signal, name))
+    monkeypatch.setattr(train_mpdit.PowerFunctionEMA, "update", update_and_signal)
+    output_dir = train(data, tmp_path / "run", "--checkpointing_steps", "100")
+    monkeypatch.undo()
+    assert signal.getsignal(getattr(signal, name)) is former
+    assert f"{name}: stopped after update 3" in capfd.readouterr().out
+    assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not (output_dir / "model_index.json").exists()
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    train(data, output_dir, "--checkpointing_steps", "100", "--resume_from_checkpoint", "latest")
+    assert_same_weights(weights(plain / "transformer"), weights(output_dir / "transformer"))
+
+
+def test_workers_ignore_every_signal_of_a_stop_request():
+    # Of SIGUSR1 a forked worker would not die, which has its parent's handler; one that is spawned would.
+    former = {number: signal.getsignal(number) for number in StopRequest.SIGNALS}
+    leave_signals_to_main_process(0)
+    assert {signal.signal(number, handler) for number, handler in former.items()} == {signal.SIG_IGN}
+
+
+@pytest.fixture
+def scalers(monkeypatch):
+    """The trainer with float16's scaler, of which this is a list, but on the CPU, so in float32."""
+
+    class Scaled(Accelerator):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.scaler = scalers.append(torch.amp.GradScaler("cpu", init_scale=2.0**15)) or scalers[-1]
+
+        def unscale_gradients(self, optimizer=None):
+            # Accelerate's own does the same where the precision is fp16, which it has on accelerators only.
+            for optimizer in self._optimizers:
+                self.scaler.unscale_(optimizer.optimizer)
+
+    scalers = []
+    monkeypatch.setattr(engine, "Accelerator", Scaled)
+    return scalers
+
+
+def test_updates_that_the_scaler_of_float16_skips_are_updates_by_zero(data, tmp_path, monkeypatch, scalers):
+    """Weights and Adam's state stay, everything that counts updates goes on."""
+
+    def loss_with_gradients_too_large(self, *args):
+        terms = loss(self, *args)
+        if scalers[-1].get_scale() > 2.0**13:
+            terms["loss"].register_hook(lambda gradient: gradient * math.inf)
+        return terms
+
+    loss = DDPMObjective.loss
+    monkeypatch.setattr(DDPMObjective, "loss", loss_with_gradients_too_large)
+    more = ("--logging_steps", "1", "--checkpointing_steps", "1", "--max_train_steps", "4")
+    output_dir = train(data, tmp_path / "run", *more)
+    assert list(metrics(output_dir, "train/loss")) == [3, 4]
+    first, second, third, last = (stored(output_dir / f"checkpoint-{step}") for step in (1, 2, 3, 4))
+    assert_same_weights(first["model"], second["model"])
+    assert any(not torch.equal(tensor, second["model"][name]) for name, tensor in third["model"].items())
+    adam = [state["optimizer"]["state"]["output.gain"]["step"].item() for state in (second, third, last)]
+    assert adam == [0, 1, 2]  # saving makes Adam's state, but no update
+    assert [state["ema"]["step"] for state in (first, second, third)] == [1, 2, 3]
+    rates = metrics(output_dir, "train/learning_rate")
+    assert rates == pytest.approx({step: 1e-2 / (step + 1) ** 0.5 for step in (3, 4)})
+
+    # The scale is part of a checkpoint: no further update is skipped.
+    resumed = train(data, output_dir, *more, "--resume_from_checkpoint", "checkpoint-3")
+    assert_same_weights(raw_weights(resumed / "checkpoint-4"), last["model"])
+
+
+def test_clipping_and_the_scaler_of_float16_go_on_after_a_skipped_update(data, tmp_path, monkeypatch, scalers):
+    """Clipping has unscaled the gradients that no step of the optimiser takes then."""
+
+    def loss_with_a_hole(self, *args):
+        terms = loss(self, *args)
+        calls.append(terms)
+        return {**terms, "loss": terms["loss"] / (0 if len(calls) == 2 else 1)}
+
+    loss, calls = DDPMObjective.loss, []
+    monkeypatch.setattr(DDPMObjective, "loss", loss_with_a_hole)
+    more = ("--max_grad_norm", "0.5", "--on_non_finite", "skip", "--logging_steps", "1")
+    output_dir = train(data, tmp_path / "run", *more)
+    assert list(metrics(output_dir, "train/loss")) == [1, 3, 4, 5, 6]
+    # The scaler has seen that the gradients were infinite.
+    assert scalers[-1].get_scale() == 2.0**14
+
+
+def test_non_finite_update_stops_and_no_checkpoint_holds_it(self, data, tmp_path):
+    more = ("--learning_rate", "1e30", "--lr_scheduler", "constant", "--checkpointing_steps", "1")
+    with pytest.raises(FloatingPointError, match="update 2|after update 1"):
+        train(data, tmp_path / "run", *more, "--logging_steps", "100")
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        assert all(tensor.isfinite().all() for tensor in raw_weights(checkpoint).values())
+
+
+@pytest.mark.parametrize("skipped", [1, 2])
+def test_non_finite_update_can_be_skipped(self, data, tmp_path, monkeypatch, skipped):
+
+    loss = DDPMObjective.loss
+
+    def loss_with_a_hole(self, *args):
+        terms = loss(self, *args)
+        calls.append(terms)
+        return {**terms, "loss": terms["loss"] / (0 if len(calls) == skipped else 1)}
+
+    calls = []
+    monkeypatch.setattr(DDPMObjective, "loss", loss_with_a_hole)
+    output_dir = train(data, tmp_path / "run", "--on_non_finite", "skip", "--logging_steps", "1")
+    assert list(metrics(output_dir, "train/loss")) == [step for step in range(1, 7) if step != skipped]
+    evidence = output_dir / "non_finite" / f"step-000000{skipped}"
+    assert "inf" in (evidence / "report.json").read_text()
+    assert list(evidence.glob("*.safetensors"))
+    assert MPDiTPipeline.from_pretrained(output_dir)

@@ -1,0 +1,214 @@
+"""The trainer in several processes, under the engines that a launcher can ask for, and beside another trainer."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers import EXAMPLES, reset_accelerate
+from processes import run_processes, run_python
+from training_runs import arguments, assert_same_weights, contents, metrics, raw_weights, train, weights
+
+from diffusers_mp import MPDiTPipeline
+from diffusers_mp.training import (
+    check_checkpoint,
+)
+
+
+pytestmark = pytest.mark.usefixtures("examples_run_here")
+
+
+def test_two_processes_are_the_same_run(data, tmp_path):
+    """DDP over gloo on the CPU: the global batch, hence the run, is that of one process up to the rounding of sums."""
+    # `accelerate launch` starts several processes on accelerators only; torchrun starts them on the CPU.
+    more = ("--adam_epsilon", "1e-2", "--train_batch_size", "2", "--validation_steps", "3")
+    run_processes(EXAMPLES / "train_mpdit.py", *arguments(data, tmp_path / "two", *more))
+    one = train(data, tmp_path / "one", "--adam_epsilon", "1e-2")
+    first, second = (raw_weights(run / "checkpoint-6") for run in (one, tmp_path / "two"))
+    for name, tensor in first.items():
+        assert torch.allclose(tensor, second[name], atol=1e-5), name
+    assert MPDiTPipeline.from_pretrained(tmp_path / "two").id2label == {0: "dark", 1: "light"}
+    losses = [metrics(run, "train/loss")[6] for run in (one, tmp_path / "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_checkpoint_resumes_under_another_number_of_processes(data, tmp_path):
+    """One process for 4 updates, two for 2 more: still the run of one, up to the rounding of sums."""
+    more = ("--adam_epsilon", "1e-2", "--lr_constant_steps", "1")
+    whole = train(data, tmp_path / "whole", *more)
+    parts = train(data, tmp_path / "parts", *more, "--max_train_steps", "4")
+    more = (*more, "--train_batch_size", "2", "--resume_from_checkpoint", "latest")
+    run_processes(EXAMPLES / "train_mpdit.py", *arguments(data, parts, *more))
+    first, second = (raw_weights(run / "checkpoint-6") for run in (whole, parts))
+    for name, tensor in first.items():
+        assert torch.allclose(tensor, second[name], atol=1e-5), name
+
+
+# argv: the trainer's arguments. The sender has to be another process: PyTorch's workers take SIGTERM from their parent
+# for the end of their work.
+SIGNAL_TO_THE_GROUP = f"""
+import multiprocessing, os, sys, time
+# As in a process of its own, which leads a group, and whose workers have its handlers.
+multiprocessing.set_start_method("fork", force=True)
+os.setsid()
+sys.path.insert(0, {str(EXAMPLES)!r})
+import torch
+torch.set_num_threads(1)
+import train_mpdit
+
+update = train_mpdit.PowerFunctionEMA.update
+def update_and_signal(self, step):
+    update(self, step)
+    if step == 3:
+        os.system("kill -s TERM 0")
+        time.sleep(0.5)  # word of a dead worker comes within
+train_mpdit.PowerFunctionEMA.update = update_and_signal
+train_mpdit.main(train_mpdit.parse_args(sys.argv[1:]))
+"""
+
+
+def test_signal_to_all_processes_of_a_group_does_not_end_the_workers(data, tmp_path):
+    """As a cluster's scheduler sends it to all processes of a job."""
+    argv = arguments(data, tmp_path / "run", "--checkpointing_steps", "100", "--dataloader_num_workers", "2")
+    assert "SIGTERM: stopped after update 3" in run_python(SIGNAL_TO_THE_GROUP, *argv)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+# argv: what the trainer is given. Its validation fails on the main process, which the other must hear of.
+FAILING_VALIDATION = """
+import os, sys
+import torch.distributed as dist
+import train_mpdit
+from diffusers_mp.training import preview
+
+def fail(args, run, pipeline):
+    raise MemoryError("no memory for 10 images")
+
+preview.validate_pipeline = fail
+try:
+    train_mpdit.main(train_mpdit.parse_args(sys.argv[1:]))
+except (MemoryError, RuntimeError) as error:
+    print(error, flush=True)
+dist.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_validation_that_fails_stops_all_processes(data, tmp_path):
+    (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n" + FAILING_VALIDATION)
+    more = ("--validation_steps", "2", "--train_batch_size", "2")
+    printed = run_processes(tmp_path / "script.py", *arguments(data, tmp_path / "run", *more))
+    assert "Validation failed after update 2, whose checkpoint is saved" in printed
+    assert "no memory for 10 images\n" in printed
+    assert "validation failed on the main process\n" in printed
+    assert check_checkpoint(tmp_path / "run" / "checkpoint-2") is None
+
+
+# argv: a file. Locks it for as long as its input lasts, or says what is in it.
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+try:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    raise SystemExit(open(sys.argv[1]).read().strip())
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_trainer_in_the_same_folder_is_refused(data, tmp_path, monkeypatch):
+    import train_mpdit
+
+    output_dir, answers, update = tmp_path / "run", [], train_mpdit.PowerFunctionEMA.update
+    command = [sys.executable, "-c", HOLDER, str(output_dir / ".lock")]
+
+    def update_and_ask(self, step):
+        update(self, step)
+        answers.append(subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL).stderr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mpdit.PowerFunctionEMA, "update", update_and_ask)
+        train(data, output_dir, "--max_train_steps", "2")
+    assert answers == [f"process {os.getpid()} on {platform.node()}\n"] * 2
+
+    more = ("--resume_from_checkpoint", "latest", "--max_train_steps", "4")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        before = contents(output_dir)
+        with pytest.raises(RuntimeError, match=f"`--output_dir` must .*, {output_dir} is in use by process"):
+            train(data, output_dir, *more)
+        assert contents(output_dir) == before
+        holder.kill()
+    reset_accelerate()
+    train(data, output_dir, *more)
+    assert (output_dir / "checkpoint-4").is_dir()
+
+
+@pytest.mark.slow
+def test_a_second_trainer_of_two_processes_is_refused_in_both(data, tmp_path):
+    output_dir = tmp_path / "run"
+    output_dir.mkdir()
+    command = [sys.executable, "-c", HOLDER, str(output_dir / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(AssertionError, match="RuntimeError: `--output_dir` must be a folder"):
+            run_processes(EXAMPLES / "train_mpdit.py", *arguments(data, output_dir, "--train_batch_size", "2"))
+        holder.kill()
+    assert [path.name for path in output_dir.iterdir()] == [".lock"]
+
+
+def accelerate_launch(*command):
+    options = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *options]
+    return subprocess.run([*launcher, *command], capture_output=True, text=True)
+
+
+@pytest.mark.slow  # the launcher is Accelerate's; processes as it starts them are tested below
+def test_accelerate_launch(data, plain, tmp_path):
+    script = str(EXAMPLES / "train_mpdit.py")
+    done = accelerate_launch("--num_processes", "1", script, *arguments(data, tmp_path / "launched"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_weights(weights(plain / "transformer"), weights(tmp_path / "launched" / "transformer"))
+
+
+NOT_FOUND = "launched as 2 processes, but Accelerate runs 1"
+
+
+def test_processes_that_did_not_find_each_other_are_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=NOT_FOUND):
+        train(data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_launcher_for_gpus_without_any_is_refused(data, tmp_path):
+    script = str(EXAMPLES / "train_mpdit.py")
+    done = accelerate_launch("--num_processes", "2", "--multi_gpu", script, *arguments(data, tmp_path / "run"))
+    assert done.returncode != 0
+    assert NOT_FOUND in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_accumulation_that_the_environment_changes_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    with pytest.raises(RuntimeError, match="must be what ACCELERATE_GRADIENT_ACCUMULATION_STEPS .* 3; got 2"):
+        train(data, tmp_path / "run", "--gradient_accumulation_steps", "2")
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_precision_that_accelerate_leaves_out_is_refused(data, tmp_path):
+    with pytest.raises(RuntimeError, match="`--mixed_precision fp16` was asked for, .* on this device"):
+        train(data, tmp_path / "run", "--mixed_precision", "fp16")
+
+
+def test_fp8_of_the_launcher_is_refused(data, tmp_path, monkeypatch):
+    # Accelerate itself wants a GPU's library for it.
+    monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda self: "fp8"))
+    with pytest.raises(RuntimeError, match="fp8 was asked for, .* other linear maps in the place of those with unit"):
+        train(data, tmp_path / "run")

@@ -1,0 +1,207 @@
+"""Runs of the trainer that go on, from where they were left or from before; and those that must not."""
+
+import json
+import shutil
+
+import pytest
+from helpers import reset_accelerate
+from training_runs import (
+    MODEL,
+    assert_same_weights,
+    contents,
+    damage,
+    metrics,
+    raw_weights,
+    stored,
+    train,
+    weights,
+)
+
+from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, normalize_weights_
+from diffusers_mp.training import (
+    check_checkpoint,
+    resolve_checkpoint,
+)
+
+
+pytestmark = pytest.mark.usefixtures("examples_run_here")
+
+
+def test_resume_gives_the_weights_and_losses_of_an_uninterrupted_run(data, tmp_path, monkeypatch):
+    import train_mpdit
+
+    more = ("--logging_steps", "1", "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.5", "--random_flip")
+    whole = train(data, tmp_path / "whole", *more)
+    resumed, update = tmp_path / "parts", train_mpdit.PowerFunctionEMA.update
+
+    def update_and_die(self, step):
+        update(self, step)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mpdit.PowerFunctionEMA, "update", update_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(data, resumed, *more)
+    reset_accelerate()
+    assert sorted(path.name for path in resumed.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    train(data, resumed, *more, "--resume_from_checkpoint", "latest")
+
+    assert metrics(resumed, "train/loss") == metrics(whole, "train/loss")
+    assert list(metrics(resumed, "train/loss")) == [1, 2, 3, 4, 5, 6]
+    assert_same_weights(raw_weights(whole / "checkpoint-6"), raw_weights(resumed / "checkpoint-6"))
+    for part in ("transformer", "transformer_ema_0.1"):
+        assert_same_weights(weights(whole / part), weights(resumed / part))
+
+
+def test_going_back_leaves_no_later_checkpoint_for_latest(data, plain_copy, monkeypatch):
+    output_dir = plain_copy
+    before = raw_weights(output_dir / "checkpoint-6")
+
+    def die(self, step):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        import train_mpdit
+
+        patch.setattr(train_mpdit.PowerFunctionEMA, "update", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(data, output_dir, "--resume_from_checkpoint", "checkpoint-2")
+    reset_accelerate()
+    assert resolve_checkpoint("latest", output_dir).name == "checkpoint-2"
+    assert_same_weights(raw_weights(output_dir / "checkpoint-6.abandoned"), before)
+    train(data, output_dir, "--resume_from_checkpoint", "latest")
+    assert_same_weights(raw_weights(output_dir / "checkpoint-6"), before)
+
+
+def test_resume_at_the_end_trains_nothing_more(data, plain_copy):
+    output_dir = plain_copy
+    before = weights(output_dir / "transformer")
+    # Nor does one that is to be shorter than it already is, whose card tells of all its updates.
+    for num_steps in ("6", "4"):
+        train(data, output_dir, "--resume_from_checkpoint", "checkpoint-6", "--max_train_steps", num_steps)
+        assert_same_weights(before, weights(output_dir / "transformer"))
+        assert "| images seen | 24 |" in (output_dir / "README.md").read_text()
+
+
+def test_resume_with_another_number_of_steps_keeps_the_rates(data, tmp_path):
+    more = ("--logging_steps", "1")
+    output_dir = train(data, tmp_path / "run", *more)
+    train(data, output_dir, *more, "--resume_from_checkpoint", "latest", "--max_train_steps", "8")
+    rates = metrics(output_dir, "train/learning_rate")
+    # Constant until update max(1, 6 // 10), then 1 / sqrt(u); the rate logged after update u is that of u + 1.
+    assert rates == pytest.approx({u: 1e-2 / (u + 1) ** 0.5 for u in range(1, 9)})
+
+
+def test_another_rate_on_resume_is_applied(data, tmp_path, capfd):
+    more = ("--lr_constant_steps", "100", "--logging_steps", "1")
+    output_dir = train(data, tmp_path / "run", *more)
+    train(
+        data,
+        output_dir,
+        *more,
+        "--resume_from_checkpoint",
+        "latest",
+        "--max_train_steps",
+        "8",
+        "--learning_rate",
+        "2e-3",
+    )
+    assert "Learning rate 0.01 of the checkpoint, now 0.002" in capfd.readouterr().out
+    assert metrics(output_dir, "train/learning_rate")[8] == pytest.approx(2e-3)
+    groups = stored(output_dir / "checkpoint-8")["optimizer"]["param_groups"]
+    assert {group["name"]: group["lr"] for group in groups}["as_published"] == pytest.approx(2e-3)
+
+
+def test_resume_of_another_run_is_refused(data, plain_copy):
+    output_dir = plain_copy
+    with pytest.raises(ValueError, match=r"seed 0 \(now 1\), total_batch_size 4 \(now 8\)"):
+        train(data, output_dir, "--resume_from_checkpoint", "latest", "--seed", "1", "--train_batch_size", "8")
+    with pytest.raises(ValueError, match=r"ema_stds \[0.05, 0.1\] \(now \[0.05\]\)"):
+        train(data, output_dir, "--resume_from_checkpoint", "latest", "--ema_stds", "0.05")
+    with pytest.raises(ValueError, match=r"lr_constant_steps 1 \(now 3\)"):
+        train(data, output_dir, "--resume_from_checkpoint", "latest", "--lr_constant_steps", "3")
+    with pytest.raises(FileNotFoundError, match=r"got 'checkpoint-3'; .* \['checkpoint-2', 'checkpoint-4'"):
+        train(data, output_dir, "--resume_from_checkpoint", "checkpoint-3")
+
+
+def test_another_model_on_resume_is_refused(data, plain_copy, tmp_path):
+    output_dir = plain_copy
+    (tmp_path / "model.json").write_text(json.dumps({**MODEL, "cosine_attention": False}))
+    more = ("--model_config_name_or_path", str(tmp_path / "model.json"), "--random_flip")
+    with pytest.raises(ValueError, match=r"random_flip False \(now True\), model.cosine_attention True \(now False\)"):
+        train(data, output_dir, "--resume_from_checkpoint", "latest", "--latents_dir", str(tmp_path / "new"), *more)
+
+
+def test_damaged_checkpoint_is_passed_over_aloud(data, plain, plain_copy, caplog):
+    whole, output_dir = plain, plain_copy
+    damage(output_dir / "checkpoint-6" / "shards" / "__0_0.distcp")
+    with pytest.raises(ValueError, match=r"checkpoint-6` is damaged: shards/__0_0.distcp has other content"):
+        train(data, output_dir, "--resume_from_checkpoint", "checkpoint-6")
+    train(data, output_dir, "--resume_from_checkpoint", "latest")
+    assert (
+        "checkpoint-6 is damaged, going back to the one before it: shards/__0_0.distcp has other content"
+        in caplog.text
+    )
+    assert_same_weights(raw_weights(whole / "checkpoint-6"), raw_weights(output_dir / "checkpoint-6"))
+    assert check_checkpoint(output_dir / "checkpoint-6") is None
+
+
+def test_all_checkpoints_damaged_is_no_fresh_start(data, tmp_path):
+    output_dir = train(data, tmp_path / "run", "--checkpointing_steps", "3")
+    (output_dir / "checkpoint-3" / "shards" / ".metadata").unlink()
+    (output_dir / "checkpoint-6" / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="all 2 in .* are damaged"):
+        train(data, output_dir, "--resume_from_checkpoint", "latest")
+
+
+def test_latest_is_no_fresh_start_in_the_folder_of_a_run_that_has_ended(data, tmp_path, capfd):
+    more = ("--resume_from_checkpoint", "latest", "--ema_snapshot_steps", "6")
+    output_dir = train(data, tmp_path / "run", *more)
+    assert f"No checkpoint in {output_dir} yet, starting from the beginning" in capfd.readouterr().out
+    for checkpoint in output_dir.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    before = contents(output_dir)
+    with pytest.raises(ValueError, match=r"`--resume_from_checkpoint latest` must .* has its pipeline .* but no"):
+        train(data, output_dir, *more)
+    assert contents(output_dir) == before
+
+
+def test_latest_is_no_fresh_start_where_checkpoints_are_gone(data, tmp_path):
+    more = ("--resume_from_checkpoint", "latest", "--ema_snapshot_steps", "1", "--checkpointing_steps", "2")
+    output_dir = train(data, tmp_path / "run", *more, "--max_train_steps", "3")
+    (output_dir / "model_index.json").unlink()
+    for checkpoint in output_dir.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    before = contents(output_dir)
+    with pytest.raises(ValueError, match="must find a checkpoint where a run has come to update 3: .* but no check"):
+        train(data, output_dir, *more)
+    assert contents(output_dir) == before
+
+
+def test_latest_is_a_fresh_start_before_the_first_checkpoint(data, tmp_path):
+    more = ("--resume_from_checkpoint", "latest", "--logging_steps", "1", "--max_train_steps", "3")
+    output_dir = train(data, tmp_path / "run", *more, "--checkpointing_steps", "5000")
+    # What a kill leaves: a log, and the arguments.
+    (output_dir / "model_index.json").unlink()
+    shutil.rmtree(output_dir / "checkpoint-3")
+    train(data, output_dir, *more, "--checkpointing_steps", "1")
+    assert check_checkpoint(output_dir / "checkpoint-1") is None
+
+
+def test_checkpoints_total_limit(data, tmp_path):
+    output_dir = train(data, tmp_path / "run", "--checkpoints_total_limit", "2")
+    assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_a_checkpoint_becomes_a_pipeline_elsewhere(data, tmp_path):
+    """As docs/resume.md has it: nothing of the run changes."""
+    run = train(data, tmp_path / "run", "--ema_snapshot_steps", "2")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    more = ("--latents_dir", str(run / "latents"), "--resume_from_checkpoint", str(run / "checkpoint-4"))
+    output_dir = train(data, tmp_path / "early", *more, "--max_train_steps", "4")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    pipe = MPDiTPipeline.from_pretrained(output_dir)
+    snapshot = MPDiTTransformer2DModel.from_pretrained(run / "ema_snapshots" / "step-0000004_std-0.05")
+    assert_same_weights(normalize_weights_(snapshot).state_dict(), pipe.transformer.state_dict())
+    assert not list(output_dir.glob("checkpoint-*"))

@@ -1,0 +1,150 @@
+"""The trainer's command line: what it understands, and what it refuses before anything is imported or encoded."""
+
+import re
+import shlex
+
+import pytest
+from helpers import EXAMPLES
+from training_runs import arguments
+
+from diffusers_mp.training.arguments import parse_args
+from diffusers_mp.training.model import model_config
+
+
+def test_help_says_no_second_default(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert "default: None" not in shown
+    assert "(default: 256)" in shown
+
+
+@pytest.mark.parametrize("page", ["resume.md", "scale_out.md"])
+def test_every_command_of_the_docs_is_understood(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```bash\n(.*?)```", (EXAMPLES.parent / "docs" / page).read_text(), re.S)
+    commands = [line for block in blocks for line in block.splitlines() if "train_mpdit.py" in line]
+    assert len(commands) >= 5
+    for command in commands:
+        argv = shlex.split(command.partition("train_mpdit.py")[2])
+        if "--train_data_dir" not in argv:
+            (tmp_path / "run" / "latents").mkdir(parents=True)
+            (tmp_path / "run" / "latents" / "index.json").write_text('{"resolution": 256, "vae": {"id": "x"}}')
+        args = parse_args(argv)
+        assert args.preset in command
+
+
+def test_preset_flags(tmp_path):
+    args = parse_args(
+        [
+            *("--train_data_dir", "x", "--output_dir", str(tmp_path / "new"), "--preset", "B/4"),
+            *("--configuration", "C", "--modulation", "scale", "shift", "--no-mp_silu", "--layer_norm"),
+        ]
+    )
+    config = model_config(args, (4, 16, 16), 7)
+    assert (config["num_layers"], config["patch_size"], config["num_classes"]) == (12, 4, 7)
+    assert (config["modulation"], config["mp_silu"], config["layer_norm"]) == (["scale", "shift"], False, True)
+    assert (config["in_channels"], config["out_channels"]) == (4, 8)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (("--report_to", "wandb"), "--report_to wandb: not installed; there are ["),
+        (("--report_to", "comet_ml", "--hub_token", "secret"), "`hub_token` must not be given together with"),
+        (("--preset", "S/x"), "`size` must be one of"),
+        (("--modulation", "spin"), "`modulation` must be a non-empty list"),
+        (("--no-weight_normalization",), "`forced_weight_normalization=True` needs `weight_normalization=True`"),
+    ],
+)
+def test_what_the_parser_cannot_tell_is_refused_as_it_would(examples_run_here, tmp_path, capsys, wrong, message):
+    import train_mpdit
+
+    with pytest.raises(SystemExit, match="2"):
+        train_mpdit.main(parse_args(["--train_data_dir", "x", "--output_dir", str(tmp_path / "new"), *wrong]))
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_output_dir_in_use(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit):
+        parse_args(arguments(tmp_path, tmp_path))
+    assert "--output_dir must be new or empty" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert list(tmp_path.iterdir()) == [tmp_path / "thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--dataset_name", "x"), "give one of --train_data_dir and --dataset_name"),
+        (("--num_train_epochs", "2"), "give one of --max_train_steps and --num_train_epochs"),
+        (("--train_batch_size", "0"), "argument --train_batch_size: must be at least 1, got 0"),
+        (("--preset", "S/3"), "--model_config_name_or_path stands instead of --preset"),
+        (("--max_train_steps", "0"), "argument --max_train_steps: must be at least 1, got 0"),
+        # Noticed by the first validation otherwise, before the first checkpoint.
+        (
+            ("--validation_inference_steps", "0"),
+            "argument --validation_inference_steps: must be at least 1, got 0",
+        ),
+        (("--ema_stds", "0.5"), "argument --ema_stds: must be in (0, 1/sqrt(12)), that is below 0.2887, got 0.5"),
+        (("--ema_stds", "0.1", "0.05", "0.1"), "--ema_stds must differ from each other, got [0.1, 0.05, 0.1]"),
+        (("--learning_rate", "0"), "argument --learning_rate: must be positive, got 0"),
+        (("--learning_rate", "nan"), "argument --learning_rate: must be positive, got nan"),
+        # Off in other trainers; clipped to nothing, gradients change no weight.
+        (("--max_grad_norm", "0"), "argument --max_grad_norm: must be positive, got 0"),
+        (("--adam_epsilon", "0"), "argument --adam_epsilon: must be positive, got 0"),
+        (("--adam_beta1", "1"), "argument --adam_beta1: must be in [0, 1), got 1"),
+        (("--lr_warmup_steps", "-1"), "argument --lr_warmup_steps: must be at least 0, got -1"),
+        (("--validation_steps", "-1"), "argument --validation_steps: must be at least 0, got -1"),
+        (("--num_validation_images", "-1"), "argument --num_validation_images: must be at least 0, got -1"),
+        (("--validation_guidance_scale", "nan"), "argument --validation_guidance_scale: must be finite, got nan"),
+        (("--resolution", "0"), "argument --resolution: must be at least 1, got 0"),
+        (
+            ("--class_dropout_prob", "0", "--validation_guidance_scale", "2", "--validation_steps", "3"),
+            "--validation_guidance_scale needs dropped conditions in training, not --class_dropout_prob 0",
+        ),
+        (
+            ("--lr_scheduler", "constant", "--lr_warmup_steps", "5"),
+            "--lr_warmup_steps has no meaning for --lr_scheduler constant",
+        ),
+        (
+            ("--lr_scheduler", "cosine", "--lr_constant_steps", "5"),
+            "--lr_constant_steps has no meaning for --lr_scheduler cosine",
+        ),
+        (("--logging_dir", "../other/logs"), "got ../other/logs"),
+        (("--logging_dir", "/dev/null/logs"), "--logging_dir must lie inside --output_dir"),
+        (("--ema_update_steps", "7"), "--ema_update_steps must be at most --max_train_steps (6), got 7"),
+        (("--preset", "B/2", "--no-mp_silu"), "--model_config_name_or_path stands instead of --preset, --mp_silu"),
+    ],
+)
+def test_wrong_flags_are_refused(tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(arguments(tmp_path, tmp_path / "run", *more))
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            "--prediction_type flow_prediction --snr_gamma 5",
+            "--snr_gamma has no meaning for --prediction_type flow_pred",
+        ),
+        ("--prediction_type flow_prediction --variance_type learned_range", "--variance_type has no meaning"),
+        ("--logit_mean 1", "--logit_mean has no meaning for --prediction_type epsilon"),
+        (
+            "--prediction_type v_prediction --logit_std 1",
+            "--logit_std has no meaning for --prediction_type v_prediction",
+        ),
+        ("--snr_gamma 0", "argument --snr_gamma: must be positive, got 0"),
+        ("--prediction_type flow_prediction --logit_std -1", "argument --logit_std: must be positive, got -1"),
+        ("--prediction_type sample", "invalid choice: 'sample'"),
+    ],
+)
+def test_flags_that_contradict_each_other(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        parse_args(arguments(tmp_path, tmp_path / "run", *flags.split()))
+    assert message in capsys.readouterr().err
