@@ -1,5 +1,6 @@
 """The trainer in several processes, under the engines that a launcher can ask for, and beside another trainer."""
 
+import json
 import os
 import platform
 import subprocess
@@ -21,30 +22,55 @@ from diffusers_mp.training import (
 pytestmark = pytest.mark.usefixtures("examples_run_here")
 
 
-def test_two_processes_are_the_same_run(data, tmp_path):
-    """DDP over gloo on the CPU: the global batch, hence the run, is that of one process up to the rounding of sums."""
-    # `accelerate launch` starts several processes on accelerators only; torchrun starts them on the CPU.
-    more = ("--adam_epsilon", "1e-2", "--train_batch_size", "2", "--validation_steps", "3")
-    run_processes(EXAMPLES / "train_mpdit.py", *arguments(data, tmp_path / "two", *more))
-    one = train(data, tmp_path / "one", "--adam_epsilon", "1e-2")
-    first, second = (raw_weights(run / "checkpoint-6") for run in (one, tmp_path / "two"))
+# argv: a script, and JSON of the arguments of each run. The group of processes outlives the runs.
+RUNS = """
+import json, os, runpy, sys
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+PartialState.destroy_process_group = lambda self, group=None: None
+script, *runs = sys.argv[1:]
+for argv in runs:
+    sys.argv = [script, *json.loads(argv)]
+    runpy.run_path(script, run_name="__main__")
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+dist.barrier()
+# gloo's threads now and then abort the process while it is torn down.
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def two(data, tmp_path_factory):
+    """Runs of two processes, DDP over gloo on the CPU: one from its beginning, one that has begun as one process.
+
+    `accelerate launch` starts several processes on accelerators only; torchrun starts them on the CPU.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "script.py").write_text(RUNS)
+    more = ("--adam_epsilon", "1e-2", "--train_batch_size", "2")
+    begun = ("--max_train_steps", "4", "--adam_epsilon", "1e-2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        train(data, folder / "resumed", *begun)
+    runs = [
+        arguments(data, folder / "whole", *more, "--validation_steps", "3"),
+        arguments(data, folder / "resumed", *more, "--resume_from_checkpoint", "latest"),
+    ]
+    run_processes(folder / "script.py", EXAMPLES / "train_mpdit.py", *map(json.dumps, runs))
+    return folder
+
+
+@pytest.mark.parametrize("run", ["whole", "resumed"])
+def test_two_processes_are_the_same_run(coarse, two, run):
+    """The global batch, hence the run, is that of one process up to the rounding of sums."""
+    first, second = (raw_weights(folder / "checkpoint-6") for folder in (coarse, two / run))
     for name, tensor in first.items():
         assert torch.allclose(tensor, second[name], atol=1e-5), name
-    assert MPDiTPipeline.from_pretrained(tmp_path / "two").id2label == {0: "dark", 1: "light"}
-    losses = [metrics(run, "train/loss")[6] for run in (one, tmp_path / "two")]
+    assert MPDiTPipeline.from_pretrained(two / run).id2label == {0: "dark", 1: "light"}
+    losses = [metrics(folder, "train/loss")[6] for folder in (coarse, two / run)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-
-
-def test_checkpoint_resumes_under_another_number_of_processes(data, tmp_path):
-    """One process for 4 updates, two for 2 more: still the run of one, up to the rounding of sums."""
-    more = ("--adam_epsilon", "1e-2", "--lr_constant_steps", "1")
-    whole = train(data, tmp_path / "whole", *more)
-    parts = train(data, tmp_path / "parts", *more, "--max_train_steps", "4")
-    more = (*more, "--train_batch_size", "2", "--resume_from_checkpoint", "latest")
-    run_processes(EXAMPLES / "train_mpdit.py", *arguments(data, parts, *more))
-    first, second = (raw_weights(run / "checkpoint-6") for run in (whole, parts))
-    for name, tensor in first.items():
-        assert torch.allclose(tensor, second[name], atol=1e-5), name
 
 
 # argv: the trainer's arguments. The sender has to be another process: PyTorch's workers take SIGTERM from their parent

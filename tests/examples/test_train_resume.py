@@ -84,33 +84,21 @@ def test_resume_at_the_end_trains_nothing_more(data, plain_copy):
         assert "| images seen | 24 |" in (output_dir / "README.md").read_text()
 
 
-def test_resume_with_another_number_of_steps_keeps_the_rates(data, tmp_path):
-    more = ("--logging_steps", "1")
-    output_dir = train(data, tmp_path / "run", *more)
-    train(data, output_dir, *more, "--resume_from_checkpoint", "latest", "--max_train_steps", "8")
-    rates = metrics(output_dir, "train/learning_rate")
+def test_resume_with_another_number_of_steps_keeps_the_rates(data, plain_copy):
+    more = ("--logging_steps", "1", "--resume_from_checkpoint", "checkpoint-2", "--max_train_steps", "20")
+    rates = metrics(train(data, plain_copy, *more, "--checkpointing_steps", "20"), "train/learning_rate")
     # Constant until update max(1, 6 // 10), then 1 / sqrt(u); the rate logged after update u is that of u + 1.
-    assert rates == pytest.approx({u: 1e-2 / (u + 1) ** 0.5 for u in range(1, 9)})
+    assert rates == pytest.approx({u: 1e-2 / (u + 1) ** 0.5 for u in range(2, 21)})
 
 
-def test_another_rate_on_resume_is_applied(data, tmp_path, capfd):
-    more = ("--lr_constant_steps", "100", "--logging_steps", "1")
-    output_dir = train(data, tmp_path / "run", *more)
-    train(
-        data,
-        output_dir,
-        *more,
-        "--resume_from_checkpoint",
-        "latest",
-        "--max_train_steps",
-        "8",
-        "--learning_rate",
-        "2e-3",
-    )
+def test_another_rate_on_resume_is_applied(data, plain_copy, capfd):
+    more = ("--resume_from_checkpoint", "latest", "--max_train_steps", "8", "--learning_rate", "2e-3")
+    output_dir = train(data, plain_copy, *more)
     assert "Learning rate 0.01 of the checkpoint, now 0.002" in capfd.readouterr().out
-    assert metrics(output_dir, "train/learning_rate")[8] == pytest.approx(2e-3)
+    # One over the root of the update that comes next.
+    assert metrics(output_dir, "train/learning_rate")[8] == pytest.approx(2e-3 / 3)
     groups = stored(output_dir / "checkpoint-8")["optimizer"]["param_groups"]
-    assert {group["name"]: group["lr"] for group in groups}["as_published"] == pytest.approx(2e-3)
+    assert {group["name"]: group["lr"] for group in groups}["as_published"] == pytest.approx(2e-3 / 3)
 
 
 def test_resume_of_another_run_is_refused(data, plain_copy):
@@ -147,41 +135,40 @@ def test_damaged_checkpoint_is_passed_over_aloud(data, plain, plain_copy, caplog
     assert check_checkpoint(output_dir / "checkpoint-6") is None
 
 
-def test_all_checkpoints_damaged_is_no_fresh_start(data, tmp_path):
-    output_dir = train(data, tmp_path / "run", "--checkpointing_steps", "3")
-    (output_dir / "checkpoint-3" / "shards" / ".metadata").unlink()
+def test_all_checkpoints_damaged_is_no_fresh_start(data, plain_copy):
+    output_dir = plain_copy
+    (output_dir / "checkpoint-2" / "shards" / ".metadata").unlink()
+    (output_dir / "checkpoint-4" / "training_state.json").unlink()
     (output_dir / "checkpoint-6" / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="all 2 in .* are damaged"):
+    with pytest.raises(ValueError, match="all 3 in .* are damaged"):
         train(data, output_dir, "--resume_from_checkpoint", "latest")
 
 
-def test_latest_is_no_fresh_start_in_the_folder_of_a_run_that_has_ended(data, tmp_path, capfd):
-    more = ("--resume_from_checkpoint", "latest", "--ema_snapshot_steps", "6")
-    output_dir = train(data, tmp_path / "run", *more)
-    assert f"No checkpoint in {output_dir} yet, starting from the beginning" in capfd.readouterr().out
+def test_latest_is_no_fresh_start_in_the_folder_of_a_run_that_has_ended(data, plain_copy):
+    output_dir = plain_copy
     for checkpoint in output_dir.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     before = contents(output_dir)
     with pytest.raises(ValueError, match=r"`--resume_from_checkpoint latest` must .* has its pipeline .* but no"):
-        train(data, output_dir, *more)
+        train(data, output_dir, "--resume_from_checkpoint", "latest")
     assert contents(output_dir) == before
 
 
-def test_latest_is_no_fresh_start_where_checkpoints_are_gone(data, tmp_path):
-    more = ("--resume_from_checkpoint", "latest", "--ema_snapshot_steps", "1", "--checkpointing_steps", "2")
-    output_dir = train(data, tmp_path / "run", *more, "--max_train_steps", "3")
+def test_latest_is_no_fresh_start_where_checkpoints_are_gone(data, plain_copy):
+    output_dir = plain_copy
     (output_dir / "model_index.json").unlink()
     for checkpoint in output_dir.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     before = contents(output_dir)
-    with pytest.raises(ValueError, match="must find a checkpoint where a run has come to update 3: .* but no check"):
-        train(data, output_dir, *more)
+    with pytest.raises(ValueError, match="must find a checkpoint where a run has come to update 6: .* but no check"):
+        train(data, output_dir, "--resume_from_checkpoint", "latest")
     assert contents(output_dir) == before
 
 
-def test_latest_is_a_fresh_start_before_the_first_checkpoint(data, tmp_path):
+def test_latest_is_a_fresh_start_before_the_first_checkpoint(data, tmp_path, capfd):
     more = ("--resume_from_checkpoint", "latest", "--logging_steps", "1", "--max_train_steps", "3")
     output_dir = train(data, tmp_path / "run", *more, "--checkpointing_steps", "5000")
+    assert f"No checkpoint in {output_dir} yet, starting from the beginning" in capfd.readouterr().out
     # What a kill leaves: a log, and the arguments.
     (output_dir / "model_index.json").unlink()
     shutil.rmtree(output_dir / "checkpoint-3")
