@@ -1,14 +1,58 @@
 """The trainer's command line: what it understands, and what it refuses before anything is imported or encoded."""
 
+import inspect
 import re
 import shlex
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+from diffusers.optimization import SchedulerType
 from helpers import EXAMPLES
 from training_runs import arguments
 
-from diffusers_mp.training.arguments import parse_args
+from diffusers_mp import training
+from diffusers_mp.arguments import LR_SCHEDULERS
+from diffusers_mp.averages.ema import MAX_STD
+from diffusers_mp.training.arguments import OBJECTIVES, parse_args
 from diffusers_mp.training.model import model_config
+
+
+def test_help_and_wrong_flags_are_answered_before_anything_heavy_is_imported():
+    code = """
+import runpy, sys
+for argument, status in (("--help", 0), ("--train_batch_size=0", 2), ("--preset=S/3", 2)):
+    sys.argv[1:] = [argument, "--train_data_dir", "x"]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        assert end.code == status, (argument, end.code)
+    else:
+        raise AssertionError(argument)
+heavy = {"torch", "numpy", "diffusers", "accelerate", "huggingface_hub"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    code = code.replace("import runpy, sys", f"import runpy, sys; sys.argv = [{str(EXAMPLES / 'train_mpdit.py')!r}]")
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_what_is_written_out_to_keep_imports_light_is_what_its_owners_say():
+    kinds = {kind.value for kind in SchedulerType}
+    assert {*LR_SCHEDULERS} == kinds - {SchedulerType.PIECEWISE_CONSTANT.value}
+    bounds = [float(np.nextafter(MAX_STD, toward)) for toward in (0, 1)]
+    flags = ["--train_data_dir", "x", "--ema_stds"]
+    assert parse_args([*flags, str(bounds[0])]).ema_stds == [bounds[0]]
+    with pytest.raises(SystemExit):
+        parse_args([*flags, str(bounds[1])])
+
+
+@pytest.mark.parametrize("prediction_type", OBJECTIVES)
+def test_an_objective_takes_the_flags_of_the_table_with_their_defaults(prediction_type):
+    name, flags = OBJECTIVES[prediction_type]
+    parameters = dict(inspect.signature(getattr(training, name).of_recipe).parameters)
+    del parameters["prediction_type"]
+    assert {name: parameter.default for name, parameter in parameters.items()} == flags
 
 
 def test_help_says_no_second_default(capsys):
