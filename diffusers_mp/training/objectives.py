@@ -12,7 +12,8 @@ All of them answer the same calls, so that a training loop need not know which o
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
@@ -23,7 +24,30 @@ from .bound import discretized_log_likelihood, normal_kl
 LEARNED_RANGE = "learned_range"
 # `learned` (no range) has no bound to train it by; `fixed_large_log` makes diffusers' step take the root of a log.
 VARIANCE_TYPES = (LEARNED_RANGE, "fixed_small", "fixed_small_log", "fixed_large")
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+class _Prediction(NamedTuple):
+    """What a model may be trained to say of x_t, and what an error in it counts."""
+
+    target: Callable  # of scheduler, latents, noise, timesteps
+    error_to_mean: Callable  # of α, ᾱ before and ᾱ: an error in the posterior's mean over the one in the target
+    weight: Callable  # of SNR and min(SNR, γ): min-SNR's, the same for all on the error in x_0
+
+
+PREDICTIONS = {
+    "epsilon": _Prediction(
+        target=lambda scheduler, latents, noise, timesteps: noise,
+        # Equation 11 of arXiv 2006.11239.
+        error_to_mean=lambda alphas, before, cumprod: -(1 - alphas) / (alphas * (1 - cumprod)).sqrt(),
+        weight=lambda snr, capped_snr: capped_snr / snr,
+    ),
+    "v_prediction": _Prediction(
+        target=lambda scheduler, latents, noise, timesteps: scheduler.get_velocity(latents, noise, timesteps),
+        # An error in v is one of √ᾱ times as much in the noise; written so that it may be used at ᾱ = 0.
+        error_to_mean=lambda alphas, before, cumprod: -(1 - alphas) * (before / (1 - cumprod)).sqrt(),
+        weight=lambda snr, capped_snr: capped_snr / (snr + 1),
+    ),
+}
 
 
 class Objective(ABC):
@@ -150,9 +174,9 @@ class DDPMObjective(Objective):
         if not isinstance(scheduler, DDPMScheduler):
             raise TypeError(f"`scheduler` must be a DDPMScheduler, got {type(scheduler).__name__}")
         prediction_type, variance_type = scheduler.config.prediction_type, scheduler.config.variance_type
-        if prediction_type not in PREDICTION_TYPES:
+        if prediction_type not in PREDICTIONS:
             raise ValueError(
-                f"`prediction_type` of `scheduler` must be one of {list(PREDICTION_TYPES)}, got {prediction_type!r}"
+                f"`prediction_type` of `scheduler` must be one of {list(PREDICTIONS)}, got {prediction_type!r}"
             )
         if variance_type not in VARIANCE_TYPES:
             raise ValueError(
@@ -161,8 +185,9 @@ class DDPMObjective(Objective):
         if snr_gamma is not None and not snr_gamma > 0:
             raise ValueError(f"`snr_gamma` must be positive, or None for equal weights, got {snr_gamma}")
         alphas_cumprod = scheduler.alphas_cumprod.cpu().double()
-        self.predicts_v = prediction_type == "v_prediction"
-        if alphas_cumprod[-1] <= 0 and not self.predicts_v:
+        self._prediction = PREDICTIONS[prediction_type]
+        tables = _ddpm_tables(alphas_cumprod, self._prediction, snr_gamma)
+        if alphas_cumprod[-1] <= 0 and not tables.isfinite().all():
             raise ValueError(
                 "`alphas_cumprod` of `scheduler` must stay above 0, since without signal the noise says nothing about "
                 f"the sample, got {alphas_cumprod[-1].item()} at the last timestep (`rescale_betas_zero_snr`); "
@@ -172,7 +197,6 @@ class DDPMObjective(Objective):
         self.num_timesteps = len(alphas_cumprod)
         self.learns_variance = variance_type == LEARNED_RANGE
         self._fixed_large = variance_type == "fixed_large"
-        tables = _ddpm_tables(alphas_cumprod, self.predicts_v, snr_gamma)
         self._tables = {(torch.device("cpu"), torch.float64): tables}
 
     @classmethod
@@ -227,8 +251,7 @@ class DDPMObjective(Objective):
             predicted_target = prediction
             log_variance = (max_log_variance if self._fixed_large else min_log_variance).expand_as(latents)
 
-        target = self.scheduler.get_velocity(latents, noise, timesteps) if self.predicts_v else noise
-        error = predicted_target - target
+        error = predicted_target - self._prediction.target(self.scheduler, latents, noise, timesteps)
         mse = error.square().flatten(1).mean(dim=1)
         # Both means come from the same x_t, so their difference needs no x_t: it is the error in the target, scaled.
         # At t = 0 the posterior's mean is the sample itself.
@@ -266,7 +289,7 @@ class DDPMObjective(Objective):
         return [broadcastable(row, latents) for row in self._tables[key][:, timesteps]]
 
 
-def _ddpm_tables(alphas_cumprod: torch.Tensor, predicts_v: bool, snr_gamma: float | None) -> torch.Tensor:
+def _ddpm_tables(alphas_cumprod: torch.Tensor, prediction: _Prediction, snr_gamma: float | None) -> torch.Tensor:
     """Log-variance of the posterior, log β, the factor from an error in the target to one in the mean, and the weight
     of the squared error: (4, T)."""
     previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
@@ -276,17 +299,8 @@ def _ddpm_tables(alphas_cumprod: torch.Tensor, predicts_v: bool, snr_gamma: floa
     posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
     posterior_variance[0] = posterior_variance[1]
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    capped_snr = snr.clamp(max=snr_gamma or math.inf)
-    if predicts_v:
-        # An error in v is one of √ᾱ times as much in the noise; written so that it may be used at ᾱ = 0.
-        error_to_mean = -betas * (previous / (1 - alphas_cumprod)).sqrt()
-        weight = capped_snr / (snr + 1)
-    else:
-        # Equation 11 of arXiv 2006.11239.
-        error_to_mean = -betas / (alphas * (1 - alphas_cumprod)).sqrt()
-        weight = capped_snr / snr
-    if snr_gamma is None:
-        weight = torch.ones_like(snr)
+    weight = torch.ones_like(snr) if snr_gamma is None else prediction.weight(snr, snr.clamp(max=snr_gamma))
+    error_to_mean = prediction.error_to_mean(alphas, previous, alphas_cumprod)
     return torch.stack([posterior_variance.log(), betas.log(), error_to_mean, weight])
 
 
