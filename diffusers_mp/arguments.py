@@ -32,6 +32,7 @@ def within(kind: type, rule: str, holds: Callable[[Any], bool]) -> Callable[[str
         return value
 
     value_of.__name__ = kind.__name__  # for argparse's "invalid int value: 'x'"
+    value_of.__doc__ = f"The number that a flag is given, which must {rule}."
     return value_of
 
 
@@ -43,6 +44,7 @@ def at_least(minimum: float, kind: type = int) -> Callable[[str], Any]:
 positive = within(float, "be positive", lambda value: 0 < value < math.inf)
 finite = within(float, "be finite", math.isfinite)
 share = within(float, "be in [0, 1)", lambda value: 0 <= value < 1)
+ema_width = within(float, "be in (0, 1/sqrt(12)), that is below 0.2887", lambda value: 0 < value < 12**-0.5)
 
 
 def add_source_arguments(add: Callable[..., Any], split_help: str = "split to train on") -> None:

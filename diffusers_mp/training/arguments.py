@@ -15,10 +15,10 @@ from ..arguments import (
     add_hub_arguments,
     add_source_arguments,
     at_least,
+    ema_width,
     finite,
     positive,
     share,
-    within,
 )
 from ..presets import CONFIGURATIONS, get_preset
 
@@ -41,8 +41,6 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
 OBJECTIVE_FLAGS = tuple(dict.fromkeys(name for _, flags in OBJECTIVES.values() for name in flags))
 # In the folder of a run, held by the process that trains there.
 LOCK_NAME = ".lock"
-
-_width = within(float, "be in (0, 1/sqrt(12)), that is below 0.2887", lambda std: 0 < std < 12**-0.5)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -166,7 +164,7 @@ def _add_training_arguments(add):
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="[as `accelerate config` says]")
     add("--allow_tf32", action="store_true", help="faster float32 products on Ampere and later")
-    add("--ema_stds", type=_width, nargs="+", default=[0.05, 0.10], help="relative widths of averages")
+    add("--ema_stds", type=ema_width, nargs="+", default=[0.05, 0.10], help="relative widths of averages")
     add("--ema_update_steps", type=at_least(1), default=1, help="updates of the weights for each of an average")
 
 
