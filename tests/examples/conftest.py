@@ -13,7 +13,7 @@ from training_runs import MODEL, train
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Two classes of 20 pictures 16x16, a VAE of factor 4, a model config."""
+    """Two classes of 20 images 16x16, a VAE of factor 4, a model config."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     for name in ("dark", "light"):

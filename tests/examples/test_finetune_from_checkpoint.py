@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("examples_run_here")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Thirty pictures each of the digits 7 and 3, which the checkpoint knows, and of a negative, which it does not."""
+    """Thirty images each of the digits 7 and 3, which the checkpoint knows, and of a negative, which it does not."""
     folder, real = tmp_path_factory.mktemp("data"), demo.split_digits()["judge"]
     for name, digit in (("7", 7), ("3", 3), ("negative", 7)):
         (folder / name).mkdir()
@@ -234,7 +234,7 @@ class TestErrors:
         tiny_vae().save_pretrained(tmp_path / "vae")
         with pytest.raises(ValueError, match=r"`--vae` must be the VAE of .*none: it works on pixels.* got .*vae"):
             train(data, tmp_path / "run", "--vae", tmp_path / "vae")
-        # Before pictures are encoded.
+        # Before images are encoded.
         assert not (tmp_path / "run").exists()
 
     def test_unlabelled_data(self, data, tmp_path):

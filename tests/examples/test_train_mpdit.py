@@ -293,7 +293,7 @@ class TestErrors:
         (tmp_path / "images" / "light").mkdir()
         for path in (data / "images").rglob("*.png"):
             (tmp_path / "images" / path.parent.name / path.name).write_bytes(path.read_bytes())
-        (folder / "broken.png").write_bytes(b"not a picture")
+        (folder / "broken.png").write_bytes(b"not an image")
         with pytest.raises(ValueError, match=r"broken\.png.*--skip_corrupt"):
             train(data, tmp_path / "run", "--train_data_dir", str(tmp_path / "images"))
         output_dir = train(data, tmp_path / "skipped", "--train_data_dir", str(tmp_path / "images"), "--skip_corrupt")

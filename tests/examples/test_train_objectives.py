@@ -1,4 +1,4 @@
-"""The trainer with each objective, on ten small pictures without a VAE; each run's pipeline samples without a word."""
+"""The trainer with each objective, on ten small images without a VAE; each run's pipeline samples without a word."""
 
 import json
 

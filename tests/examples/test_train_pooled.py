@@ -19,7 +19,7 @@ P = 3
 
 @pytest.fixture(scope="module")
 def data_with_vectors(data, tmp_path_factory):
-    """The same pictures in one folder, described by metadata: a vector that tells dark from light."""
+    """The same images in one folder, described by metadata: a vector that tells dark from light."""
     folder = tmp_path_factory.mktemp("vectors")
     shutil.copytree(data / "vae", folder / "vae")
     shutil.copy(data / "model.json", folder / "model.json")

@@ -114,6 +114,16 @@ def test_samples_are_functions_of_their_key_alone(latents):
         assert not torch.equal(samples_of(latents, seed=seed)[key]["noise"], samples[(3, 2)]["noise"])
 
 
+def test_a_pretrained_models_units_stand_in_for_those_of_the_data(latents):
+    own, shape = samples_of(latents), (-1, 1, 1)
+    means, stds = [float(k) for k in range(len(latents.latents_mean))], [2.0] * len(latents.latents_mean)
+    first, second = own[3, 2], samples_of(latents, latents_mean=means, latents_std=stds)[3, 2]
+    raw = first.pop("latents") * own.latents_std + own.latents_mean
+    torch.testing.assert_close(second.pop("latents"), (raw - torch.tensor(means).view(shape)) / 2)
+    assert_equal_samples(first, second)
+    assert latents.latents_mean == latents.index["latents_mean"]
+
+
 def test_latents_are_standardised(latents):
     samples = samples_of(latents)
     draws = torch.stack([samples[(epoch, index)]["latents"] for epoch in range(200) for index in range(NUM_SAMPLES)])
