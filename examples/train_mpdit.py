@@ -19,7 +19,6 @@ if __name__ == "__main__":
 import contextlib
 import copy
 import functools
-import math
 import time
 import warnings
 
@@ -65,7 +64,7 @@ from diffusers_mp.training.resume import (
     resumed_facts,
     run_facts,
 )
-from diffusers_mp.training.run import Run
+from diffusers_mp.training.run import Run, run_length
 
 
 def main(args):
@@ -188,15 +187,7 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
     )
 
     # 2. The length of the run, and what must not change when it is resumed
-    total_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    max_train_steps = 400_000 if args.max_train_steps is None else args.max_train_steps
-    if args.num_train_epochs is not None:
-        max_train_steps = math.ceil(args.num_train_epochs * len(samples) / total_batch_size)
-    if args.ema_update_steps > max_train_steps:
-        raise ValueError(
-            f"`--ema_update_steps` must be at most the number of updates, {max_train_steps}, or the averages stay at "
-            f"the initial weights, and so does the pipeline; got {args.ema_update_steps}."
-        )
+    total_batch_size, max_train_steps = run_length(args, len(samples), accelerator.num_processes)
     facts = run_facts(args, model, latents, pretrained, len(samples), total_batch_size, max_train_steps)
     if checkpoint is not None:
         facts = resumed_facts(checkpoint, facts, args)

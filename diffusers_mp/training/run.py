@@ -1,5 +1,7 @@
-"""What a training run consists of, handed from part to part."""
+"""What a training run consists of, handed from part to part, and how long it is."""
 
+import argparse
+import math
 from dataclasses import dataclass
 
 from accelerate import Accelerator
@@ -33,3 +35,21 @@ class Run:
     total_batch_size: int
     max_train_steps: int
     step: int = 0
+
+
+def run_length(args: argparse.Namespace, num_train_samples: int, num_processes: int) -> tuple[int, int]:
+    """Samples of an update, and number of updates.
+
+    Raises:
+        ValueError: if the run ends before the averages are updated once.
+    """
+    total_batch_size = args.train_batch_size * num_processes * args.gradient_accumulation_steps
+    max_train_steps = 400_000 if args.max_train_steps is None else args.max_train_steps
+    if args.num_train_epochs is not None:
+        max_train_steps = math.ceil(args.num_train_epochs * num_train_samples / total_batch_size)
+    if args.ema_update_steps > max_train_steps:
+        raise ValueError(
+            f"`--ema_update_steps` must be at most the number of updates, {max_train_steps}, or the averages stay at "
+            f"the initial weights, and so does the pipeline; got {args.ema_update_steps}."
+        )
+    return total_batch_size, max_train_steps
