@@ -623,8 +623,8 @@ class TestTrainer:
     @pytest.mark.parametrize(
         "more, message",
         [
-            (("--ema_update_steps", "0"), "--ema_update_steps must be at least 1, got 0"),
-            (("--ema_snapshot_steps", "-2"), "--ema_snapshot_steps must be a multiple of --ema_update_steps (1) or 0"),
+            (("--ema_update_steps", "0"), "--ema_update_steps: must be at least 1, got 0"),
+            (("--ema_snapshot_steps", "-2"), "--ema_snapshot_steps: must be at least 0, got -2"),
             (
                 ("--ema_update_steps", "3"),
                 "--ema_snapshot_steps must be a multiple of --ema_update_steps (3) or 0, got 2",

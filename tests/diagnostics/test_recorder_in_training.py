@@ -288,7 +288,6 @@ class TestTrainer:
 
         def train(name, *more):
             import train_mpdit
-            import training_arguments
 
             arguments = [
                 *("--train_data_dir", str(picture_folder), "--cache_dir", str(tmp_path / "cache")),
@@ -297,7 +296,7 @@ class TestTrainer:
                 *("--logging_steps", "1", "--checkpointing_steps", "3", "--validation_steps", "0"),
                 *("--num_validation_images", "2", "--output_dir", str(tmp_path / name), *more),
             ]
-            train_mpdit.main(training_arguments.parse_args(arguments))
+            train_mpdit.main(train_mpdit.parse_args(arguments))
             reset_accelerate()
             lines = (tmp_path / name / "logs" / "metrics.jsonl").read_text().splitlines()
             return tmp_path / name, [json.loads(line) for line in lines]
@@ -346,4 +345,4 @@ class TestTrainer:
     def test_wrong_stride(self, train, capsys):
         with pytest.raises(SystemExit):
             train("run", "--record_magnitudes_steps", "-1")
-        assert "--record_magnitudes_steps must not be negative, got -1" in capsys.readouterr().err
+        assert "--record_magnitudes_steps: must be at least 0, got -1" in capsys.readouterr().err
