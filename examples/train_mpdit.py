@@ -310,10 +310,7 @@ def train(args, run, stop, at_end):
 
         # 4. The checkpoint, after everything else of this update, which a run resumed from here will not do again
         if checkpoint_due or failure is not None:
-            save_checkpoint(
-                *(accelerator, args.output_dir, run.step, run.transformer, run.optimizer, run.lr_scheduler, run.ema),
-                *(run.facts, args.checkpoints_total_limit),
-            )
+            save_checkpoint(accelerator, args.output_dir, run.step, run.state, run.facts, args.checkpoints_total_limit)
         if failure is not None:
             accelerator.print(
                 f"Validation failed after update {run.step:,}, whose checkpoint is saved: --resume_from_checkpoint "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 _EXPORTS = {
     "checkpoints": [
+        "TrainingState",
         "check_checkpoint",
         "find_checkpoints",
         "load_checkpoint",
@@ -27,6 +28,7 @@ _EXPORTS = {
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
 if TYPE_CHECKING:
+    from .checkpoints import TrainingState as TrainingState
     from .checkpoints import check_checkpoint as check_checkpoint
     from .checkpoints import find_checkpoints as find_checkpoints
     from .checkpoints import load_checkpoint as load_checkpoint

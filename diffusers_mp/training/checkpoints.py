@@ -18,7 +18,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
@@ -42,6 +42,22 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = "training_state.json"
 MANIFEST_FILE = "manifest.json"
 SHARDS_FOLDER = "shards"
+
+
+class TrainingState(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        model (nn.Module): the model that the averages follow, sharded or whole.
+        optimizer (AcceleratedOptimizer): its optimiser, as `accelerator.prepare` gave it.
+        lr_scheduler (LRScheduler): its schedule.
+        ema (PowerFunctionEMA): its averages.
+    """
+
+    model: nn.Module
+    optimizer: AcceleratedOptimizer
+    lr_scheduler: LRScheduler
+    ema: PowerFunctionEMA
 
 
 def find_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -123,10 +139,7 @@ def save_checkpoint(
     accelerator: Accelerator,
     output_dir: str | Path,
     step: int,
-    model: nn.Module,
-    optimizer: AcceleratedOptimizer,
-    lr_scheduler: LRScheduler,
-    ema: PowerFunctionEMA,
+    state: TrainingState,
     facts: dict[str, Any],
     total_limit: int | None = None,
 ) -> Path:
@@ -136,10 +149,7 @@ def save_checkpoint(
         accelerator (Accelerator): of the run, for the number of processes and the scaler.
         output_dir (str or Path): folder of the run.
         step (int): optimiser updates done.
-        model (nn.Module): the model that the averages follow, sharded or whole.
-        optimizer (AcceleratedOptimizer): its optimiser, as `accelerator.prepare` gave it.
-        lr_scheduler (LRScheduler): its schedule.
-        ema (PowerFunctionEMA): its averages.
+        state (TrainingState): what is saved.
         facts (dict): JSON-serialisable facts that `read_state` gives back.
         total_limit (int, optional): checkpoints to keep, this one included; the oldest go once this one is complete.
     Returns:
@@ -147,7 +157,7 @@ def save_checkpoint(
     Raises:
         NonFiniteError: if a weight is not finite, on every process alike; nothing is written then.
     """
-    if not all_finite(model):
+    if not all_finite(state.model):
         raise NonFiniteError(f"weights are not finite after update {step}: no checkpoint of them is written")
     output_dir = Path(output_dir)
     final, unfinished = output_dir / f"checkpoint-{step}", output_dir / f"checkpoint-{step}{UNFINISHED}"
@@ -157,9 +167,9 @@ def save_checkpoint(
         unfinished.mkdir(parents=True)
     accelerator.wait_for_everyone()
     with _one_process_is_no_mistake():
-        dcp.save(_state(model, optimizer, ema), checkpoint_id=unfinished / SHARDS_FOLDER)
+        dcp.save(_tensors(state), checkpoint_id=unfinished / SHARDS_FOLDER)
     index, scaler = accelerator.process_index, accelerator.scaler
-    save_accelerator_state(str(unfinished), [], [], [lr_scheduler], [], index, step, scaler)
+    save_accelerator_state(str(unfinished), [], [], [state.lr_scheduler], [], index, step, scaler)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_json(unfinished / STATE_FILE, {"step": step, **facts})
@@ -197,14 +207,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE_FILE).read_text())
 
 
-def load_checkpoint(
-    accelerator: Accelerator,
-    checkpoint: Path,
-    model: nn.Module,
-    optimizer: AcceleratedOptimizer,
-    lr_scheduler: LRScheduler,
-    ema: PowerFunctionEMA,
-) -> None:
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingState) -> None:
     """Restore weights, optimiser, schedule, random states and averages. To be called on every process.
 
     Checkpoints contain pickles: load only what your own run has written.
@@ -212,31 +215,35 @@ def load_checkpoint(
     Args:
         accelerator (Accelerator): of the run. The number of processes and the engine may be others than when saving.
         checkpoint (Path): a finished checkpoint.
-        model, optimizer, lr_scheduler, ema: as in `save_checkpoint`, with the same parameters, groups and widths.
+        state (TrainingState): what is restored, with the same parameters, groups and widths as when saving.
     """
-    state = _state(model, optimizer, ema)
+    model, optimizer, lr_scheduler, ema = state
+    tensors = _tensors(state)
     with _one_process_is_no_mistake():
-        dcp.load(state, checkpoint_id=checkpoint / SHARDS_FOLDER)
-    set_state_dict(model, optimizer.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    ema.load_state_dict(state["ema"])
+        dcp.load(tensors, checkpoint_id=checkpoint / SHARDS_FOLDER)
+    set_state_dict(
+        model, optimizer.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"]
+    )
+    ema.load_state_dict(tensors["ema"])
     # A run may go on in float16 that began without, and then has no scaler yet.
     scaler = accelerator.scaler if (checkpoint / SCALER_NAME).is_file() else None
     load_accelerator_state(str(checkpoint), [], [], [lr_scheduler], [], accelerator.process_index, scaler)
 
 
-def _state(model: nn.Module, optimizer: AcceleratedOptimizer, ema: PowerFunctionEMA) -> dict[str, Any]:
+def _tensors(state: TrainingState) -> dict[str, Any]:
     """The live tensors of a run by name; DTensors where it is sharded."""
+    model, optimizer, _, ema = state
     return_to_shards(model)
     # The optimiser within Accelerate's: PyTorch fills an empty state by an update by zero, which no scaler should see,
     # and which does not count.
     was_empty = not optimizer.optimizer.state
     model_state, optimizer_state = get_state_dict(model, optimizer.optimizer)
     if was_empty:
-        for state in optimizer_state["state"].values():
+        for of_parameter in optimizer_state["state"].values():
             # Momentum alone (SGD, Muon) counts nothing; NAdam counts twice.
             for name, start in (("step", 0), ("mu_product", 1)):
-                if name in state:
-                    state[name].fill_(start)
+                if name in of_parameter:
+                    of_parameter[name].fill_(start)
     return {"model": model_state, "optimizer": optimizer_state, "ema": ema.state_dict()}
 
 

@@ -106,7 +106,7 @@ def resumed_facts(checkpoint: Path, facts: dict[str, Any], args: argparse.Namesp
 def resume(args: argparse.Namespace, run: Run, checkpoint: Path) -> None:
     """Go on where a checkpoint was left, with another learning rate if one is given."""
     run.accelerator.print(f"Resuming from {checkpoint}")
-    load_checkpoint(run.accelerator, checkpoint, run.transformer, run.optimizer, run.lr_scheduler, run.ema)
+    load_checkpoint(run.accelerator, checkpoint, run.state)
     run.step = read_state(checkpoint)["step"]
     former = run.facts["learning_rate"]
     if args.learning_rate is not None and args.learning_rate != former:

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..averages.ema import PowerFunctionEMA
 from ..pipeline_mpdit import MPDiTPipeline
+from .checkpoints import TrainingState
 from .objectives import Objective
 from .samples import TrainingSamples
 from .tracking import JSONLinesTracker
@@ -35,6 +36,11 @@ class Run:
     total_batch_size: int
     max_train_steps: int
     step: int = 0
+
+    @property
+    def state(self) -> TrainingState:
+        """What its checkpoints hold."""
+        return TrainingState(self.transformer, self.optimizer, self.lr_scheduler, self.ema)
 
 
 def run_length(args: argparse.Namespace, num_train_samples: int, num_processes: int) -> tuple[int, int]:

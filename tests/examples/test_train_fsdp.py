@@ -83,11 +83,11 @@ def loss_with_a_hole(self, *args):
 DDPMObjective.loss = loss_with_a_hole
 
 save_checkpoint = train_mpdit.save_checkpoint
-def save_with_a_hole(accelerator, output_dir, step, model, *args):
+def save_with_a_hole(accelerator, output_dir, step, state, *args):
     if broken == "weights" and rank == 1:
         with torch.no_grad():
-            model.patch_embed.proj.weight.to_local().mul_(math.nan)
-    return save_checkpoint(accelerator, output_dir, step, model, *args)
+            state.model.patch_embed.proj.weight.to_local().mul_(math.nan)
+    return save_checkpoint(accelerator, output_dir, step, state, *args)
 train_mpdit.save_checkpoint = save_with_a_hole
 
 folder, outcomes = Path(sys.argv[1]), {{}}

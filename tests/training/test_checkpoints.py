@@ -11,6 +11,7 @@ from helpers import reset_accelerate
 from diffusers_mp import MPLinear, PowerFunctionEMA, normalize_weights_
 from diffusers_mp.optimization import inverse_sqrt_schedule
 from diffusers_mp.training import (
+    TrainingState,
     checkpoints,
     find_checkpoints,
     load_checkpoint,
@@ -39,8 +40,8 @@ class Run:
         self.ema = PowerFunctionEMA(self.model)
 
     @property
-    def parts(self):
-        return self.model, self.optimizer, self.schedule, self.ema
+    def state(self):
+        return TrainingState(self.model, self.optimizer, self.schedule, self.ema)
 
     def train(self, start, stop):
         for step in range(start, stop):
@@ -68,10 +69,10 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(name, saved_at, tmp_path):
     first.ema = PowerFunctionEMA(first.model)
     straight.train(0, 6)
     first.train(0, saved_at)
-    checkpoint = save_checkpoint(first.accelerator, tmp_path, saved_at, *first.parts, facts={})
+    checkpoint = save_checkpoint(first.accelerator, tmp_path, saved_at, first.state, facts={})
     second = Run(OPTIMIZERS[name])
     assert not torch.equal(second.model.weight, first.model.weight)
-    load_checkpoint(second.accelerator, checkpoint, *second.parts)
+    load_checkpoint(second.accelerator, checkpoint, second.state)
     second.train(saved_at, 6)
     assert torch.equal(second.model.weight, straight.model.weight)
     for std in straight.ema.stds:
@@ -83,22 +84,22 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(name, saved_at, tmp_path):
 def test_the_new_checkpoint_stays_among_later_ones(total_limit, left, tmp_path):
     run = Run(torch.optim.SGD)
     for step in (10, 20, 30):
-        save_checkpoint(run.accelerator, tmp_path, step, *run.parts, facts={})
+        save_checkpoint(run.accelerator, tmp_path, step, run.state, facts={})
     # As of a run that was resumed from step 20.
-    saved = save_checkpoint(run.accelerator, tmp_path, 25, *run.parts, facts={}, total_limit=total_limit)
+    saved = save_checkpoint(run.accelerator, tmp_path, 25, run.state, facts={}, total_limit=total_limit)
     assert saved.name == "checkpoint-25"
     assert [path.name for path in find_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_before_older_ones_go(tmp_path, monkeypatch):
     run, events = Run(torch.optim.Adam), []
-    save_checkpoint(run.accelerator, tmp_path, 1, *run.parts, facts={})
+    save_checkpoint(run.accelerator, tmp_path, 1, run.state, facts={})
     sync, rename, rmtree = checkpoints.sync, Path.rename, shutil.rmtree
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "sync", lambda path: (sync(path), events.append(("sync", path))))
         patch.setattr(Path, "rename", lambda path, to: (events.append(("rename", path)), rename(path, to))[1])
         patch.setattr(shutil, "rmtree", lambda path: (events.append(("rmtree", path)), rmtree(path)))
-        saved = save_checkpoint(run.accelerator, tmp_path, 2, *run.parts, facts={}, total_limit=1)
+        saved = save_checkpoint(run.accelerator, tmp_path, 2, run.state, facts={}, total_limit=1)
     unfinished = tmp_path / "checkpoint-2.unfinished"
     renamed = events.index(("rename", unfinished))
     synced = {path for what, path in events[:renamed] if what == "sync"}
@@ -120,7 +121,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_before_older_one
 )
 def test_a_damaged_manifest_is_passed_over(damage, tmp_path, caplog):
     run = Run(torch.optim.SGD)
-    good, bad = (save_checkpoint(run.accelerator, tmp_path, step, *run.parts, facts={}) for step in (1, 2))
+    good, bad = (save_checkpoint(run.accelerator, tmp_path, step, run.state, facts={}) for step in (1, 2))
     manifest = bad / "manifest.json"
     manifest.write_text(damage(manifest.read_text()))
     assert resolve_checkpoint("latest", tmp_path) == good
