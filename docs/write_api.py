@@ -310,6 +310,10 @@ def with_links(text: str, own_name: str, names: dict[str, list[str]], place: dic
 def write() -> None:
     """Write the pages, and nothing where they are the same, so that a build that changes nothing does nothing."""
     FOLDER.mkdir(exist_ok=True)
-    for name, text in pages().items():
+    texts = pages()
+    for path in FOLDER.iterdir():
+        if path.name not in texts:
+            path.unlink()  # of a section that had another name
+    for name, text in texts.items():
         if not (FOLDER / name).is_file() or (FOLDER / name).read_text() != text:
             (FOLDER / name).write_text(text)
