@@ -1,42 +1,26 @@
 """The magnitude-preserving diffusion transformer: DiT in configurations A to E of arXiv 2505.19122."""
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from numbers import Integral
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from . import _registration, functional  # noqa: F401
-from .layers import MPEmbedding, MPLeakyReLU, MPLinear, MPPatchEmbed, MPSiLU, MPTimestepEmbedding
+from .blocks import ACTIVATIONS, MPDiTConditioning, MPDiTOutput, MPDiTTransformerBlock, plain_linear
+from .layers import MPLinear, MPPatchEmbed
 from .modulation import Modulation, check_kinds
 from .rows import ModelOfRows
-
-
-_ACTIVATIONS = {
-    # activation_fn: (magnitude preserving, plain)
-    "silu": (MPSiLU, nn.SiLU),
-    "leaky_relu": (MPLeakyReLU, nn.LeakyReLU),
-}
-_ACTIVATE_IN_PLACE = {
-    MPSiLU: lambda act, x: functional.mp_silu(x, inplace=True),
-    MPLeakyReLU: lambda act, x: functional.mp_leaky_relu(x, act.negative_slope, inplace=True),
-    nn.SiLU: lambda act, x: F.silu(x, inplace=True),
-    nn.LeakyReLU: lambda act, x: F.leaky_relu(x, act.negative_slope, inplace=True),
-}
 
 
 # Ways to start a LoRA that change the weight beside it, by the beginning of their names in PEFT, in small letters.
@@ -47,268 +31,6 @@ _NOT_MERGED = (
     "`fuse_lora` and PEFT's merges need rows that are used as they are stored; with "
     "`forced_weight_normalization=False` they are normalised on use: keep the LoRA unmerged."
 )
-
-
-class MPDiTAttnProcessor:
-    """Self-attention over all tokens; with `cosine_attention`, of queries and keys at RMS 1.
-
-        softmax(q k^T / sqrt(d)) v,   q and k scaled to RMS 1 over d, so that the logits are sqrt(d) cos(q, k)
-    Section 4 of arXiv 2505.19122. EDM2 (arXiv 2312.02696) scales v as well.
-    """
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __call__(self, attn: "MPDiTAttention", hidden_states: torch.Tensor) -> torch.Tensor:
-        if attn.fused_projections:
-            if any(type(layer) is not type(attn.to_qkv) for layer in (attn.to_q, attn.to_k, attn.to_v)):
-                raise ValueError(
-                    "`fuse_qkv_projections` must come after a LoRA is merged and unloaded, got one in maps that are "
-                    "fused already: call `unfuse_qkv_projections()` first."
-                )
-            # Heads of queries and keys are scaled together, at half the overhead.
-            heads = attn.to_qkv(hidden_states).unflatten(-1, (3, -1, attn.head_dim))
-            query_key, value = heads[:, :, :2], heads[:, :, 2]
-            if attn.cosine_attention:
-                query_key = functional.unit_magnitude(query_key)
-            query, key = query_key.unbind(2)
-        else:
-            query = attn.to_q(hidden_states).unflatten(-1, (-1, attn.head_dim))
-            key = attn.to_k(hidden_states).unflatten(-1, (-1, attn.head_dim))
-            value = attn.to_v(hidden_states).unflatten(-1, (-1, attn.head_dim))
-            if attn.cosine_attention:
-                query = functional.unit_magnitude(query)
-                key = functional.unit_magnitude(key)
-        hidden_states = dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
-        return attn.to_out[0](hidden_states.flatten(2, 3))
-
-
-class MPDiTAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head self-attention with bias-free maps. Shapes: (B, N, D) → (B, N, D)."""
-
-    _default_processor_cls = MPDiTAttnProcessor
-    _available_processors = [MPDiTAttnProcessor]
-
-    def __init__(self, dim: int, num_heads: int, cosine_attention: bool, linear=MPLinear):
-        super().__init__()
-        self.heads = num_heads
-        self.head_dim = dim // num_heads
-        self.cosine_attention = cosine_attention
-        self.to_q = linear(dim, dim)
-        self.to_k = linear(dim, dim)
-        self.to_v = linear(dim, dim)
-        self.to_out = nn.ModuleList([linear(dim, dim)])
-        self.set_processor(MPDiTAttnProcessor())
-        self.register_state_dict_post_hook(_without_fused_map)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.processor(self, hidden_states)
-
-    @torch.no_grad()
-    def fuse_projections(self) -> None:
-        """Make one map of three, of their class: rows are independent, so that it normalises them where they do."""
-        if self.fused_projections:
-            return
-        maps = (self.to_q, self.to_k, self.to_v)
-        if self.training:
-            raise ValueError("`fuse_qkv_projections` is for inference: call `model.eval()` first.")
-        if not all(type(layer) in (MPLinear, nn.Linear) and type(layer.weight.data) is torch.Tensor for layer in maps):
-            raise ValueError(
-                "`fuse_qkv_projections` needs plain query, key and value maps, without LoRA and not quantised; got "
-                f"{[type(layer).__name__ for layer in maps]}."
-            )
-        if any(layer.weight.is_meta or _hooks_of_diffusers(layer) for layer in maps):
-            raise ValueError(
-                "`fuse_qkv_projections` needs maps that are neither offloaded nor cast by layer, got some that are: "
-                "fuse before `enable_layerwise_casting` and `enable_group_offload`; offloading weight by weight, as "
-                "Accelerate does it, goes without fused maps."
-            )
-        # A copy of one of them keeps its class, options and device.
-        self.to_qkv = copy.deepcopy(self.to_q)
-        self.to_qkv.out_features = 3 * self.to_q.out_features
-        self.to_qkv.weight = nn.Parameter(torch.cat([layer.weight for layer in maps]))
-        self.fused_projections = True
-
-    def unfuse_projections(self) -> None:
-        """Go back to three maps, which have been there all along."""
-        if self.fused_projections:
-            del self.to_qkv
-            self.fused_projections = False
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something may look at what goes into a module or comes out of it."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook())
-
-
-def _hooks_of_diffusers(module: nn.Module) -> dict:
-    return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-
-
-def _without_fused_map(attn: MPDiTAttention, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    # It is a copy of others.
-    state_dict.pop(f"{prefix}to_qkv.weight", None)
-
-
-class MPDiTFeedForward(nn.Module):
-    """Linear map, activation, linear map. Shapes: (B, N, D) → (B, N, D)."""
-
-    def __init__(self, dim: int, mult: float, linear=MPLinear, activation=MPSiLU):
-        super().__init__()
-        self.linear_1 = linear(dim, int(dim * mult))
-        self.act = activation()
-        self.linear_2 = linear(int(dim * mult), dim)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.linear_1(hidden_states)
-        # The widest tensor of the model: no second one of it where neither a gradient nor a hook needs the first.
-        is_needed = torch.is_grad_enabled() or has_hooks(self.linear_1) or has_hooks(self.act)
-        if is_needed or torch.compiler.is_compiling():
-            return self.linear_2(self.act(hidden_states))
-        return self.linear_2(_ACTIVATE_IN_PLACE[type(self.act)](self.act, hidden_states))
-
-
-class MPDiTPooledEmbedding(nn.Module):
-    """Pooled vector, such as that of a text or image encoder, to a conditioning vector. Shapes: (B, P) → (B, D).
-
-    Vectors are brought to RMS 1 first if `magnitude_preserving`. A vector of zeros stands for no condition, and is
-    given a learned embedding.
-    """
-
-    def __init__(self, pooled_projection_dim: int, dim: int, magnitude_preserving: bool, table, linear, activation):
-        super().__init__()
-        self.magnitude_preserving = magnitude_preserving
-        self.linear_1 = linear(pooled_projection_dim, dim)
-        self.act = activation()
-        self.linear_2 = linear(dim, dim)
-        self.null_embedder = table(1, dim)
-
-    def forward(self, pooled_projections: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        is_null = (pooled_projections == 0).all(dim=-1)
-        if self.magnitude_preserving:
-            pooled_projections = functional.unit_magnitude(pooled_projections)
-        embedding = self.linear_2(self.act(self.linear_1(pooled_projections.to(dtype))))
-        return torch.where(
-            is_null[:, None], self.null_embedder(torch.zeros_like(is_null, dtype=torch.long)), embedding
-        )
-
-
-class MPDiTConditioning(nn.Module):
-    """Timestep, class and pooled vector, or those there are, to the activated conditioning vector.
-
-    Shapes: (B,), (B,) or None, (B, P) or None → (B, D).
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_classes: int | None,
-        pooled_projection_dim: int | None,
-        mp_residual: bool,
-        mp_embedding: bool,
-        forced: bool,
-        linear,
-        activation,
-    ):
-        super().__init__()
-        self.mp_residual = mp_residual
-        table = partial(MPEmbedding, forced_weight_normalization=forced) if mp_embedding else nn.Embedding
-        self.time_embedder = MPTimestepEmbedding(dim, mp_embedding, linear=linear, activation=activation)
-        self.class_embedder = table(num_classes + 1, dim) if num_classes is not None else None
-        self.pooled_embedder = None
-        if pooled_projection_dim is not None:
-            self.pooled_embedder = MPDiTPooledEmbedding(
-                pooled_projection_dim, dim, mp_embedding, table, linear, activation
-            )
-        self.act = activation()
-
-    def forward(
-        self,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        pooled_projections: torch.Tensor | None,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        conditioning = self.time_embedder(timestep, dtype)
-        if self.class_embedder is not None:
-            conditioning = self._sum(conditioning, self.class_embedder(class_labels), functional.BALANCED_T)
-        if self.pooled_embedder is not None:
-            t = functional.BALANCED_T if self.class_embedder is None else functional.THIRD_T
-            conditioning = self._sum(conditioning, self.pooled_embedder(pooled_projections, dtype), t)
-        return self.act(conditioning)
-
-    def _sum(self, conditioning: torch.Tensor, embedding: torch.Tensor, t: float) -> torch.Tensor:
-        return functional.mp_sum(conditioning, embedding, t) if self.mp_residual else conditioning + embedding
-
-
-class MPDiTTransformerBlock(nn.Module):
-    """Attention, then feed-forward, each modulated before, gated after and summed with the residual stream.
-
-        x = mp_sum(x, gate * branch(modulate(norm(x))), residual_t)
-    Section 4 of arXiv 2505.19122. Shapes: (B, N, D), (B, D) → (B, N, D).
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_attention_heads: int,
-        mlp_ratio: float,
-        cosine_attention: bool,
-        layer_norm: bool,
-        residual_t: float | None,
-        modulation,
-        linear,
-        activation,
-    ):
-        super().__init__()
-        self.residual_t = residual_t
-        self.norm1 = _make_norm(dim, layer_norm)
-        self.attn_modulation = modulation()
-        self.attn = MPDiTAttention(dim, num_attention_heads, cosine_attention, linear)
-        self.norm2 = _make_norm(dim, layer_norm)
-        self.ff_modulation = modulation()
-        self.ff = MPDiTFeedForward(dim, mlp_ratio, linear, activation)
-
-    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
-        modulated, gate = self.attn_modulation(self.norm1(hidden_states), conditioning)
-        hidden_states = functional.gated_sum(hidden_states, self.attn(modulated), gate, self.residual_t)
-        modulated, gate = self.ff_modulation(self.norm2(hidden_states), conditioning)
-        return functional.gated_sum(hidden_states, self.ff(modulated), gate, self.residual_t)
-
-
-class MPDiTOutput(nn.Module):
-    """Modulate tokens, map them to patches, with a gain from 0. Shapes: (B, N, D), (B, D) → (B, N, p p C)."""
-
-    def __init__(self, dim: int, out_features: int, layer_norm: bool, modulation, weight_normalization: bool, linear):
-        super().__init__()
-        self.norm = _make_norm(dim, layer_norm)
-        self.modulation = modulation()
-        self.proj = linear(dim, out_features)
-        self.gain = nn.Parameter(torch.zeros(1)) if weight_normalization else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Zeros at the start: of the gain, or of the plain map."""
-        nn.init.zeros_(self.proj.weight if self.gain is None else self.gain)
-
-    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.norm(hidden_states)
-        if self.modulation is not None:
-            hidden_states, _ = self.modulation(hidden_states, conditioning)
-        hidden_states = self.proj(hidden_states)
-        return hidden_states if self.gain is None else hidden_states * self.gain
-
-
-def _plain_linear(in_features: int, out_features: int) -> nn.Linear:
-    layer = nn.Linear(in_features, out_features, bias=False)
-    nn.init.xavier_uniform_(layer.weight)
-    return layer
-
-
-def _make_norm(dim: int, layer_norm: bool) -> nn.Module:
-    return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) if layer_norm else nn.Identity()
 
 
 class MPDiTTransformer2DModel(ModelOfRows, ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
@@ -417,8 +139,8 @@ class MPDiTTransformer2DModel(ModelOfRows, ModelMixin, ConfigMixin, PeftAdapterM
                 "`num_attention_heads * attention_head_dim` must be divisible by 4 for the position table, got "
                 f"{num_attention_heads} * {attention_head_dim} = {dim}."
             )
-        if activation_fn not in _ACTIVATIONS:
-            raise ValueError(f"`activation_fn` must be one of {list(_ACTIVATIONS)}, got {activation_fn!r}.")
+        if activation_fn not in ACTIVATIONS:
+            raise ValueError(f"`activation_fn` must be one of {list(ACTIVATIONS)}, got {activation_fn!r}.")
         if forced_weight_normalization and not weight_normalization:
             raise ValueError(
                 "`forced_weight_normalization=True` needs `weight_normalization=True`: rows that are not normalised "
@@ -437,10 +159,10 @@ class MPDiTTransformer2DModel(ModelOfRows, ModelMixin, ConfigMixin, PeftAdapterM
         self.inner_dim = dim
         self.gradient_checkpointing = False
 
-        linear = _plain_linear
+        linear = plain_linear
         if weight_normalization:
             linear = partial(MPLinear, forced_weight_normalization=forced_weight_normalization)
-        activation = _ACTIVATIONS[activation_fn][0 if mp_silu else 1]
+        activation = ACTIVATIONS[activation_fn][0 if mp_silu else 1]
         site = partial(
             Modulation,
             dim,

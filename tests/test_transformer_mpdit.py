@@ -31,9 +31,9 @@ from torch import nn
 
 import diffusers_mp
 from diffusers_mp import MPDiTTransformer2DModel, MPEmbedding, MPLinear, get_preset, layers, normalize_weights_
+from diffusers_mp.blocks import MPDiTAttnProcessor
 from diffusers_mp.modulation import Modulation
 from diffusers_mp.optimization import parameter_groups
-from diffusers_mp.transformer_mpdit import MPDiTAttnProcessor
 
 
 KINDS = ("scale", "shift", "rotate", "gate")

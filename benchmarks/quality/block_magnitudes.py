@@ -15,7 +15,7 @@ import torch
 from shared import facts_of_run, head, table
 
 from diffusers_mp import MPDiTTransformer2DModel, MPLeakyReLU, functional, get_preset
-from diffusers_mp.transformer_mpdit import MPDiTAttnProcessor
+from diffusers_mp.blocks import MPDiTAttnProcessor
 
 
 LATENT_SHAPE = (4, 16, 16)

@@ -18,7 +18,7 @@ from processes import run_processes
 from torch import nn
 
 from diffusers_mp import MPDiTTransformer2DModel, layers
-from diffusers_mp.transformer_mpdit import MPDiTAttention
+from diffusers_mp.blocks import MPDiTAttention
 
 
 CPU = torch.device("cpu")

@@ -16,6 +16,7 @@ FLOORS = (
     {"rows"},
     {"layers"},
     {"modulation", "optimization"},
+    {"blocks"},
     {"transformer_mpdit", "original_dit"},
     {"class_embeddings", "schedulers"},
     {"guidance"},
