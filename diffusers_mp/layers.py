@@ -55,12 +55,6 @@ class MPLinear(NormalizedRows, nn.Linear):
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
         self.forced_weight_normalization = forced_weight_normalization
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw rows from N(0, 1) and scale them to norm 1."""
-        nn.init.normal_(self.weight)
-        self.normalize_rows_()
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Apply the map.
 
@@ -107,12 +101,6 @@ class MPEmbedding(NormalizedRows, nn.Embedding):
     @property
     def row_norm(self) -> float:
         return math.sqrt(self.embedding_dim)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw rows from N(0, 1) and scale them to RMS 1."""
-        nn.init.normal_(self.weight)
-        self.normalize_rows_()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Look rows up.

@@ -15,7 +15,8 @@ Rows of a weight-normalised layer are stored at a fixed norm (1 in `MPLinear`, s
 Rows that no training moves are whatever they are stored as: frozen ones, under a LoRA, quantised or not, whichever
 library froze them, and those that a parametrisation computes. Merged, fused or residual rows (PiSSA) are therefore in
 effect as they are in either mode, and are saved and loaded as they are. They are normalised once they are trained.
-Rows of an average, which are shorter than their norm, are normalised when a copy in training mode is saved.
+Rows of an average, which are shorter than their norm, are normalised when a copy in training mode is saved. Where rows
+are not forced, whatever changes a weight that it does not train is refused by the model.
 """
 
 import collections
@@ -34,6 +35,8 @@ from . import functional, fused
 from .sharding import is_sharded, local_rows, return_to_shards
 
 
+# Ways to start a LoRA that change the weight beside it, by the beginning of their names in PEFT, in small letters.
+_CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
 # A foreign loop that lets rows drift further than this has an effective learning rate that decays on its own.
 DRIFT_WORTH_A_WARNING = 0.05
 _drift_warned = False
@@ -94,10 +97,18 @@ def _normalize_(layers: Iterable["NormalizedRows"]) -> None:
             torch._foreach_div_(rows, norms)
 
 
+def _forced(modules: Iterable[nn.Module]) -> Iterator["NormalizedRows"]:
+    return (m for m in modules if isinstance(m, NormalizedRows) and m.forced_weight_normalization)
+
+
 @torch.no_grad()
-def _settle_(modules: Iterable[nn.Module]) -> None:
+def _normalize_before_reading_(modules: Iterable[nn.Module]) -> None:
     """Normalise rows in training that are about to be read as they are stored, and tell of drift; one host read."""
-    layers = [module for module in modules if isinstance(module, NormalizedRows) and module._rows_may_have_drifted()]
+    layers = [
+        module
+        for module in _forced(modules)
+        if module.training and not module._is_frozen() and not module.weight.is_meta
+    ]
     if not layers or _loading.get():
         return
     drifts = collections.defaultdict(list)
@@ -133,33 +144,30 @@ class NormalizedRows(nn.Module):
     forced_weight_normalization: bool
     row_norm: float
 
-    def _is_used_as_stored(self) -> bool:
+    def reset_parameters(self) -> None:
+        """Draw rows from N(0, 1) and scale them to their norm."""
+        nn.init.normal_(self.weight)
+        _normalize_([self])
+
+    def _normalize_on_use(self) -> bool:
+        if not self.forced_weight_normalization:
+            return True
+        return self.training and not self._is_frozen()
+
+    def _is_frozen(self) -> bool:
         # A weight that stands in for the parameter, as those of `torch.func.functional_call`, is trained.
         weight = self.weight
         is_frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
         return is_frozen or "parametrizations" in self._modules
 
-    def _rows_may_have_drifted(self) -> bool:
-        is_trained = self.training and self.forced_weight_normalization and not self._is_used_as_stored()
-        return is_trained and not self.weight.is_meta
-
-    def normalize_rows_(self) -> None:
-        """Put every row back to its norm, whatever the module is used for."""
-        _normalize_([self])
-
     def train(self, mode: bool = True):
         if not mode:
-            _settle_([self])
+            _normalize_before_reading_([self])
         return super().train(mode)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        _settle_([self])
+        _normalize_before_reading_([self])
         super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _normalize_on_use(self) -> bool:
-        if not self.forced_weight_normalization:
-            return True
-        return self.training and not self._is_used_as_stored()
 
 
 def trust_rows_(module: nn.Module) -> nn.Module:
@@ -176,9 +184,8 @@ def trust_rows_(module: nn.Module) -> nn.Module:
     Returns:
         nn.Module: the same module.
     """
-    for submodule in module.modules():
-        if isinstance(submodule, NormalizedRows) and submodule.forced_weight_normalization:
-            submodule.rows_are_trusted = True
+    for layer in _forced(module.modules()):
+        layer.rows_are_trusted = True
     return normalize_weights_(module)
 
 
@@ -196,45 +203,110 @@ def normalize_weights_(module: nn.Module) -> nn.Module:
         ValueError: if a weight is sharded through its rows.
     """
     return_to_shards(module)
-    settle_rows_(module.modules())
+    normalize_rows_(module.modules())
     return module
 
 
-def settle_rows_(modules: Iterable[nn.Module], frozen: bool = False) -> None:
+def normalize_rows_(modules: Iterable[nn.Module], frozen: bool = False) -> None:
     """As `normalize_weights_` of these modules themselves, without those within them; others pass.
 
     Args:
         modules (iterable of nn.Module): any modules.
         frozen (bool): normalise frozen rows too, such as those of an average in a model that is not trained.
     """
-    _normalize_(
-        module
-        for module in modules
-        if isinstance(module, NormalizedRows)
-        and module.forced_weight_normalization
-        and (frozen or not module._is_used_as_stored())
-    )
+    _normalize_(layer for layer in _forced(modules) if frozen or not layer._is_frozen())
 
 
 class ModelOfRows:
-    """For models beside `ModelMixin`: loading changes no row, and all rows are looked at together."""
+    """For models beside `ModelMixin`: loading changes no row, and all rows are looked at together.
+
+    Refuses what would change the weight of free rows, which keep a norm of their own and are normalised on use: those
+    of a config with `weight_normalization`, where it has that key, and without `forced_weight_normalization`.
+    """
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As `ModelMixin.from_pretrained`, with the rows exactly as they were saved."""
+        """As `ModelMixin.from_pretrained`, with the rows exactly as they were saved.
+
+        Raises:
+            ValueError: if a model whose rows are normalised on use (`weight_normalization` without
+                `forced_weight_normalization`) is quantised: quantised maps use rows as they are stored.
+        """
         with rows_as_loaded():
-            return super().from_pretrained(*args, **kwargs)
+            loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # `output_loading_info`
+        if getattr(model, "hf_quantizer", None) is not None and model._has_free_rows():
+            raise ValueError(
+                "`quantization_config` must be None for a model with `forced_weight_normalization=False`, whose rows "
+                "are normalised on use, which quantised maps do not do; got "
+                f"{type(model.hf_quantizer.quantization_config).__name__}."
+            )
+        return loaded
 
     def train(self, mode: bool = True):
         """As `torch.nn.Module.train`; leaving training mode puts rows back to their norm."""
         if mode:
             return super().train(mode)
-        _settle_(self.modules())
+        _normalize_before_reading_(self.modules())
         with rows_as_loaded():
             return super().train(mode)
 
     def state_dict(self, *args, **kwargs):
         """As `torch.nn.Module.state_dict`; in training mode rows are put back to their norm first."""
-        _settle_(self.modules())
+        _normalize_before_reading_(self.modules())
         with rows_as_loaded():
             return super().state_dict(*args, **kwargs)
+
+    def _has_free_rows(self) -> bool:
+        return self.config.get("weight_normalization", True) and not self.config.forced_weight_normalization
+
+
+class AdaptedModelOfRows(ModelOfRows):
+    """For models beside `PeftAdapterMixin`: refuses what would put part of a LoRA into free rows, by any door."""
+
+    def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
+        """As in diffusers; where rows are normalised on use, refuses a LoRA that moves part of a weight into itself.
+
+        Raises:
+            ValueError: for a model whose rows are normalised on use (`weight_normalization` without
+                `forced_weight_normalization`), if `init_lora_weights` is "pissa", "olora", "corda", "loftq" or
+                "lora_ga", or there is a `kasa_config`.
+        """
+        if self._has_free_rows():
+            _check_start(adapter_config)
+        super().add_adapter(adapter_config, adapter_name)
+
+    def fuse_lora(self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None):
+        """As in diffusers.
+
+        Raises:
+            ValueError: for a model whose rows are normalised on use (`weight_normalization` without
+                `forced_weight_normalization`), where merged weights are another function.
+        """
+        self._check_adapters(is_merging=True)
+        super().fuse_lora(lora_scale, safe_fusing, adapter_names)
+
+    def _check_adapters(self, is_merging: bool = False) -> None:
+        # In `forward`: PEFT itself asks nobody.
+        if not self._has_free_rows():
+            return
+        for adapter_config in getattr(self, "peft_config", {}).values():
+            _check_start(adapter_config)
+        if is_merging or any(getattr(module, "merged", False) for module in self.modules()):
+            raise ValueError(
+                "`fuse_lora` and PEFT's merges need rows that are used as they are stored; with "
+                "`forced_weight_normalization=False` they are normalised on use: keep the LoRA unmerged."
+            )
+
+
+def _check_start(adapter_config) -> None:
+    start = getattr(adapter_config, "init_lora_weights", None)
+    if getattr(adapter_config, "kasa_config", None) is not None:
+        start = "kasa_config"  # comes beside any of the names
+    # PEFT takes some names in any case.
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_WEIGHTS):
+        raise ValueError(
+            "`init_lora_weights` must leave the weights as they are for a model with "
+            "`forced_weight_normalization=False`, whose rows are normalised on use: True, False, 'gaussian', "
+            f"'orthogonal', 'eva' or 'mica'; got {start!r}."
+        )

@@ -20,20 +20,10 @@ from . import _registration, functional  # noqa: F401
 from .blocks import ACTIVATIONS, MPDiTConditioning, MPDiTOutput, MPDiTTransformerBlock, plain_linear
 from .layers import MPLinear, MPPatchEmbed
 from .modulation import Modulation, check_kinds
-from .rows import ModelOfRows
+from .rows import AdaptedModelOfRows
 
 
-# Ways to start a LoRA that change the weight beside it, by the beginning of their names in PEFT, in small letters.
-_CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
-
-
-_NOT_MERGED = (
-    "`fuse_lora` and PEFT's merges need rows that are used as they are stored; with "
-    "`forced_weight_normalization=False` they are normalised on use: keep the LoRA unmerged."
-)
-
-
-class MPDiTTransformer2DModel(ModelOfRows, ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
+class MPDiTTransformer2DModel(AdaptedModelOfRows, ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     """Class-conditional diffusion transformer, magnitude preserving in its default configuration (E).
 
     Every linear map, activation and sum keeps RMS 1, so that no normalisation layer is needed. `get_preset` gives the
@@ -241,8 +231,7 @@ class MPDiTTransformer2DModel(ModelOfRows, ModelMixin, ConfigMixin, PeftAdapterM
                 device, is out of range.
         """
         self._check_inputs(hidden_states, timestep, class_labels, pooled_projections)
-        if self._normalizes_on_use() and any(getattr(module, "merged", False) for module in self.modules()):
-            raise ValueError(_NOT_MERGED)  # by PEFT itself, which asks nobody
+        self._check_adapters()
         patch_size = self.config.patch_size
         height, width = hidden_states.shape[-2] // patch_size, hidden_states.shape[-1] // patch_size
         dtype = hidden_states.dtype
@@ -308,47 +297,6 @@ class MPDiTTransformer2DModel(ModelOfRows, ModelMixin, ConfigMixin, PeftAdapterM
         dtype = torch_dtype if dtype is None else dtype
         return model if dtype is None else model.to(dtype)
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As `ModelMixin.from_pretrained`, with the rows exactly as they were saved.
-
-        Raises:
-            ValueError: if a model whose rows are normalised on use (`weight_normalization` without
-                `forced_weight_normalization`) is quantised: quantised maps use rows as they are stored.
-        """
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # `output_loading_info`
-        if getattr(model, "hf_quantizer", None) is not None and model._normalizes_on_use():
-            raise ValueError(
-                "`quantization_config` must be None for a model with `forced_weight_normalization=False`, whose rows "
-                "are normalised on use, which quantised maps do not do; got "
-                f"{type(model.hf_quantizer.quantization_config).__name__}."
-            )
-        return loaded
-
-    def _normalizes_on_use(self) -> bool:
-        return self.config.weight_normalization and not self.config.forced_weight_normalization
-
-    def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
-        """As in diffusers; where rows are normalised on use, refuses a LoRA that moves part of a weight into itself.
-
-        Raises:
-            ValueError: for a model whose rows are normalised on use (`weight_normalization` without
-                `forced_weight_normalization`), if `init_lora_weights` is "pissa", "olora", "corda", "loftq" or
-                "lora_ga", or there is a `kasa_config`.
-        """
-        kind = getattr(adapter_config, "init_lora_weights", None)
-        if getattr(adapter_config, "kasa_config", None) is not None:
-            kind = "kasa_config"  # comes beside any of the names
-        # PEFT takes some names in any case.
-        if self._normalizes_on_use() and isinstance(kind, str) and kind.lower().startswith(_CHANGES_WEIGHTS):
-            raise ValueError(
-                "`init_lora_weights` must leave the weights as they are for a model with "
-                "`forced_weight_normalization=False`, whose rows are normalised on use: True, False, 'gaussian', "
-                f"'orthogonal', 'eva' or 'mica'; got {kind!r}."
-            )
-        super().add_adapter(adapter_config, adapter_name)
-
     def train(self, mode: bool = True):
         """As `torch.nn.Module.train`; refuses training mode while attention maps are fused.
 
@@ -358,17 +306,6 @@ class MPDiTTransformer2DModel(ModelOfRows, ModelMixin, ConfigMixin, PeftAdapterM
         if mode and any(getattr(module, "fused_projections", False) for module in self.modules()):
             raise ValueError("`train` needs separate attention maps: call `unfuse_qkv_projections()` first.")
         return super().train(mode)
-
-    def fuse_lora(self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None):
-        """As in diffusers.
-
-        Raises:
-            ValueError: for a model whose rows are normalised on use (`weight_normalization` without
-                `forced_weight_normalization`), where merged weights are another function.
-        """
-        if self._normalizes_on_use():
-            raise ValueError(_NOT_MERGED)
-        super().fuse_lora(lora_scale, safe_fusing, adapter_names)
 
     def _check_inputs(
         self,

@@ -51,6 +51,17 @@ def test_merging_by_peft_itself_is_refused_where_rows_are_normalised_on_use():
     forward(model)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_changes_weights_is_right_or_refused_through_peft_itself(start):
+    options = LoraConfig(r=2, init_lora_weights=start, target_modules=["to_q", "linear_1"])
+    expected = forward(tiny_model("E").eval())
+    for mode in (True, False):
+        model = get_peft_model(tiny_model("E"), options).train(mode)
+        assert (forward(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    with pytest.raises(ValueError, match=f"`init_lora_weights` must leave the weights as they are .* got '{start}'"):
+        forward(get_peft_model(tiny_model("C"), options))
+
+
 @pytest.mark.filterwarnings("ignore:target_modules=:RuntimeWarning")
 def test_an_adapter_of_a_parameter_is_the_same_in_either_mode():
     model = with_peft(target_modules=[], target_parameters=["to_q.weight"])
