@@ -6,6 +6,7 @@ of the conditioning vector is not inside: it is computed once and shared by all 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -17,8 +18,27 @@ from .layers import MPLinear
 from .rows import ModelOfRows
 
 
-# In the order in which they are applied; a gate acts on the output of the branch that follows.
-MODULATION_KINDS = ("scale", "shift", "rotate", "gate")
+@dataclass(frozen=True)
+class Kind:
+    """What is particular about a kind of modulation: all that is to be said of a new one, beside its formula.
+
+    Args:
+        argument (str, optional): of `functional.modulate`, which applies it to tokens; None for a factor of the output
+            of the branch that follows.
+        num_channels (int): how many channels share a number of its map.
+    """
+
+    argument: str | None
+    num_channels: int = 1
+
+
+# In the order in which they are applied, which is that of their rows in `Modulation.proj`.
+MODULATION_KINDS = {
+    "scale": Kind("scale"),
+    "shift": Kind("shift"),
+    "rotate": Kind("angle", num_channels=2),
+    "gate": Kind(None),
+}
 
 
 def check_kinds(kinds: Sequence[str]) -> None:
@@ -44,13 +64,13 @@ class Modulation(nn.Module):
     no gains, and the gate is g alone (AdaLN-Zero of arXiv 2212.09748).
 
     Args:
-        dim (int): width D of a token; even if "rotate" is among the kinds.
+        dim (int): width D of a token, even for a rotation.
         conditioning_dim (int): width of the conditioning vector.
-        kinds (sequence of str): non-empty subset of "scale", "shift", "rotate", "gate", in any order.
+        kinds (sequence of str): non-empty subset of `MODULATION_KINDS`, in any order.
         weight_normalization (bool): unit rows and gains.
         forced_weight_normalization (bool): as in `MPLinear`.
     Raises:
-        ValueError: if the kinds are empty or unknown, or D is odd with "rotate".
+        ValueError: if the kinds are empty or unknown, or D is odd for a rotation.
     """
 
     def __init__(
@@ -63,10 +83,16 @@ class Modulation(nn.Module):
     ):
         super().__init__()
         check_kinds(kinds)
-        if "rotate" in kinds and dim % 2:
-            raise ValueError(f"`dim` must be even for rotation, which turns pairs of channels, got {dim}.")
         self.kinds = [kind for kind in MODULATION_KINDS if kind in kinds]
-        self.sizes = [dim // 2 if kind == "rotate" else dim for kind in self.kinds]
+        self.sizes = []
+        for kind in self.kinds:
+            num_channels = MODULATION_KINDS[kind].num_channels
+            if dim % num_channels:
+                raise ValueError(
+                    f"`dim` must be a multiple of {num_channels} for {kind!r}, which acts on groups of {num_channels} "
+                    f"channels, got {dim}."
+                )
+            self.sizes.append(dim // num_channels)
         if weight_normalization:
             self.proj = MPLinear(
                 conditioning_dim, sum(self.sizes), forced_weight_normalization=forced_weight_normalization
@@ -94,15 +120,27 @@ class Modulation(nn.Module):
             tuple: modulated tokens, shape (B, N, D), and the factor for the branch's output, shape (B, 1, D), or None
             if "gate" is not among the kinds.
         """
-        maps = self.proj(conditioning).unsqueeze(-2).split(self.sizes, dim=-1)
+        maps = self.maps(self.proj(conditioning).unsqueeze(-2), conditioning.dtype)
+        gate = maps.pop("gate", None)
+        maps = {MODULATION_KINDS[kind].argument: values for kind, values in maps.items()}
+        return functional.modulate(hidden_states, **maps), gate
+
+    def maps(self, projected: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """What acts for each kind.
+
+        Args:
+            projected (torch.Tensor): output of `proj`, shape (..., sum(sizes)).
+            dtype (torch.dtype): of the gains.
+        Returns:
+            dict: kind → its part of the output times its gain, with gains plus 1 for a gate; shape (..., size).
+        """
+        maps = projected.split(self.sizes, dim=-1)
         if self.gain is not None:
-            maps = [part * gain for part, gain in zip(maps, self.gain.to(conditioning.dtype).unbind(), strict=True)]
+            maps = [part * gain for part, gain in zip(maps, self.gain.to(dtype).unbind(), strict=True)]
         maps = dict(zip(self.kinds, maps, strict=True))
-        hidden_states = functional.modulate(hidden_states, maps.get("scale"), maps.get("shift"), maps.get("rotate"))
-        gate = maps.get("gate")
-        if gate is not None:
-            gate = gate if self.gain is None else 1 + gate
-        return hidden_states, gate
+        if self.gain is not None and "gate" in maps:
+            maps["gate"] = 1 + maps["gate"]
+        return maps
 
 
 class _OneModulation(Modulation, ModelOfRows, ModelMixin, ConfigMixin):

@@ -45,7 +45,7 @@ def get_preset(
         size (str): "XS", "S", "B", "L" or "XL", a slash, and a patch size of 2, 4 or 8, as in "S/2".
         configuration (str): "A" (DiT's norms and plain weights; with `modulation` "scale", "shift" and "gate", DiT) to
             "E" (magnitude preserving, no normalisation layer), Table 1 of arXiv 2505.19122.
-        modulation (sequence of str): subset of "scale", "shift", "rotate", "gate".
+        modulation (sequence of str): kinds, a subset of `modulation.MODULATION_KINDS`.
         **overrides: any other argument of the model, such as `sample_size` or `num_classes`; wins over the preset.
     Returns:
         dict: a new, JSON-serialisable dict.

@@ -19,7 +19,7 @@ from torch import nn
 from . import _registration, functional  # noqa: F401
 from .blocks import ACTIVATIONS, MPDiTConditioning, MPDiTOutput, MPDiTTransformerBlock, plain_linear
 from .layers import MPLinear, MPPatchEmbed
-from .modulation import Modulation, check_kinds
+from .modulation import MODULATION_KINDS, Modulation, check_kinds
 from .rows import AdaptedModelOfRows
 
 
@@ -160,7 +160,7 @@ class MPDiTTransformer2DModel(AdaptedModelOfRows, ModelMixin, ConfigMixin, PeftA
             weight_normalization=weight_normalization,
             forced_weight_normalization=forced_weight_normalization,
         )
-        ungated = [kind for kind in modulation if kind != "gate"]
+        ungated = [kind for kind in modulation if MODULATION_KINDS[kind].argument is not None]
 
         self.patch_embed = MPPatchEmbed(patch_size, in_channels, dim, linear)
         self.conditioning_embedder = MPDiTConditioning(

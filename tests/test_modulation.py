@@ -118,9 +118,11 @@ def test_rotation_has_half_the_weight_of_a_shift():
 
 
 def test_rotation_refuses_an_odd_width():
-    with pytest.raises(ValueError, match="`dim` must be even for rotation, which turns pairs of channels, got 7"):
+    with pytest.raises(
+        ValueError, match="`dim` must be a multiple of 2 for 'rotate', which acts on groups of 2 channels, got 7"
+    ):
         RotationModulation(7, CONDITIONING_DIM)
-    with pytest.raises(ValueError, match="`dim` must be even"):
+    with pytest.raises(ValueError, match="`dim` must be a multiple of 2"):
         Modulation(7, CONDITIONING_DIM, ("scale", "rotate"))
     for modulation in (ScaleModulation, ShiftModulation, GateModulation):
         x, conditioning = inputs(torch.float32, dim=7)
@@ -160,7 +162,7 @@ def test_each_kind_has_a_gain_of_its_own(kind):
     site = Modulation(DIM, CONDITIONING_DIM, MODULATION_KINDS).double()
     assert site.gain.shape == (4,)
     with torch.no_grad():
-        site.gain[MODULATION_KINDS.index(kind)] = 1
+        site.gain[list(MODULATION_KINDS).index(kind)] = 1
     x, conditioning = inputs()
     y, gate = site(x, conditioning)
     assert torch.equal(y, x) == (kind == "gate")

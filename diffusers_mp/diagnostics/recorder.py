@@ -245,11 +245,9 @@ class MagnitudeRecorder:
         def hook(module, args, output):
             if not self._is_inside:
                 return
-            maps = output.to(compute_dtype(output.dtype)).split(site.sizes, dim=-1)
-            if site.gain is not None:
-                maps = [rows * gain for rows, gain in zip(maps, site.gain.unbind(), strict=True)]
-                maps = [rows + 1 if kind == "gate" else rows for kind, rows in zip(site.kinds, maps, strict=True)]
-            self._add_maps(name, site.kinds, maps)
+            dtype = compute_dtype(output.dtype)
+            maps = site.maps(output.to(dtype), dtype)
+            self._add_maps(name, list(maps), list(maps.values()))
 
         return hook
 
