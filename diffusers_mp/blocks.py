@@ -1,7 +1,6 @@
 """What the model is built of: attention, feed-forward, conditioning, block and output."""
 
 import copy
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +10,11 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
-from .layers import MPEmbedding, MPLeakyReLU, MPLinear, MPSiLU, MPTimestepEmbedding
+from .configuration import Parts
+from .layers import MPLeakyReLU, MPLinear, MPSiLU, MPTimestepEmbedding
+from .modulation import MODULATION_KINDS
 
 
-ACTIVATIONS = {
-    # activation_fn: (magnitude preserving, plain)
-    "silu": (MPSiLU, nn.SiLU),
-    "leaky_relu": (MPLeakyReLU, nn.LeakyReLU),
-}
 _ACTIVATE_IN_PLACE = {
     MPSiLU: lambda act, x: functional.mp_silu(x, inplace=True),
     MPLeakyReLU: lambda act, x: functional.mp_leaky_relu(x, act.negative_slope, inplace=True),
@@ -69,15 +65,15 @@ class MPDiTAttention(nn.Module, AttentionModuleMixin):
     _default_processor_cls = MPDiTAttnProcessor
     _available_processors = [MPDiTAttnProcessor]
 
-    def __init__(self, dim: int, num_heads: int, cosine_attention: bool, linear=MPLinear):
+    def __init__(self, parts: Parts):
         super().__init__()
-        self.heads = num_heads
-        self.head_dim = dim // num_heads
-        self.cosine_attention = cosine_attention
-        self.to_q = linear(dim, dim)
-        self.to_k = linear(dim, dim)
-        self.to_v = linear(dim, dim)
-        self.to_out = nn.ModuleList([linear(dim, dim)])
+        self.heads = parts.config.num_attention_heads
+        self.head_dim = parts.config.attention_head_dim
+        self.cosine_attention = parts.config.cosine_attention
+        self.to_q = parts.linear(parts.dim, parts.dim)
+        self.to_k = parts.linear(parts.dim, parts.dim)
+        self.to_v = parts.linear(parts.dim, parts.dim)
+        self.to_out = nn.ModuleList([parts.linear(parts.dim, parts.dim)])
         self.set_processor(MPDiTAttnProcessor())
         self.register_state_dict_post_hook(_without_fused_map)
 
@@ -133,11 +129,12 @@ def _without_fused_map(attn: MPDiTAttention, state_dict: dict, prefix: str, loca
 class MPDiTFeedForward(nn.Module):
     """Linear map, activation, linear map. Shapes: (B, N, D) → (B, N, D)."""
 
-    def __init__(self, dim: int, mult: float, linear=MPLinear, activation=MPSiLU):
+    def __init__(self, parts: Parts):
         super().__init__()
-        self.linear_1 = linear(dim, int(dim * mult))
-        self.act = activation()
-        self.linear_2 = linear(int(dim * mult), dim)
+        hidden_dim = int(parts.dim * parts.config.mlp_ratio)
+        self.linear_1 = parts.linear(parts.dim, hidden_dim)
+        self.act = parts.activation()
+        self.linear_2 = parts.linear(hidden_dim, parts.dim)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.linear_1(hidden_states)
@@ -151,17 +148,17 @@ class MPDiTFeedForward(nn.Module):
 class MPDiTPooledEmbedding(nn.Module):
     """Pooled vector, such as that of a text or image encoder, to a conditioning vector. Shapes: (B, P) → (B, D).
 
-    Vectors are brought to RMS 1 first if `magnitude_preserving`. A vector of zeros stands for no condition, and is
+    With `mp_embedding` vectors are brought to RMS 1 first. A vector of zeros stands for no condition, and is
     given a learned embedding.
     """
 
-    def __init__(self, pooled_projection_dim: int, dim: int, magnitude_preserving: bool, table, linear, activation):
+    def __init__(self, parts: Parts):
         super().__init__()
-        self.magnitude_preserving = magnitude_preserving
-        self.linear_1 = linear(pooled_projection_dim, dim)
-        self.act = activation()
-        self.linear_2 = linear(dim, dim)
-        self.null_embedder = table(1, dim)
+        self.magnitude_preserving = parts.config.mp_embedding
+        self.linear_1 = parts.linear(parts.config.pooled_projection_dim, parts.dim)
+        self.act = parts.activation()
+        self.linear_2 = parts.linear(parts.dim, parts.dim)
+        self.null_embedder = parts.table(1)
 
     def forward(self, pooled_projections: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         is_null = (pooled_projections == 0).all(dim=-1)
@@ -179,28 +176,21 @@ class MPDiTConditioning(nn.Module):
     Shapes: (B,), (B,) or None, (B, P) or None → (B, D).
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_classes: int | None,
-        pooled_projection_dim: int | None,
-        mp_residual: bool,
-        mp_embedding: bool,
-        forced: bool,
-        linear,
-        activation,
-    ):
+    def __init__(self, parts: Parts):
         super().__init__()
-        self.mp_residual = mp_residual
-        table = partial(MPEmbedding, forced_weight_normalization=forced) if mp_embedding else nn.Embedding
-        self.time_embedder = MPTimestepEmbedding(dim, mp_embedding, linear=linear, activation=activation)
-        self.class_embedder = table(num_classes + 1, dim) if num_classes is not None else None
-        self.pooled_embedder = None
-        if pooled_projection_dim is not None:
-            self.pooled_embedder = MPDiTPooledEmbedding(
-                pooled_projection_dim, dim, mp_embedding, table, linear, activation
-            )
-        self.act = activation()
+        config = parts.config
+        self.mp_residual = config.mp_residual
+        self.time_embedder = MPTimestepEmbedding(parts.dim, config.mp_embedding, parts.linear, parts.activation)
+        self.class_embedder = parts.table(config.num_classes + 1) if config.num_classes is not None else None
+        self.pooled_embedder = MPDiTPooledEmbedding(parts) if config.pooled_projection_dim is not None else None
+        self.act = parts.activation()
+
+    def initialize_as_dit(self) -> None:
+        """DiT's initialisation of plain maps and tables; elsewhere it is Xavier's, or zeros."""
+        tables = [self.class_embedder, self.pooled_embedder and self.pooled_embedder.null_embedder]
+        tables = [table for table in tables if type(table) is nn.Embedding]
+        for layer in (self.time_embedder.linear_1, self.time_embedder.linear_2, *tables):
+            nn.init.normal_(layer.weight, std=0.02)
 
     def forward(
         self,
@@ -228,26 +218,16 @@ class MPDiTTransformerBlock(nn.Module):
     Section 4 of arXiv 2505.19122. Shapes: (B, N, D), (B, D) → (B, N, D).
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_attention_heads: int,
-        mlp_ratio: float,
-        cosine_attention: bool,
-        layer_norm: bool,
-        residual_t: float | None,
-        modulation,
-        linear,
-        activation,
-    ):
+    def __init__(self, parts: Parts):
         super().__init__()
-        self.residual_t = residual_t
-        self.norm1 = _make_norm(dim, layer_norm)
-        self.attn_modulation = modulation()
-        self.attn = MPDiTAttention(dim, num_attention_heads, cosine_attention, linear)
-        self.norm2 = _make_norm(dim, layer_norm)
-        self.ff_modulation = modulation()
-        self.ff = MPDiTFeedForward(dim, mlp_ratio, linear, activation)
+        config = parts.config
+        self.residual_t = config.residual_t if config.mp_residual else None
+        self.norm1 = parts.norm()
+        self.attn_modulation = parts.modulation(config.modulation)
+        self.attn = MPDiTAttention(parts)
+        self.norm2 = parts.norm()
+        self.ff_modulation = parts.modulation(config.modulation)
+        self.ff = MPDiTFeedForward(parts)
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         modulated, gate = self.attn_modulation(self.norm1(hidden_states), conditioning)
@@ -259,12 +239,14 @@ class MPDiTTransformerBlock(nn.Module):
 class MPDiTOutput(nn.Module):
     """Modulate tokens, map them to patches, with a gain from 0. Shapes: (B, N, D), (B, D) → (B, N, p p C)."""
 
-    def __init__(self, dim: int, out_features: int, layer_norm: bool, modulation, weight_normalization: bool, linear):
+    def __init__(self, parts: Parts):
         super().__init__()
-        self.norm = _make_norm(dim, layer_norm)
-        self.modulation = modulation()
-        self.proj = linear(dim, out_features)
-        self.gain = nn.Parameter(torch.zeros(1)) if weight_normalization else None
+        config = parts.config
+        self.norm = parts.norm()
+        # There is no branch that a gate could act on.
+        self.modulation = parts.modulation([k for k in config.modulation if MODULATION_KINDS[k].argument is not None])
+        self.proj = parts.linear(parts.dim, config.patch_size**2 * (config.out_channels or config.in_channels))
+        self.gain = nn.Parameter(torch.zeros(1)) if config.weight_normalization else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -277,13 +259,3 @@ class MPDiTOutput(nn.Module):
             hidden_states, _ = self.modulation(hidden_states, conditioning)
         hidden_states = self.proj(hidden_states)
         return hidden_states if self.gain is None else hidden_states * self.gain
-
-
-def plain_linear(in_features: int, out_features: int) -> nn.Linear:
-    layer = nn.Linear(in_features, out_features, bias=False)
-    nn.init.xavier_uniform_(layer.weight)
-    return layer
-
-
-def _make_norm(dim: int, layer_norm: bool) -> nn.Module:
-    return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) if layer_norm else nn.Identity()

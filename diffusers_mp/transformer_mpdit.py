@@ -1,8 +1,6 @@
 """The magnitude-preserving diffusion transformer: DiT in configurations A to E of arXiv 2505.19122."""
 
 from collections.abc import Sequence
-from functools import partial
-from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -17,10 +15,33 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from . import _registration, functional  # noqa: F401
-from .blocks import ACTIVATIONS, MPDiTConditioning, MPDiTOutput, MPDiTTransformerBlock, plain_linear
-from .layers import MPLinear, MPPatchEmbed
-from .modulation import MODULATION_KINDS, Modulation, check_kinds
+from .blocks import MPDiTConditioning, MPDiTOutput, MPDiTTransformerBlock
+from .configuration import Parts, check_configuration
+from .layers import MPPatchEmbed
 from .rows import AdaptedModelOfRows
+
+
+# Arguments of `forward`: the key of the config that wants one, which dtype is right, that in words, and the way out.
+_INPUTS = {
+    "timestep": (
+        None,
+        lambda timestep: timestep.dtype not in (torch.bfloat16, torch.float16),
+        "integers or at least float32",
+        "half precision rounds neighbouring steps to one value; `torch.full({shape}, step)` is one step for all",
+    ),
+    "class_labels": (
+        "num_classes",
+        lambda class_labels: class_labels.dtype in (torch.int64, torch.int32),
+        "integers (int64 or int32)",
+        "the null id {wanted} stands for no class",
+    ),
+    "pooled_projections": (
+        "pooled_projection_dim",
+        torch.Tensor.is_floating_point,
+        "floating point vectors",
+        "a vector of zeros stands for no condition",
+    ),
+}
 
 
 class MPDiTTransformer2DModel(AdaptedModelOfRows, ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
@@ -104,106 +125,18 @@ class MPDiTTransformer2DModel(AdaptedModelOfRows, ModelMixin, ConfigMixin, PeftA
         pooled_projection_dim: int | None = None,
     ):
         super().__init__()
-        counts = {
-            "num_attention_heads": num_attention_heads,
-            "attention_head_dim": attention_head_dim,
-            "num_layers": num_layers,
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "sample_size": sample_size,
-            "patch_size": patch_size,
-            "num_classes": num_classes,
-            "pooled_projection_dim": pooled_projection_dim,
-        }
-        for name, count in counts.items():
-            is_optional = name in ("out_channels", "num_classes", "pooled_projection_dim")
-            if not (is_optional and count is None) and not (isinstance(count, Integral) and count >= 1):
-                rule = "an integer of at least 1, or None" if is_optional else "an integer of at least 1"
-                raise ValueError(f"`{name}` must be {rule}, got {count}.")
-        dim = num_attention_heads * attention_head_dim
-        if int(dim * mlp_ratio) < 1:
-            raise ValueError(f"`mlp_ratio` must give the feed-forward a width of at least 1, got {mlp_ratio}.")
-        check_kinds(modulation)
-        if dim % 4:
-            raise ValueError(
-                "`num_attention_heads * attention_head_dim` must be divisible by 4 for the position table, got "
-                f"{num_attention_heads} * {attention_head_dim} = {dim}."
-            )
-        if activation_fn not in ACTIVATIONS:
-            raise ValueError(f"`activation_fn` must be one of {list(ACTIVATIONS)}, got {activation_fn!r}.")
-        if forced_weight_normalization and not weight_normalization:
-            raise ValueError(
-                "`forced_weight_normalization=True` needs `weight_normalization=True`: rows that are not normalised "
-                "on use carry meaning in their norm. Got `weight_normalization=False`."
-            )
-        if sample_size % patch_size:
-            raise ValueError(f"`sample_size` must be divisible by `patch_size` ({patch_size}), got {sample_size}.")
-        if not 0 <= class_dropout_prob < 1:
-            raise ValueError(f"`class_dropout_prob` must be in [0, 1), got {class_dropout_prob}.")
-        if not 0 < residual_t < 1:
-            raise ValueError(f"`residual_t` must be in (0, 1), got {residual_t}.")
-        # A list, and integers that are not NumPy's, so that the config equals the one that is read back from JSON.
-        counts = {name: count if count is None else int(count) for name, count in counts.items()}
-        self.register_to_config(modulation=list(modulation), **counts)
-
-        self.inner_dim = dim
+        # The decorator has put the arguments into the config.
+        self.register_to_config(**check_configuration(self.config))
+        parts = Parts(self.config)
+        self.inner_dim = parts.dim
         self.gradient_checkpointing = False
 
-        linear = plain_linear
-        if weight_normalization:
-            linear = partial(MPLinear, forced_weight_normalization=forced_weight_normalization)
-        activation = ACTIVATIONS[activation_fn][0 if mp_silu else 1]
-        site = partial(
-            Modulation,
-            dim,
-            dim,
-            weight_normalization=weight_normalization,
-            forced_weight_normalization=forced_weight_normalization,
-        )
-        ungated = [kind for kind in modulation if MODULATION_KINDS[kind].argument is not None]
-
-        self.patch_embed = MPPatchEmbed(patch_size, in_channels, dim, linear)
-        self.conditioning_embedder = MPDiTConditioning(
-            dim,
-            num_classes,
-            pooled_projection_dim,
-            mp_residual,
-            mp_embedding,
-            forced_weight_normalization,
-            linear,
-            activation,
-        )
-        self.transformer_blocks = nn.ModuleList(
-            MPDiTTransformerBlock(
-                dim,
-                num_attention_heads,
-                mlp_ratio,
-                cosine_attention,
-                layer_norm,
-                residual_t if mp_residual else None,
-                partial(site, modulation),
-                linear,
-                activation,
-            )
-            for _ in range(num_layers)
-        )
-        self.output = MPDiTOutput(
-            dim,
-            patch_size * patch_size * (out_channels or in_channels),
-            layer_norm,
-            partial(site, ungated) if ungated else lambda: None,
-            weight_normalization,
-            linear,
-        )
+        self.patch_embed = MPPatchEmbed(patch_size, in_channels, parts.dim, parts.linear)
+        self.conditioning_embedder = MPDiTConditioning(parts)
+        self.transformer_blocks = nn.ModuleList(MPDiTTransformerBlock(parts) for _ in range(num_layers))
+        self.output = MPDiTOutput(parts)
         if not weight_normalization:
-            # DiT's initialisation; the modulations and the output start at zero.
-            embedder = self.conditioning_embedder
-            nn.init.normal_(embedder.time_embedder.linear_1.weight, std=0.02)
-            nn.init.normal_(embedder.time_embedder.linear_2.weight, std=0.02)
-            if num_classes is not None and not mp_embedding:
-                nn.init.normal_(embedder.class_embedder.weight, std=0.02)
-            if pooled_projection_dim is not None and not mp_embedding:
-                nn.init.normal_(embedder.pooled_embedder.null_embedder.weight, std=0.02)
+            self.conditioning_embedder.initialize_as_dit()
 
     def forward(
         self,
@@ -314,17 +247,14 @@ class MPDiTTransformer2DModel(AdaptedModelOfRows, ModelMixin, ConfigMixin, PeftA
         class_labels: torch.Tensor | None,
         pooled_projections: torch.Tensor | None,
     ) -> None:
-        config = self.config
-        if hidden_states.ndim != 4 or hidden_states.shape[1] != config.in_channels:
-            raise ValueError(
-                f"`hidden_states` must have shape (B, {config.in_channels}, H, W), got {tuple(hidden_states.shape)}."
-            )
-        if hidden_states.shape[-2] % config.patch_size or hidden_states.shape[-1] % config.patch_size:
+        config, shape = self.config, hidden_states.shape
+        if len(shape) != 4 or shape[1] != config.in_channels:
+            raise ValueError(f"`hidden_states` must have shape (B, {config.in_channels}, H, W), got {tuple(shape)}.")
+        if shape[2] % config.patch_size or shape[3] % config.patch_size:
             raise ValueError(
                 f"Height and width of `hidden_states` must be divisible by `patch_size` ({config.patch_size}), got "
-                f"{hidden_states.shape[-2]}x{hidden_states.shape[-1]}."
+                f"{shape[2]}x{shape[3]}."
             )
-        batch_size = hidden_states.shape[0]
         weight = self.patch_embed.proj.weight
         has_other_dtype = weight.is_floating_point() and hidden_states.dtype != weight.dtype
         if has_other_dtype and not torch.is_autocast_enabled(hidden_states.device.type):
@@ -332,56 +262,36 @@ class MPDiTTransformer2DModel(AdaptedModelOfRows, ModelMixin, ConfigMixin, PeftA
                 f"`hidden_states` must have the dtype of the model, {weight.dtype}, got {hidden_states.dtype}: "
                 "convert one to the other, or use `torch.autocast`."
             )
-        if not isinstance(timestep, torch.Tensor):
-            raise ValueError(
-                f"`timestep` must be a tensor of shape ({batch_size},), got {timestep!r}: "
-                f"`torch.full(({batch_size},), {timestep!r})`."
-            )
-        if timestep.shape != (batch_size,):
-            raise ValueError(
-                f"`timestep` must have shape ({batch_size},), one for each sample; got {tuple(timestep.shape)}."
-            )
-        if timestep.dtype in (torch.bfloat16, torch.float16):
-            raise ValueError(
-                "`timestep` must be an integer or at least float32, since half precision rounds neighbouring steps to "
-                f"one value; got {timestep.dtype}."
-            )
-        if (pooled_projections is None) != (config.pooled_projection_dim is None):
-            rule = "None" if config.pooled_projection_dim is None else "given"
-            raise ValueError(
-                f"`pooled_projections` must be {rule} for a model with `pooled_projection_dim="
-                f"{config.pooled_projection_dim}`."
-            )
-        if pooled_projections is not None:
-            shape = (batch_size, config.pooled_projection_dim)
-            if pooled_projections.shape != shape or not pooled_projections.is_floating_point():
-                raise ValueError(
-                    f"`pooled_projections` must be floating point vectors of shape {shape}, got "
-                    f"{pooled_projections.dtype} of shape {tuple(pooled_projections.shape)}."
-                )
-        if config.num_classes is None:
-            if class_labels is not None:
-                raise ValueError("`class_labels` must be None for a model without classes (`num_classes=None`).")
-            return
-        if class_labels is None:
-            raise ValueError(
-                f"`class_labels` must be given for a model of {config.num_classes} classes; the null id "
-                f"{config.num_classes} stands for no class."
-            )
-        if not isinstance(class_labels, torch.Tensor):
-            raise ValueError(f"`class_labels` must be a tensor of shape ({batch_size},), got {class_labels!r}.")
-        if class_labels.shape != (batch_size,) or class_labels.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"`class_labels` must be integers (int64 or int32) of shape ({batch_size},), got {class_labels.dtype} "
-                f"of shape {tuple(class_labels.shape)}."
-            )
+        for name, value, per_sample in (
+            ("timestep", timestep, ()),
+            ("class_labels", class_labels, ()),
+            ("pooled_projections", pooled_projections, (config.pooled_projection_dim,)),
+        ):
+            key, has_right_dtype, rule, way_out = _INPUTS[name]
+            wanted = key is None or config[key]
+            if wanted is None and value is not None:
+                raise ValueError(f"`{name}` must be None for a model with `{key}=None`, got a {type(value).__name__}.")
+            if wanted is None:
+                continue
+            expected, is_tensor = (shape[0], *per_sample), isinstance(value, torch.Tensor)
+            if not is_tensor or value.shape != expected or not has_right_dtype(value):
+                of_model = "" if key is None else f" for a model with `{key}={wanted}`"
+                got = f"{value.dtype} of shape {tuple(value.shape)}" if is_tensor else repr(value)
+                way_out = way_out.format(shape=expected, wanted=wanted)
+                raise ValueError(f"`{name}` must be {rule} of shape {expected}{of_model}, got {got}: {way_out}.")
+        if class_labels is not None:
+            self._check_range(class_labels)
+
+    def _check_range(self, class_labels: torch.Tensor) -> None:
         # Reading values off an accelerator would stall it and breaks a compiled graph, and fake tensors and those of
         # `torch.func` have none: there ids are checked outside.
         has_values = type(class_labels) is torch.Tensor and not torch._C._are_functorch_transforms_active()
-        if batch_size and has_values and class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        is_cheap = class_labels.device.type == "cpu" and not torch.compiler.is_compiling()
+        if len(class_labels) and has_values and is_cheap:
+            num_classes = self.config.num_classes
             lowest, highest = class_labels.min().item(), class_labels.max().item()
-            if lowest < 0 or highest > config.num_classes:
+            if lowest < 0 or highest > num_classes:
                 raise ValueError(
-                    f"`class_labels` must be in [0, {config.num_classes}], where {config.num_classes} is the null id; "
-                    f"got values from {lowest} to {highest}."
+                    f"`class_labels` must be in [0, {num_classes}], where {num_classes} is the null id; got values "
+                    f"from {lowest} to {highest}."
                 )

@@ -124,9 +124,9 @@ def test_a_fresh_process_reloads_it(tmp_path):
     "overrides, change, message",
     [
         ({"pooled_projection_dim": 0}, None, "`pooled_projection_dim` must be an integer of .*, or None, got 0"),
-        ({}, {"pooled_projections": None}, "`pooled_projections` must be given for a model with .*=12"),
+        ({}, {"pooled_projections": None}, r"of shape \(4, 12\) for a model with .*=12`, got None: a vector of zeros"),
         ({"pooled_projection_dim": None}, {}, "`pooled_projections` must be None for a model with .*=None"),
-        ({}, {"pooled_projections": torch.zeros(4, 3)}, r"of shape \(4, 12\), got torch.float32 of shape \(4, 3\)"),
+        ({}, {"pooled_projections": torch.zeros(4, 3)}, r"of shape \(4, 12\) .*, got torch.float32 of shape \(4, 3\)"),
         ({}, {"pooled_projections": torch.zeros(4, P).long()}, r"floating point .*, got torch.int64 of shape"),
     ],
 )

@@ -712,7 +712,7 @@ def test_attention_by_its_formula(cosine_attention):
         ({"activation_fn": "gelu"}, "`activation_fn` must be one of \\['silu', 'leaky_relu'\\], got 'gelu'"),
         (
             {"weight_normalization": False},
-            "`forced_weight_normalization=True` needs `weight_normalization=True`.* Got `weight_normalization=False`",
+            "`weight_normalization` must be True with `forced_weight_normalization=True`: .* got False",
         ),
         ({"sample_size": 9}, "`sample_size` must be divisible by `patch_size` \\(2\\), got 9"),
         ({"num_classes": 0}, "`num_classes` must be an integer of at least 1, or None, got 0"),
@@ -763,23 +763,23 @@ def test_gradients_of_each_sample_by_torch_func():
             {"hidden_states": torch.zeros(3, 4, 7, 8)},
             "Height and width of `hidden_states` must be divisible by `patch_size` \\(2\\), got 7x8",
         ),
-        ({"timestep": torch.tensor(5)}, "`timestep` must have shape \\(3,\\), one for each sample; got \\(\\)"),
-        ({"timestep": torch.zeros(2)}, "`timestep` must have shape \\(3,\\), one for each sample; got \\(2,\\)"),
+        ({"timestep": torch.tensor(5)}, "`timestep` must be .* of shape \\(3,\\), got torch.int64 of shape \\(\\)"),
+        ({"timestep": torch.zeros(2)}, "`timestep` must be .* of shape \\(3,\\), got torch.float32 of shape \\(2,\\)"),
         (
             {"timestep": torch.zeros(3, dtype=torch.bfloat16)},
-            "`timestep` must be an integer or at least float32, .*; got torch.bfloat16",
+            "`timestep` must be integers or at least float32 .*, got torch.bfloat16",
         ),
         (
             {"timestep": torch.zeros(3, dtype=torch.float16)},
-            "`timestep` must be an integer or at least float32, .*; got torch.float16",
+            "`timestep` must be integers or at least float32 .*, got torch.float16",
         ),
         (
             {"class_labels": None},
-            "`class_labels` must be given for a model of 10 classes; the null id 10 stands for no",
+            "`class_labels` must be .* for a model with `num_classes=10`, got None: the null id 10 stands for no",
         ),
         (
             {"class_labels": torch.zeros(3)},
-            "`class_labels` must be integers \\(int64 or int32\\) of shape \\(3,\\), got torch.float32",
+            "`class_labels` must be integers \\(int64 or int32\\) of shape \\(3,\\) .*, got torch.float32",
         ),
         (
             {"class_labels": torch.zeros(3, 1, dtype=torch.int64)},
@@ -803,7 +803,9 @@ def test_errors_of_forward(changes, message):
 
 def test_class_labels_for_an_unconditional_model():
     model = tiny_model("E", num_layers=1, num_classes=None)
-    with pytest.raises(ValueError, match="`class_labels` must be None for a model without classes"):
+    with pytest.raises(
+        ValueError, match="`class_labels` must be None for a model with `num_classes=None`, got a Tensor"
+    ):
         model(**tiny_inputs())
 
 
