@@ -66,7 +66,8 @@ def _relative_row_norms(rows: torch.Tensor, row_norm: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _normalize_(layers: Iterable["NormalizedRows"]) -> None:
+def normalize_rows_(layers: Iterable["NormalizedRows"]) -> None:
+    """Put every row of these layers back to its norm, in place, whatever they are used for."""
     # One tensor of the norms of all layers, since what is done to norms takes longer to start than to do.
     kinds = collections.defaultdict(list)
     # By weight: one that layers share would be divided by its norm twice.
@@ -97,18 +98,10 @@ def _normalize_(layers: Iterable["NormalizedRows"]) -> None:
             torch._foreach_div_(rows, norms)
 
 
-def _forced(modules: Iterable[nn.Module]) -> Iterator["NormalizedRows"]:
-    return (m for m in modules if isinstance(m, NormalizedRows) and m.forced_weight_normalization)
-
-
 @torch.no_grad()
-def _normalize_before_reading_(modules: Iterable[nn.Module]) -> None:
+def _before_reading_(modules: Iterable[nn.Module]) -> None:
     """Normalise rows in training that are about to be read as they are stored, and tell of drift; one host read."""
-    layers = [
-        module
-        for module in _forced(modules)
-        if module.training and not module._is_frozen() and not module.weight.is_meta
-    ]
+    layers = [layer for layer in forced_layers(modules) if layer.training and not layer.weight.is_meta]
     if not layers or _loading.get():
         return
     drifts = collections.defaultdict(list)
@@ -135,7 +128,7 @@ def _normalize_before_reading_(modules: Iterable[nn.Module]) -> None:
             "here, and nothing is to be done",
             stacklevel=4,
         )
-    _normalize_(layers)
+    normalize_rows_(layers)
 
 
 class NormalizedRows(nn.Module):
@@ -147,7 +140,7 @@ class NormalizedRows(nn.Module):
     def reset_parameters(self) -> None:
         """Draw rows from N(0, 1) and scale them to their norm."""
         nn.init.normal_(self.weight)
-        _normalize_([self])
+        normalize_rows_([self])
 
     def _normalize_on_use(self) -> bool:
         if not self.forced_weight_normalization:
@@ -162,12 +155,20 @@ class NormalizedRows(nn.Module):
 
     def train(self, mode: bool = True):
         if not mode:
-            _normalize_before_reading_([self])
+            _before_reading_([self])
         return super().train(mode)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        _normalize_before_reading_([self])
+        _before_reading_([self])
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def forced_layers(modules: Iterable[nn.Module], frozen: bool = False) -> Iterator[NormalizedRows]:
+    """Those of these modules that have forced weight normalisation and trained rows; with `frozen`, others' too."""
+    for module in modules:
+        if isinstance(module, NormalizedRows) and module.forced_weight_normalization:
+            if frozen or not module._is_frozen():
+                yield module
 
 
 def trust_rows_(module: nn.Module) -> nn.Module:
@@ -184,7 +185,7 @@ def trust_rows_(module: nn.Module) -> nn.Module:
     Returns:
         nn.Module: the same module.
     """
-    for layer in _forced(module.modules()):
+    for layer in forced_layers(module.modules(), frozen=True):
         layer.rows_are_trusted = True
     return normalize_weights_(module)
 
@@ -203,18 +204,8 @@ def normalize_weights_(module: nn.Module) -> nn.Module:
         ValueError: if a weight is sharded through its rows.
     """
     return_to_shards(module)
-    normalize_rows_(module.modules())
+    normalize_rows_(forced_layers(module.modules()))
     return module
-
-
-def normalize_rows_(modules: Iterable[nn.Module], frozen: bool = False) -> None:
-    """As `normalize_weights_` of these modules themselves, without those within them; others pass.
-
-    Args:
-        modules (iterable of nn.Module): any modules.
-        frozen (bool): normalise frozen rows too, such as those of an average in a model that is not trained.
-    """
-    _normalize_(layer for layer in _forced(modules) if frozen or not layer._is_frozen())
 
 
 class ModelOfRows:
@@ -247,13 +238,13 @@ class ModelOfRows:
         """As `torch.nn.Module.train`; leaving training mode puts rows back to their norm."""
         if mode:
             return super().train(mode)
-        _normalize_before_reading_(self.modules())
+        _before_reading_(self.modules())
         with rows_as_loaded():
             return super().train(mode)
 
     def state_dict(self, *args, **kwargs):
         """As `torch.nn.Module.state_dict`; in training mode rows are put back to their norm first."""
-        _normalize_before_reading_(self.modules())
+        _before_reading_(self.modules())
         with rows_as_loaded():
             return super().state_dict(*args, **kwargs)
 

@@ -106,7 +106,7 @@ def test_an_average_is_told_that_its_rows_are_put_right(monkeypatch):
 @pytest.mark.parametrize("read", ["eval", "state_dict"])
 def test_rows_of_a_model_are_looked_at_together(monkeypatch, read):
     model, looks = tiny_model(), []
-    monkeypatch.setattr(rows, "_normalize_", lambda layers: looks.append(len(layers)))
+    monkeypatch.setattr(rows, "normalize_rows_", lambda layers: looks.append(len(layers)))
     monkeypatch.setattr(rows, "_drift_warned", True)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..functional import compute_dtype
-from ..rows import normalize_rows_
+from ..rows import forced_layers, normalize_rows_
 from ..sharding import is_sharded, return_to_shards, whole
 
 
@@ -184,9 +184,8 @@ class PowerFunctionEMA:
         _copy_each(self._parameters_of(model), averages.values())
         # Averages of rows are shorter than the rows; those that nothing trains are what they were.
         trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        normalize_rows_(
-            (module for name, module in model.named_modules() if f"{name}.weight".lstrip(".") in trained), frozen=True
-        )
+        layers = (module for name, module in model.named_modules() if f"{name}.weight".lstrip(".") in trained)
+        normalize_rows_(forced_layers(layers, frozen=True))
 
     @contextmanager
     def averaged(self, model: nn.Module, std: float) -> Iterator[nn.Module]:
@@ -212,7 +211,7 @@ class PowerFunctionEMA:
             with torch.no_grad():
                 _copy_each(self._parameters_of(model), raw)
             # Leaving training mode within the block has settled rows of the average; the rows put back need it too.
-            normalize_rows_(module for module in trained if not module.training)
+            normalize_rows_(forced_layers(module for module in trained if not module.training))
 
     def state_dict(self) -> dict:
         """Step, widths and averages. Tensors are the live ones, as in `nn.Module.state_dict`: copy them to keep them.
