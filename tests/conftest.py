@@ -37,6 +37,7 @@ LONGEST_FIRST = (
         "test_train_processes",
         "test_train_failures",
         "test_train_resume",
+        "test_transformer_in_torch",
     ),
 )
 

@@ -10,8 +10,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_mp import MPDiTTransformer2DModel, get_preset
-from diffusers_mp.presets import CONFIGURATIONS
+from diffusers_mp import MPDiTTransformer2DModel, get_preset, presets
 
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +19,7 @@ BENCHMARKS = ROOT / "benchmarks"
 FIXTURES = ROOT / "tests" / "fixtures"
 GOLDEN = FIXTURES / "golden"
 TINY = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8, "sample_size": 8, "num_classes": 10}
-FLAGS = tuple(CONFIGURATIONS["E"])
+FLAGS = tuple(presets.CONFIGURATIONS["E"])
 NOT_IN_DEV = "not in the dev extra: where it is installed, each import of diffusers prints a warning"
 
 
@@ -49,6 +48,37 @@ def tiny_inputs(batch_size=3, channels=4, size=8, num_classes=10, seed=1, dtype=
         "timestep": torch.randint(0, 1000, (batch_size,), generator=generator),
         "class_labels": torch.randint(0, num_classes + 1, (batch_size,), generator=generator),
     }
+
+
+def forward(model, inputs):
+    return model(**inputs).sample
+
+
+def gradients(model, inputs):
+    """Gradient of every parameter for a loss that leaves none of them out."""
+    weights = torch.randn(forward(model, inputs).shape, generator=torch.Generator().manual_seed(3))
+    model.zero_grad()
+    (forward(model, inputs).float() * weights).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def one_flag_changed():
+    """Every flag alone: on in A, off in E, where that is legal."""
+    for flag in FLAGS:
+        if flag == "layer_norm":
+            yield "A", {flag: False}
+            yield "E", {flag: True}
+        elif flag == "forced_weight_normalization":
+            yield "E", {flag: False}
+        else:
+            yield "A", {flag: True}
+            yield (
+                "E",
+                {flag: False} | ({"forced_weight_normalization": False} if flag == "weight_normalization" else {}),
+            )
+
+
+CONFIGURATIONS = [(name, {}) for name in "ABCDE"] + list(one_flag_changed())
 
 
 def golden_names():
