@@ -9,8 +9,9 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
-from diffusers_mp import MPDiTTransformer2DModel, get_preset, presets
+from diffusers_mp import MPDiTTransformer2DModel, MPLinear, MPSiLU, get_preset, presets
 
 
 ROOT = Path(__file__).parents[1]
@@ -150,6 +151,26 @@ def relative_error(value, reference):
 
 def row_norms(weight):
     return torch.linalg.vector_norm(weight.detach().double(), dim=-1)
+
+
+@torch.no_grad()
+def rescale_rows(layer, low=0.1, high=10.0):
+    """Give every stored row a norm of its own; returns the factors."""
+    factors = torch.empty(layer.weight.shape[0], 1, dtype=layer.weight.dtype).uniform_(low, high)
+    layer.weight.mul_(factors)
+    return factors
+
+
+def unit(weight):
+    return weight.detach() / torch.linalg.vector_norm(weight.detach(), dim=-1, keepdim=True)
+
+
+def small_network(dtype=torch.float64, forced=True):
+    return nn.Sequential(
+        MPLinear(12, 16, dtype=dtype, forced_weight_normalization=forced),
+        MPSiLU(),
+        MPLinear(16, 4, dtype=dtype, forced_weight_normalization=forced),
+    )
 
 
 def tiny_vae(in_channels=3, latent_channels=4, seed=0):

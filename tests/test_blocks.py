@@ -5,12 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import (
-    ROOT,
-    forward,
-    tiny_inputs,
-    tiny_model,
-)
+from helpers import ROOT, forward, tiny_inputs, tiny_model
 from torch import nn
 
 from diffusers_mp import MPDiTTransformer2DModel, get_preset

@@ -5,13 +5,7 @@ import importlib
 
 import pytest
 import torch
-from helpers import (
-    forward,
-    gradients,
-    relative_error,
-    tiny_inputs,
-    tiny_model,
-)
+from helpers import forward, gradients, relative_error, tiny_inputs, tiny_model
 
 
 compiles = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")

@@ -8,12 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import (
-    forward,
-    row_norms,
-    tiny_inputs,
-    tiny_model,
-)
+from helpers import forward, row_norms, tiny_inputs, tiny_model
 from processes import run_python
 from safetensors.torch import load_file, save_file
 
