@@ -49,29 +49,21 @@ def test_rotation_saves_parameters():
     assert round(100 * (1 - 30_951_243 / 32_794_443), 2) == 5.62
 
 
-# Every size and every patch; the products of both are alike.
-@pytest.mark.parametrize(
-    "size, patch_size",
-    [
-        pytest.param(size, patch_size, marks=() if patch_size == 2 or size == "XS" else pytest.mark.slow)
-        for size, patch_size in itertools.product(["XS", "S", "B", "L", "XL"], [2, 4, 8])
-    ],
-)
+@pytest.mark.parametrize("size, patch_size", [*itertools.product(["XS", "S", "B", "L", "XL"], [2, 4, 8])])
 def test_every_preset_builds_and_runs_on_the_meta_device(size, patch_size):
     with torch.device("meta"):
-        model = MPDiTTransformer2DModel(**get_preset(f"{size}/{patch_size}"))
+        # Blocks are alike; test_presets.py has their number.
+        model = MPDiTTransformer2DModel(**get_preset(f"{size}/{patch_size}", num_layers=1))
         # No value of any input is looked at: on this device there is none to see.
-        sample = forward(model, meta_inputs())
+        sample = forward(
+            model,
+            {
+                "hidden_states": torch.empty(2, 4, 16, 16),
+                "timestep": torch.empty(2, dtype=torch.int64),
+                "class_labels": torch.empty(2, dtype=torch.int64),
+            },
+        )
     assert sample.shape == (2, 4, 16, 16)
-    assert len(model.transformer_blocks) == model.config.num_layers
-
-
-def meta_inputs():
-    return {
-        "hidden_states": torch.empty(2, 4, 16, 16, device="meta"),
-        "timestep": torch.empty(2, device="meta", dtype=torch.int64),
-        "class_labels": torch.empty(2, device="meta", dtype=torch.int64),
-    }
 
 
 # Parts

@@ -84,11 +84,11 @@ def assert_compiled_equals_eager(model, inputs, backend):
         assert relative_error(gradient, expected[name.removeprefix("_orig_mod.")]) < 1e-4, name
 
 
-# Only rows that are forced are another code in evaluation.
+# Evaluation in one graph is also in test_diffusers_testers.py, without AOTAutograd.
 @compiles
 @pytest.mark.parametrize(
     "configuration, training",
-    [("A", True), ("E", True), ("E", False), pytest.param("A", False, marks=pytest.mark.slow)],
+    [("A", True), ("E", True), *(pytest.param(name, False, marks=pytest.mark.slow) for name in "AE")],
 )
 def test_compiles_into_one_graph(configuration, training):
     model = tiny_model(configuration, num_layers=1).train(training)

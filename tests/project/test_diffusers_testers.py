@@ -262,7 +262,7 @@ def clean_compiler():
 
 @pytest.mark.usefixtures("clean_compiler")
 def test_nothing_is_compiled_again():
-    model = tiny_model().eval()
+    model = tiny_model(num_layers=1).eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for height, width in ((8, 12), (8, 12), (12, 8), (16, 20)):
