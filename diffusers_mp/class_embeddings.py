@@ -26,8 +26,8 @@ def resize_class_embeddings_(
     does. Nothing else changes, so that the classes kept are predicted as before.
 
     Args:
-        model (MPDiTTransformer2DModel or DiTTransformer2DModel): a model of classes. Each block of a DiT has a table
-            of its own, and all get the same new rows, up to that magnitude.
+        model (MPDiTTransformer2DModel or DiTTransformer2DModel): a model of classes. Each block of a DiT has its
+            table, and all get the same new rows, up to that magnitude.
         old_id2label (dict, optional): names of the classes that the model knows, of the ids 0 to num_classes - 1; None
             keeps no row but the last.
         new_id2label (dict): names of the classes that it is to know, likewise.

@@ -10,7 +10,7 @@ Rows of a weight-normalised layer are stored at a fixed norm (1 in `MPLinear`, s
   training mode, and saving in training mode, do it too;
 - under `fully_shard`, which shards rows, each process puts its own rows back: nothing is gathered or sent;
 - in evaluation mode with forced normalisation the stored rows are used as they are, which is what LoRA merging,
-  quantisation and export see. Without it rows keep a norm of their own and are always normalised on use.
+  quantisation and export see. Without it rows are free: they keep any norm and are always normalised on use.
 
 Rows that no training moves are whatever they are stored as: frozen ones, under a LoRA, quantised or not, whichever
 library froze them, and those that a parametrisation computes. Merged, fused or residual rows (PiSSA) are therefore in
@@ -178,7 +178,7 @@ def trust_rows_(module: nn.Module) -> nn.Module:
     done to them. After this call it takes them as they are and only projects the gradient: the same values and
     gradients for rows of norm 1, and wrong ones for others. The promise is kept by calling `normalize_weights_` after
     every `optimizer.step()`, and after whatever else changes weights of a module in training mode. Rows are normalised
-    here, once. Layers without forced weight normalisation, whose rows keep a norm of their own, are not concerned.
+    here, once. Free rows, those of layers without forced weight normalisation, are not concerned.
 
     Args:
         module (nn.Module): any module.
@@ -211,8 +211,8 @@ def normalize_weights_(module: nn.Module) -> nn.Module:
 class ModelOfRows:
     """For models beside `ModelMixin`: loading changes no row, and all rows are looked at together.
 
-    Refuses what would change the weight of free rows, which keep a norm of their own and are normalised on use: those
-    of a config with `weight_normalization`, where it has that key, and without `forced_weight_normalization`.
+    Refuses what would change the weight of free rows: those of a config with `weight_normalization`, where it has that
+    key, and without `forced_weight_normalization`.
     """
 
     @classmethod
