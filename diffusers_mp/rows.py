@@ -37,6 +37,10 @@ from .sharding import is_sharded, local_rows, return_to_shards
 
 # Ways to start a LoRA that change the weight beside it, by the beginning of their names in PEFT, in small letters.
 _CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
+_NOT_QUANTISED = (
+    "`quantization_config` must be None, and weights not quantised otherwise, for a model with "
+    "`forced_weight_normalization=False`, whose rows are normalised on use, which quantised maps do not do; got {}."
+)
 # A foreign loop that lets rows drift further than this has an effective learning rate that decays on its own.
 DRIFT_WORTH_A_WARNING = 0.05
 _drift_warned = False
@@ -226,12 +230,9 @@ class ModelOfRows:
         with rows_as_loaded():
             loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # `output_loading_info`
-        if getattr(model, "hf_quantizer", None) is not None and model._has_free_rows():
-            raise ValueError(
-                "`quantization_config` must be None for a model with `forced_weight_normalization=False`, whose rows "
-                "are normalised on use, which quantised maps do not do; got "
-                f"{type(model.hf_quantizer.quantization_config).__name__}."
-            )
+        quantizer = getattr(model, "hf_quantizer", None)
+        if quantizer is not None and model._has_free_rows():
+            raise ValueError(_NOT_QUANTISED.format(type(quantizer.quantization_config).__name__))
         return loaded
 
     def train(self, mode: bool = True):
@@ -274,13 +275,16 @@ class AdaptedModelOfRows(ModelOfRows):
             ValueError: for a model whose rows are normalised on use (`weight_normalization` without
                 `forced_weight_normalization`), where merged weights are another function.
         """
-        self._check_adapters(is_merging=True)
+        self._check_free_rows(is_merging=True)
         super().fuse_lora(lora_scale, safe_fusing, adapter_names)
 
-    def _check_adapters(self, is_merging: bool = False) -> None:
-        # In `forward`: PEFT itself asks nobody.
+    def _check_free_rows(self, is_merging: bool = False) -> None:
+        # In `forward`: PEFT and quantisers themselves ask nobody.
         if not self._has_free_rows():
             return
+        for weight in () if torch.compiler.is_compiling() else self.parameters():
+            if type(weight).__module__.partition(".")[0] != "torch" or not weight.is_floating_point():
+                raise ValueError(_NOT_QUANTISED.format(f"{type(weight).__name__} of {weight.dtype}"))
         for adapter_config in getattr(self, "peft_config", {}).values():
             _check_start(adapter_config)
         if is_merging or any(getattr(module, "merged", False) for module in self.modules()):

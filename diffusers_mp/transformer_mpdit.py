@@ -164,7 +164,7 @@ class MPDiTTransformer2DModel(AdaptedModelOfRows, ModelMixin, ConfigMixin, PeftA
                 device, is out of range.
         """
         self._check_inputs(hidden_states, timestep, class_labels, pooled_projections)
-        self._check_adapters()
+        self._check_free_rows()
         patch_size = self.config.patch_size
         height, width = hidden_states.shape[-2] // patch_size, hidden_states.shape[-1] // patch_size
         dtype = hidden_states.dtype

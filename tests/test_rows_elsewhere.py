@@ -48,6 +48,15 @@ def test_merging_by_peft_itself_is_refused_where_rows_are_normalised_on_use():
     forward(model)
 
 
+def test_quantised_weights_are_refused_where_rows_are_normalised_on_use():
+    model = tiny_model("C").eval()
+    layer = model.transformer_blocks[0].attn.to_q
+    # As bitsandbytes keeps it, but for the scale.
+    layer.weight = nn.Parameter((127 * layer.weight.detach()).to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="weights not quantised otherwise, .*; got Parameter of torch.int8"):
+        forward(model)
+
+
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_start_that_changes_weights_is_right_or_refused_through_peft_itself(start):
     options = LoraConfig(r=2, init_lora_weights=start, target_modules=["to_q", "linear_1"])

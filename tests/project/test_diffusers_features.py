@@ -144,7 +144,7 @@ def test_quantised_rows_are_used_as_stored(configuration, tmp_path, no_op_quanti
 
 def test_quantising_rows_that_are_normalised_on_use_is_refused(tmp_path, no_op_quantizer):
     tiny_model("C").eval().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="`quantization_config` must be None .* got QuantizationConfig"):
+    with pytest.raises(ValueError, match="`quantization_config` must be None, .* got QuantizationConfig"):
         MPDiTTransformer2DModel.from_pretrained(tmp_path, quantization_config=no_op_quantizer)
 
 
@@ -431,10 +431,27 @@ def test_export():
     torch.testing.assert_close(program.module()(**inputs).sample, forward(model, **inputs))
 
 
-@pytest.mark.parametrize("configuration", ["A", "E"])
-def test_int8_weights(configuration):
+@pytest.mark.parametrize("configuration", ["A", "C", "E"])
+def test_int8_weights_and_a_lora_beside_them(configuration):
     quantization = pytest.importorskip("torchao.quantization", reason=NOT_IN_DEV)
     model = tiny_model(configuration, attention_head_dim=16).eval()
     expected = forward(model)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    assert (forward(model) - expected).norm() < 0.03 * expected.norm()
+    if configuration == "C":
+        with pytest.raises(ValueError, match="weights not quantised otherwise, .*; got Int8Tensor"):
+            forward(model)
+        return
+    quantised = forward(model)
+    assert (quantised - expected).norm() < 0.03 * expected.norm()
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    for mode in (True, False):
+        assert torch.equal(forward(model.train(mode)), quantised)
+    model.train()(**tiny_inputs()).sample.square().mean().backward()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.sub_(parameter.grad)
+    trained = forward(model)
+    model.state_dict()
+    assert torch.equal(forward(model.eval()), trained)
+    assert not torch.equal(trained, quantised)
