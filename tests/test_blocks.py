@@ -1,14 +1,12 @@
-"""Attention, conditioning and blocks: formulae, magnitudes, processors."""
+"""Attention, conditioning and blocks: formulae, processors, names."""
 
-import importlib
 import math
 
 import pytest
 import torch
-from helpers import ROOT, forward, tiny_inputs, tiny_model
+from helpers import forward, tiny_inputs, tiny_model
 from torch import nn
 
-from diffusers_mp import MPDiTTransformer2DModel, get_preset
 from diffusers_mp.blocks import MPDiTAttnProcessor
 
 
@@ -77,42 +75,3 @@ def test_an_activation_is_overwritten_only_where_nobody_looks():
     assert torch.equal(forward(model, tiny_inputs()), expected)
     (output, copied) = kept[0]
     assert torch.equal(output, copied)
-
-
-# Magnitudes
-
-
-@pytest.fixture(scope="module")
-def block_magnitudes():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        return importlib.import_module("block_magnitudes")
-
-
-def test_block_magnitudes_of_s2_stay_bounded_and_fall_by_averaging_alone(block_magnitudes):
-    model = MPDiTTransformer2DModel(**get_preset("S/2", "E")).eval()
-    measured = block_magnitudes.block_magnitudes(model, batch_size=2)
-    outputs = [numbers["output"] for numbers in measured]
-    assert len(outputs) == 12
-    assert all(0.4 < output < 1.1 for output in outputs)
-    assert outputs[0] == pytest.approx(0.95, abs=0.05)
-    assert outputs[-1] == pytest.approx(0.65, abs=0.15)
-    # Attention loses magnitude, feed-forward hardly any.
-    assert all(numbers["attention"] < 1 for numbers in measured)
-    assert measured[0]["attention"] < 0.75
-    assert all(0.85 < numbers["feed_forward"] < 1.15 for numbers in measured)
-    # Without the average over tokens nothing is lost.
-    model.set_attn_processor(block_magnitudes.SelfOnlyAttnProcessor())
-    measured = block_magnitudes.block_magnitudes(model, batch_size=2)
-    assert all(0.93 < numbers["output"] < 1.07 for numbers in measured)
-
-
-def test_block_magnitudes_table_has_a_row_for_each_block(block_magnitudes, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["benchmarks/block_magnitudes.py", "--sizes", "XS/8", "--batch_size", "2"])
-    block_magnitudes.main()
-    printed = capsys.readouterr().out
-    assert "`python benchmarks/block_magnitudes.py --sizes XS/8 --batch_size 2`" in printed
-    rows = [line for line in printed.splitlines() if line.startswith("| ") and line[2].isdigit()]
-    assert len(rows) == 6
-    # Zero gates: at the start a block of A changes nothing.
-    assert len({row.split("|")[4] for row in rows}) == 1
