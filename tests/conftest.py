@@ -19,7 +19,9 @@ torch.set_num_threads(1)
 LONGEST_FIRST = (
     *(
         "test_train_mpdit",
+        "test_model_class",
         "test_coverage",
+        "test_compilation",
         "test_transformer_mpdit",
         "test_latents",
         "test_hub",
