@@ -9,7 +9,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import functional
+from . import functional, fused
 from .configuration import Parts
 from .layers import MPLeakyReLU, MPLinear, MPSiLU, MPTimestepEmbedding
 from .modulation import MODULATION_KINDS
@@ -44,15 +44,15 @@ class MPDiTAttnProcessor:
             heads = attn.to_qkv(hidden_states).unflatten(-1, (3, -1, attn.head_dim))
             query_key, value = heads[:, :, :2], heads[:, :, 2]
             if attn.cosine_attention:
-                query_key = functional.unit_magnitude(query_key)
+                query_key = fused.unit_magnitude(query_key)
             query, key = query_key.unbind(2)
         else:
             query = attn.to_q(hidden_states).unflatten(-1, (-1, attn.head_dim))
             key = attn.to_k(hidden_states).unflatten(-1, (-1, attn.head_dim))
             value = attn.to_v(hidden_states).unflatten(-1, (-1, attn.head_dim))
             if attn.cosine_attention:
-                query = functional.unit_magnitude(query)
-                key = functional.unit_magnitude(key)
+                query = fused.unit_magnitude(query)
+                key = fused.unit_magnitude(key)
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
@@ -163,7 +163,7 @@ class MPDiTPooledEmbedding(nn.Module):
     def forward(self, pooled_projections: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         is_null = (pooled_projections == 0).all(dim=-1)
         if self.magnitude_preserving:
-            pooled_projections = functional.unit_magnitude(pooled_projections)
+            pooled_projections = fused.unit_magnitude(pooled_projections)
         embedding = self.linear_2(self.act(self.linear_1(pooled_projections.to(dtype))))
         return torch.where(
             is_null[:, None], self.null_embedder(torch.zeros_like(is_null, dtype=torch.long)), embedding
@@ -208,7 +208,7 @@ class MPDiTConditioning(nn.Module):
         return self.act(conditioning)
 
     def _sum(self, conditioning: torch.Tensor, embedding: torch.Tensor, t: float) -> torch.Tensor:
-        return functional.mp_sum(conditioning, embedding, t) if self.mp_residual else conditioning + embedding
+        return fused.mp_sum(conditioning, embedding, t) if self.mp_residual else conditioning + embedding
 
 
 class MPDiTTransformerBlock(nn.Module):
@@ -231,9 +231,9 @@ class MPDiTTransformerBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         modulated, gate = self.attn_modulation(self.norm1(hidden_states), conditioning)
-        hidden_states = functional.gated_sum(hidden_states, self.attn(modulated), gate, self.residual_t)
+        hidden_states = fused.gated_sum(hidden_states, self.attn(modulated), gate, self.residual_t)
         modulated, gate = self.ff_modulation(self.norm2(hidden_states), conditioning)
-        return functional.gated_sum(hidden_states, self.ff(modulated), gate, self.residual_t)
+        return fused.gated_sum(hidden_states, self.ff(modulated), gate, self.residual_t)
 
 
 class MPDiTOutput(nn.Module):

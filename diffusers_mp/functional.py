@@ -1,5 +1,7 @@
 """The equations as pure tensor functions: nothing here holds a parameter or knows a module.
 
+Modules call `fused`, which has some of these in fewer passes over memory.
+
 Sources: "the paper" is arXiv 2505.19122 (magnitude preservation and rotation modulation in DiT), EDM2 is arXiv
 2312.02696, DiT is arXiv 2212.09748. Magnitude is the root mean square, `M[x] = sqrt(mean(x^2))`.
 """
@@ -9,8 +11,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import fused
-
 
 # RMS of silu(x) for x ~ N(0, 1) is 0.59647; 0.596 is what EDM2 and the paper publish, so it is the one to keep.
 SILU_MAGNITUDE = 0.596
@@ -19,6 +19,8 @@ SILU_MAGNITUDE = 0.596
 BALANCED_T = 0.5
 THIRD_T = 1 / (1 + math.sqrt(2))
 RESIDUAL_T = 0.3
+# Below these, squares lose their digits and then are zero. They keep rows of zeros as they are.
+SMALLEST_NORMS = {dtype: math.sqrt(torch.finfo(dtype).tiny) for dtype in (torch.float32, torch.float64)}
 # Number of cosine and sine features of a timestep together, and the period scale they share with the position table.
 NUM_TIME_FEATURES = 256
 MAX_PERIOD = 10000
@@ -50,6 +52,24 @@ def magnitude(x: torch.Tensor) -> torch.Tensor:
     return x.to(compute_dtype(x.dtype)).square().mean().sqrt()
 
 
+@torch.fx.wrap  # symbolic tracing knows no dtypes
+def row_factors(x: torch.Tensor, norm: float) -> torch.Tensor:
+    """What scales every row (last dimension) to a norm.
+
+        r = norm / ||x||
+    The sum of squares is taken in `compute_dtype(x.dtype)`.
+
+    Args:
+        x (torch.Tensor): shape (..., n).
+        norm (float): of the scaled rows.
+    Returns:
+        torch.Tensor: shape (..., 1), in `compute_dtype(x.dtype)`; finite for an exactly zero row.
+    """
+    dtype = compute_dtype(x.dtype)
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    return norms.clamp(min=SMALLEST_NORMS[dtype]).reciprocal() * norm
+
+
 def unit_norm(x: torch.Tensor) -> torch.Tensor:
     """Scale every row (last dimension) to norm 1; an exactly zero row stays zero.
 
@@ -62,7 +82,7 @@ def unit_norm(x: torch.Tensor) -> torch.Tensor:
     Returns:
         torch.Tensor: shape (..., n), dtype of `x`.
     """
-    return fused.scale_rows(x, 1.0)
+    return (x * row_factors(x, 1.0)).to(x.dtype)
 
 
 def unit_magnitude(x: torch.Tensor) -> torch.Tensor:
@@ -76,7 +96,7 @@ def unit_magnitude(x: torch.Tensor) -> torch.Tensor:
     Returns:
         torch.Tensor: shape (..., n), dtype of `x`.
     """
-    return fused.scale_rows(x, math.sqrt(x.shape[-1]))
+    return (x * row_factors(x, math.sqrt(x.shape[-1]))).to(x.dtype)
 
 
 def mp_silu(x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
@@ -91,9 +111,7 @@ def mp_silu(x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     Returns:
         torch.Tensor: same shape and dtype.
     """
-    if inplace:
-        return F.silu(x, inplace=True).mul_(1 / SILU_MAGNITUDE)
-    return fused.scaled_silu(x, 1 / SILU_MAGNITUDE)
+    return F.silu(x, inplace=inplace).mul_(1 / SILU_MAGNITUDE)
 
 
 def mp_leaky_relu(x: torch.Tensor, negative_slope: float = 0.01, inplace: bool = False) -> torch.Tensor:
@@ -128,9 +146,7 @@ def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
         torch.Tensor: shape and dtype of `a + b`.
     """
     scale = 1 / math.sqrt((1 - t) ** 2 + t**2)
-    if fused.is_transformed():  # torch 2.13 crashes where it compiles a derivative of `add` with a factor
-        return a * ((1 - t) * scale) + b * (t * scale)
-    return torch.add(a * ((1 - t) * scale), b, alpha=t * scale)
+    return a * ((1 - t) * scale) + b * (t * scale)
 
 
 def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
@@ -148,7 +164,12 @@ def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     """
     if angle.ndim < x.ndim:
         angle = angle.unsqueeze(-2)
-    return fused.scale_rotate(x, None, angle)
+    # As one loop that vectorises when compiled: tokens times cosines, and tokens with halves exchanged times sines.
+    angle = angle.to(compute_dtype(angle.dtype))
+    cos, sin = angle.cos(), angle.sin()
+    direct = torch.cat([cos, cos], -1).to(x.dtype)
+    cross = torch.stack([-sin, sin], -2).to(x.dtype)
+    return x * direct + (x.unflatten(-1, (2, -1)).flip(-2) * cross).flatten(-2)
 
 
 def modulate(
@@ -170,14 +191,11 @@ def modulate(
     Returns:
         torch.Tensor: shape (B, N, D), dtype of `x`.
     """
-    if angle is not None:
-        x = fused.scale_rotate(x, scale, angle)
-        # A rotation of the few shifts instead of the many tokens.
-        return x if shift is None else x.add_(fused.scale_rotate(shift, None, angle))
-    if scale is None:
-        return x if shift is None else x + shift.to(x.dtype)
-    x = x * (1 + scale).to(x.dtype)
-    return x if shift is None else x.add_(shift)
+    if scale is not None:
+        x = x * (1 + scale).to(x.dtype)
+    if shift is not None:
+        x = x + shift.to(x.dtype)
+    return x if angle is None else rotate(x, angle)
 
 
 def gated_sum(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None, t: float | None) -> torch.Tensor:
@@ -194,14 +212,9 @@ def gated_sum(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None, 
     Returns:
         torch.Tensor: shape (B, N, D).
     """
-    if gate is None:
-        return x + branch if t is None else mp_sum(x, branch, t)
-    if t is None:
-        return (branch * gate).add_(x)
-    if fused.is_transformed():
-        return mp_sum(x, branch * gate, t)
-    scale = 1 / math.sqrt((1 - t) ** 2 + t**2)
-    return (branch * (gate * (t * scale))).add_(x, alpha=(1 - t) * scale)
+    if gate is not None:
+        branch = branch * gate
+    return x + branch if t is None else mp_sum(x, branch, t)
 
 
 def timestep_features(timestep: torch.Tensor, dtype: torch.dtype, magnitude_preserving: bool = True) -> torch.Tensor:

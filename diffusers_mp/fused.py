@@ -1,83 +1,62 @@
-"""Equations of `functional` that eager mode would cut into many passes over memory, forward and backward by hand.
+"""Equations of `functional` in few passes over memory, for eager mode: the same names, arguments and results.
 
-Each function here reads and writes its big tensor as few times as PyTorch's operators allow and keeps for backward
-only what is kept anyway. All can be differentiated twice, and by `torch.func`, which is given the plain formulas.
-Between two products of a model the caches are cold and a line of Python costs several times what it does in a loop of
-its own: hence few calls, few questions, and functions of the older style, without `setup_context`.
-docs/design/performance.md has the numbers.
+PyTorch's operators would cut the formulas into many passes. Each function here reads and writes its big tensor as few
+times as they allow, and keeps for backward only what is kept anyway. All can be differentiated twice. Where something
+looks on that needs formulas, such as a compiler, those of `functional` are run. docs/design/performance.md has the
+numbers.
 """
 
 import functools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch.autograd import Function, forward_ad
 
-
-# Below these, squares lose their digits and then are zero. They keep rows of zeros as they are.
-SMALLEST_NORMS = {dtype: math.sqrt(torch.finfo(dtype).tiny) for dtype in (torch.float32, torch.float64)}
-
-_derivative_of_weight_norm = torch.ops.aten._weight_norm_interface_backward.default
+from . import functional
+from .functional import compute_dtype
 
 
-def is_transformed() -> bool:
-    """Whether `torch.func`, forward mode or a tracer looks on: they need formulas, without writes into views."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or torch.jit.is_tracing())
+# PyTorch's operators without a public name, each with the formula that it stands for.
+PRIVATE_OPERATORS = {
+    # Derivative of `norm rows / ||rows||` by rows of these lengths: in one operator what `_across` does in four.
+    torch.ops.aten._weight_norm_interface_backward.default: lambda grad, rows, norm, lengths, dim: (
+        (grad - rows * (grad * rows).sum(-1, keepdim=True) / lengths**2) * norm / lengths,
+        (grad * rows).sum(-1, keepdim=True) / lengths,
+    ),
+}
+(_derivative_of_weight_norm,) = PRIVATE_OPERATORS
 
 
-def _has_backward() -> bool:
-    """Whether a derivative made by hand may be asked for, by `backward` alone."""
-    if not torch.is_grad_enabled():
-        return False
-    if torch.compiler.is_compiling():
-        # Within a transform, Dynamo holds what a function has saved for constants, or drops its backward.
-        return not torch._C._are_functorch_transforms_active()
-    return not is_transformed()
+def formulas_rule() -> bool:
+    """Whether to run plain formulas: they are compiled, exported, traced, differentiated forwards or transformed."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
-def _eager(function: type[Function]):
-    # Each without a layer of Python: forward looks for transforms, as the callers below have done; backward looks for
-    # another form of itself.
-    function._backward_cls.apply = function.backward
-    return super(Function, function).apply
-
-
-def _sums_in(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in SMALLEST_NORMS else torch.float32
+# Rows
 
 
 def _across(grad: torch.Tensor, rows: torch.Tensor, norm: float) -> torch.Tensor:
     # The part of a gradient that is orthogonal to rows of that norm: grad - rows (rows.grad) / norm^2.
-    along = (grad * rows).sum(dim=-1, keepdim=True, dtype=_sums_in(rows.dtype)) / -(norm**2)
+    along = (grad * rows).sum(dim=-1, keepdim=True, dtype=compute_dtype(rows.dtype)) / -(norm**2)
     return torch.addcmul(grad, rows, along.to(rows.dtype))
 
 
 def _has_kernel(grad: torch.Tensor, rows: torch.Tensor) -> bool:
-    # PyTorch's derivative of weight normalisation does in one operator what `_across` does in four. It has no
-    # derivative of its own and no rules for subclasses, takes factors of half-precision rows in half precision, and
+    # It has no derivative and no rules for subclasses, takes factors of half-precision rows in half precision, and
     # does not look at strides.
     return (
         grad.is_cpu
-        and grad.dtype in SMALLEST_NORMS
+        and grad.dtype in functional.SMALLEST_NORMS
         and type(grad) is torch.Tensor
         and rows.is_contiguous()
         and not torch.is_grad_enabled()
     )
-
-
-@functools.cache
-def _ones(rows: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.ones(rows, 1, dtype=dtype, device="cpu")
-
-
-def _scale_rows(x: torch.Tensor, norm: float) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = _sums_in(x.dtype)
-    factor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    factor = factor.clamp(min=SMALLEST_NORMS[dtype]).reciprocal_() * norm
-    return (x * factor).to(x.dtype), factor
 
 
 class _ScaleRows(Function):
@@ -85,7 +64,8 @@ class _ScaleRows(Function):
 
     @staticmethod
     def forward(ctx, x, norm):
-        y, factor = _scale_rows(x, norm)
+        factor = functional.row_factors(x, norm)
+        y = (x * factor).to(x.dtype)
         ctx.norm = norm
         ctx.save_for_backward(y, factor)
         ctx.set_materialize_grads(False)
@@ -105,68 +85,32 @@ class _ScaleRows(Function):
                 grad_x = grad_x.view_as(y)
             else:
                 grad_x = (_across(grad, y, ctx.norm) * factor).to(y.dtype)
-        if grad_factor is not None:
+        if grad_factor is not None:  # of a second derivative
             through_factor = (y * (grad_factor * factor.square() / -(ctx.norm**2))).to(y.dtype)
             grad_x = through_factor if grad_x is None else grad_x + through_factor
         return grad_x, None
 
 
-class _CompiledScaleRows(Function):
-    # With one result, since a compiled backward would be given zeros for the factor and go on with them; and without
-    # the kernel, which cannot be fused with what surrounds it.
-
-    @staticmethod
-    def forward(ctx, x, norm):
-        y, factor = _scale_rows(x, norm)
-        ctx.norm = norm
-        ctx.save_for_backward(y, factor)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        y, factor = ctx.saved_tensors
-        return (_across(grad, y, ctx.norm) * factor).to(y.dtype), None
+def unit_norm(x: torch.Tensor) -> torch.Tensor:
+    """`functional.unit_norm`."""
+    if not torch.is_grad_enabled() or formulas_rule():
+        return functional.unit_norm(x)
+    return _ScaleRows.apply(x, 1.0)[0]
 
 
-_eager_scale_rows = _eager(_ScaleRows)
+def unit_magnitude(x: torch.Tensor) -> torch.Tensor:
+    """`functional.unit_magnitude`."""
+    if not torch.is_grad_enabled() or formulas_rule():
+        return functional.unit_magnitude(x)
+    return _ScaleRows.apply(x, math.sqrt(x.shape[-1]))[0]
 
 
-def scale_rows(x: torch.Tensor, norm: float) -> torch.Tensor:
-    """Scale every row (last dimension) to a norm; an exactly zero row stays zero.
-
-        y = norm x / ||x||
-
-    Args:
-        x (torch.Tensor): shape (..., n).
-        norm (float): of the result's rows.
-    Returns:
-        torch.Tensor: shape and dtype of `x`.
-    """
-    if not _has_backward():
-        return _scale_rows(x, norm)[0]
-    return _CompiledScaleRows.apply(x, norm) if torch.compiler.is_compiling() else _eager_scale_rows(x, norm)[0]
+@functools.cache
+def _ones(rows: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.ones(rows, 1, dtype=dtype, device="cpu")
 
 
 class _UnitRows(Function):
-    @staticmethod
-    def forward(ctx, weight):
-        ctx.save_for_backward(weight)
-        return weight
-
-    @staticmethod
-    def backward(ctx, grad):
-        (weight,) = ctx.saved_tensors
-        if _has_kernel(grad, weight):
-            ones = _ones(len(weight), weight.dtype)
-            return _derivative_of_weight_norm(grad.contiguous(), weight, ones, ones, 0)[0]
-        if not torch.is_grad_enabled():
-            return _across(grad, weight, 1.0)
-        # A second derivative needs the norm that is taken for granted here.
-        rows, factor = _ScaleRows.apply(weight, 1.0)
-        return (_across(grad, rows, 1.0) * factor).to(weight.dtype)
-
-
-class _CompiledUnitRows(Function):
     @staticmethod
     def forward(ctx, weight):
         ctx.save_for_backward(weight)
@@ -175,32 +119,44 @@ class _CompiledUnitRows(Function):
     @staticmethod
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        return _across(grad, weight, 1.0)
-
-
-_eager_unit_rows = _eager(_UnitRows)
+        if torch.compiler.is_compiling():  # into operators that fuse with what surrounds them
+            return _across(grad, weight, 1.0)
+        if _has_kernel(grad, weight):
+            ones = _ones(len(weight), weight.dtype)
+            return _derivative_of_weight_norm(grad.contiguous(), weight, ones, ones, 0)[0]
+        if not torch.is_grad_enabled():
+            return _across(grad, weight, 1.0)
+        # A second derivative needs the norm that is taken for granted here.
+        along_rows = _across(grad, functional.unit_norm(weight), 1.0)
+        return (along_rows * functional.row_factors(weight, 1.0)).to(weight.dtype)
 
 
 def unit_rows(weight: torch.Tensor) -> torch.Tensor:
-    """Rows that are known to have norm 1: the weight as it is, with the derivatives of `functional.unit_norm`.
+    """`functional.unit_norm` of rows that are known to have norm 1: the weight as it is, with the same derivatives.
 
         y = w,   gradient g - (g.w) w
+    Compiled too, which saves a pass over all weights.
 
     Args:
         weight (torch.Tensor): rows of norm 1, shape (m, n).
     Returns:
-        torch.Tensor: the same values; under `torch.func`'s transforms and in forward mode to rounding.
+        torch.Tensor: the same values; where plain formulas rule otherwise, to rounding.
     """
     if not torch.is_grad_enabled():
         return weight
-    if not _has_backward():
-        return _scale_rows(weight, 1.0)[0]
-    return _CompiledUnitRows.apply(weight) if torch.compiler.is_compiling() else _eager_unit_rows(weight)
+    # Within a transform, Dynamo holds what a function has saved for constants, or drops its backward.
+    is_compiled = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if formulas_rule() and not is_compiled:
+        return functional.unit_norm(weight)
+    return _UnitRows.apply(weight)
+
+
+# Modulation
 
 
 def _factors(scale, angle):
     # As wide as a token: cosines, sines, and both times the scale.
-    angle = angle.to(_sums_in(angle.dtype))
+    angle = angle.to(compute_dtype(angle.dtype))
     angle = torch.cat([angle, angle], -1)
     cos, sin = angle.cos(), angle.sin()
     if scale is None:
@@ -219,12 +175,10 @@ def _turn(x, x_halves, direct, first_sin, second_sin, sign):
     return y
 
 
-def _scale_rotate(x, scale, angle):
-    _, _, direct, cross = _factors(scale, angle)
-    return _turn(x, x.chunk(2, -1), direct, *cross.chunk(2, -1), 1)
-
-
 class _ScaleRotate(Function):
+    # y_first  = first  (s_first  cos) - second (s_second sin),   s = 1 + scale
+    # y_second = second (s_second cos) + first  (s_first  sin)
+
     @staticmethod
     def forward(ctx, x, scale, angle):
         cos, sin, direct, cross = _factors(scale, angle)
@@ -238,7 +192,9 @@ class _ScaleRotate(Function):
             # Other names for the same values: a scale that is made of the tokens is not to be followed back to them.
             aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in (x, scale, angle)]
             inputs = [tensor for tensor in aliases if tensor is not None and tensor.requires_grad]
-            grads = iter(torch.autograd.grad(_plain_scale_rotate(*aliases), inputs, grad, create_graph=True))
+            x, scale, angle = aliases
+            output = functional.modulate(x, scale=scale, angle=angle)
+            grads = iter(torch.autograd.grad(output, inputs, grad, create_graph=True))
             return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
         needs_x, needs_scale, needs_angle = ctx.needs_input_grad
         grad_x = grad_scale = grad_angle = None
@@ -264,70 +220,57 @@ class _ScaleRotate(Function):
         return grad_x, grad_scale, grad_angle
 
 
-_eager_scale_rotate = _eager(_ScaleRotate)
+def _scale_rotate(x, scale, angle):
+    if torch.is_grad_enabled():
+        return _ScaleRotate.apply(x, scale, angle)
+    _, _, direct, cross = _factors(scale, angle)
+    return _turn(x, x.chunk(2, -1), direct, *cross.chunk(2, -1), 1)
 
 
-def _plain_scale_rotate(x, scale, angle):
-    # One loop that vectorises when compiled: a rotation as x direct + flipped x cross. Cosines and sines of the angles
-    # once, not twice as in `_factors`, since the loop may compute them anew for each token.
-    angle = angle.to(_sums_in(angle.dtype))
-    cos, sin = angle.cos(), angle.sin()
-    first, second = (1, 1) if scale is None else (1 + scale).chunk(2, -1)
-    direct = torch.cat([first * cos, second * cos], -1).to(x.dtype)
-    cross = torch.stack([-second * sin, first * sin], -2).to(x.dtype)
-    return x * direct + (x.unflatten(-1, (2, -1)).flip(-2) * cross).flatten(-2)
+def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """`functional.rotate`."""
+    if formulas_rule():
+        return functional.rotate(x, angle)
+    return _scale_rotate(x, None, angle.unsqueeze(-2) if angle.ndim < x.ndim else angle)
 
 
-def scale_rotate(x: torch.Tensor, scale: torch.Tensor | None, angle: torch.Tensor) -> torch.Tensor:
-    """Scale tokens, then rotate the pairs (x_j, x_{j + D/2}), in one pass over the tokens.
-
-        y_first  = first  (s_first  cos) - second (s_second sin),   s = 1 + scale
-        y_second = second (s_second cos) + first  (s_first  sin)
-
-    Args:
-        x (torch.Tensor): tokens, shape (..., D).
-        scale (torch.Tensor, optional): shape (..., D), broadcastable to that of `x`.
-        angle (torch.Tensor): radians, shape (..., D/2), broadcastable to that of half of `x`.
-    Returns:
-        torch.Tensor: shape and dtype of `x`.
-    """
-    if torch.compiler.is_compiling() or is_transformed():
-        return _plain_scale_rotate(x, scale, angle)
-    return (_eager_scale_rotate if torch.is_grad_enabled() else _scale_rotate)(x, scale, angle)
-
-
-class _ScaledSiLU(Function):
-    # Autograd would divide a gradient as wide as x, in a tensor of its own.
-
-    @staticmethod
-    def forward(ctx, x, scale):
-        ctx.save_for_backward(x)
-        ctx.scale = scale
-        return F.silu(x).mul_(scale)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            sigmoid = torch.sigmoid(x)
-            return grad * (ctx.scale * sigmoid * (1 + x * (1 - sigmoid))), None
-        return torch.ops.aten.silu_backward(grad, x).mul_(ctx.scale), None
+def modulate(
+    x: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    angle: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`functional.modulate`."""
+    if formulas_rule():
+        return functional.modulate(x, scale, shift, angle)
+    if angle is not None:
+        x = _scale_rotate(x, scale, angle)
+        # A rotation of the few shifts instead of the many tokens.
+        return x if shift is None else x.add_(_scale_rotate(shift, None, angle))
+    if scale is None:
+        return x if shift is None else x + shift.to(x.dtype)
+    x = x * (1 + scale).to(x.dtype)
+    return x if shift is None else x.add_(shift)
 
 
-_eager_scaled_silu = _eager(_ScaledSiLU)
+# Sums
 
 
-def scaled_silu(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """SiLU times a constant.
+def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    """`functional.mp_sum`."""
+    if formulas_rule():
+        return functional.mp_sum(a, b, t)
+    scale = 1 / math.sqrt((1 - t) ** 2 + t**2)
+    return torch.add(a * ((1 - t) * scale), b, alpha=t * scale)
 
-        y = scale x sigmoid(x)
 
-    Args:
-        x (torch.Tensor): any shape.
-        scale (float): the constant.
-    Returns:
-        torch.Tensor: shape and dtype of `x`.
-    """
-    if not _has_backward():
-        return F.silu(x).mul_(scale)
-    return (_ScaledSiLU.apply if torch.compiler.is_compiling() else _eager_scaled_silu)(x, scale)
+def gated_sum(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None, t: float | None) -> torch.Tensor:
+    """`functional.gated_sum`."""
+    if formulas_rule():
+        return functional.gated_sum(x, branch, gate, t)
+    if gate is None:
+        return x + branch if t is None else mp_sum(x, branch, t)
+    if t is None:
+        return (branch * gate).add_(x)
+    scale = 1 / math.sqrt((1 - t) ** 2 + t**2)
+    return (branch * (gate * (t * scale))).add_(x, alpha=(1 - t) * scale)

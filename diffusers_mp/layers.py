@@ -65,7 +65,7 @@ class MPLinear(NormalizedRows, nn.Linear):
         """
         weight = self.weight
         if self._normalize_on_use():
-            weight = fused.unit_rows(weight) if self.rows_are_trusted else functional.unit_norm(weight)
+            weight = fused.unit_rows(weight) if self.rows_are_trusted else fused.unit_norm(weight)
         return F.linear(hidden_states, weight)
 
 
@@ -111,7 +111,7 @@ class MPEmbedding(NormalizedRows, nn.Embedding):
             torch.Tensor: shape (..., embedding_dim).
         """
         rows = F.embedding(input, self.weight)
-        return functional.unit_magnitude(rows) if self._normalize_on_use() else rows
+        return fused.unit_magnitude(rows) if self._normalize_on_use() else rows
 
 
 class MPSiLU(nn.Module):

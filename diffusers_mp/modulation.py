@@ -13,7 +13,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from . import _registration, functional  # noqa: F401
+from . import _registration, fused  # noqa: F401
 from .layers import MPLinear
 from .rows import ModelOfRows
 
@@ -123,7 +123,7 @@ class Modulation(nn.Module):
         maps = self.maps(self.proj(conditioning).unsqueeze(-2), conditioning.dtype)
         gate = maps.pop("gate", None)
         maps = {MODULATION_KINDS[kind].argument: values for kind, values in maps.items()}
-        return functional.modulate(hidden_states, **maps), gate
+        return fused.modulate(hidden_states, **maps), gate
 
     def maps(self, projected: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """What acts for each kind.

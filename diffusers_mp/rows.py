@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import functional, fused
+from . import functional
 from .sharding import is_sharded, local_rows, return_to_shards
 
 
@@ -92,7 +92,7 @@ def normalize_rows_(layers: Iterable["NormalizedRows"]) -> None:
         # Rows that are there already are left alone to the bit, without asking the device how many that are.
         settled = (norm - 1).abs_() <= _row_tolerance(dtype)
         # Rows too long for a norm become NaN, which is noticed, rather than zeros, which are not.
-        norm.masked_fill_(settled, 1).clamp_(min=fused.SMALLEST_NORMS[norm.dtype])
+        norm.masked_fill_(settled, 1).clamp_(min=functional.SMALLEST_NORMS[norm.dtype])
         norm.nan_to_num_(nan=math.nan, posinf=math.nan)
         norms = norm.split([len(of_layer) for of_layer in rows])
         if dtype.itemsize == 1:  # float8, in which layerwise casting stores weights, knows no division

@@ -14,7 +14,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
-from . import _registration, functional  # noqa: F401
+from . import _registration, functional, fused  # noqa: F401
 from .blocks import MPDiTConditioning, MPDiTOutput, MPDiTTransformerBlock
 from .configuration import Parts, check_configuration
 from .layers import MPPatchEmbed
@@ -176,7 +176,7 @@ class MPDiTTransformer2DModel(AdaptedModelOfRows, ModelMixin, ConfigMixin, PeftA
             height, width, self.inner_dim, hidden_states.device, hidden_states.dtype, self.config.mp_pos_embed
         )
         if self.config.mp_residual:
-            hidden_states = functional.mp_sum(hidden_states, positions, functional.BALANCED_T)
+            hidden_states = fused.mp_sum(hidden_states, positions, functional.BALANCED_T)
         else:
             hidden_states = hidden_states + positions
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .. import functional
+from .. import fused
 
 
 class Rotation:
@@ -59,7 +59,7 @@ class Rotation:
         """
         if self.shift is not None:
             tokens = tokens + self.shift
-        return functional.rotate(tokens, self.angle)
+        return fused.rotate(tokens, self.angle)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
