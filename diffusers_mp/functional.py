@@ -164,11 +164,16 @@ def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     """
     if angle.ndim < x.ndim:
         angle = angle.unsqueeze(-2)
-    # As one loop that vectorises when compiled: tokens times cosines, and tokens with halves exchanged times sines.
+    return _scale_rotate(x, None, angle)
+
+
+def _scale_rotate(x: torch.Tensor, scale: torch.Tensor | None, angle: torch.Tensor) -> torch.Tensor:
+    # One loop over the tokens that vectorises when compiled: they by one factor, their halves exchanged by another.
     angle = angle.to(compute_dtype(angle.dtype))
     cos, sin = angle.cos(), angle.sin()
-    direct = torch.cat([cos, cos], -1).to(x.dtype)
-    cross = torch.stack([-sin, sin], -2).to(x.dtype)
+    first, second = (1, 1) if scale is None else (1 + scale).chunk(2, -1)
+    direct = torch.cat([first * cos, second * cos], -1).to(x.dtype)
+    cross = torch.stack([-second * sin, first * sin], -2).to(x.dtype)
     return x * direct + (x.unflatten(-1, (2, -1)).flip(-2) * cross).flatten(-2)
 
 
@@ -191,11 +196,12 @@ def modulate(
     Returns:
         torch.Tensor: shape (B, N, D), dtype of `x`.
     """
-    if scale is not None:
+    if angle is not None:
+        x = _scale_rotate(x, scale, angle)
+        shift = None if shift is None else _scale_rotate(shift, None, angle)
+    elif scale is not None:
         x = x * (1 + scale).to(x.dtype)
-    if shift is not None:
-        x = x + shift.to(x.dtype)
-    return x if angle is None else rotate(x, angle)
+    return x if shift is None else x + shift.to(x.dtype)
 
 
 def gated_sum(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None, t: float | None) -> torch.Tensor:

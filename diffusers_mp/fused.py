@@ -48,15 +48,29 @@ def _across(grad: torch.Tensor, rows: torch.Tensor, norm: float) -> torch.Tensor
 
 
 def _has_kernel(grad: torch.Tensor, rows: torch.Tensor) -> bool:
-    # It has no derivative and no rules for subclasses, takes factors of half-precision rows in half precision, and
-    # does not look at strides.
+    # It has no derivative and no rules for subclasses, takes factors of half-precision rows in half precision, does
+    # not look at strides, and cannot be fused with what surrounds it.
     return (
-        grad.is_cpu
+        not torch.compiler.is_compiling()
+        and grad.is_cpu
         and grad.dtype in functional.SMALLEST_NORMS
         and type(grad) is torch.Tensor
         and rows.is_contiguous()
         and not torch.is_grad_enabled()
     )
+
+
+def _by_hand() -> bool:
+    """Whether rows take the derivatives below: in eager mode, and in compiled training.
+
+    Compiled formulas would keep what is scaled beside what comes of it, and normalise trusted rows.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # Within a transform, Dynamo holds what a function has saved for constants, or drops its backward.
+        return not torch._C._are_functorch_transforms_active()
+    return not formulas_rule()
 
 
 class _ScaleRows(Function):
@@ -85,7 +99,8 @@ class _ScaleRows(Function):
                 grad_x = grad_x.view_as(y)
             else:
                 grad_x = (_across(grad, y, ctx.norm) * factor).to(y.dtype)
-        if grad_factor is not None:  # of a second derivative
+        # Of a second derivative; a compiled backward is given zeros.
+        if grad_factor is not None and not torch.compiler.is_compiling():
             through_factor = (y * (grad_factor * factor.square() / -(ctx.norm**2))).to(y.dtype)
             grad_x = through_factor if grad_x is None else grad_x + through_factor
         return grad_x, None
@@ -93,16 +108,12 @@ class _ScaleRows(Function):
 
 def unit_norm(x: torch.Tensor) -> torch.Tensor:
     """`functional.unit_norm`."""
-    if not torch.is_grad_enabled() or formulas_rule():
-        return functional.unit_norm(x)
-    return _ScaleRows.apply(x, 1.0)[0]
+    return _ScaleRows.apply(x, 1.0)[0] if _by_hand() else functional.unit_norm(x)
 
 
 def unit_magnitude(x: torch.Tensor) -> torch.Tensor:
     """`functional.unit_magnitude`."""
-    if not torch.is_grad_enabled() or formulas_rule():
-        return functional.unit_magnitude(x)
-    return _ScaleRows.apply(x, math.sqrt(x.shape[-1]))[0]
+    return _ScaleRows.apply(x, math.sqrt(x.shape[-1]))[0] if _by_hand() else functional.unit_magnitude(x)
 
 
 @functools.cache
@@ -119,12 +130,10 @@ class _UnitRows(Function):
     @staticmethod
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        if torch.compiler.is_compiling():  # into operators that fuse with what surrounds them
-            return _across(grad, weight, 1.0)
         if _has_kernel(grad, weight):
             ones = _ones(len(weight), weight.dtype)
             return _derivative_of_weight_norm(grad.contiguous(), weight, ones, ones, 0)[0]
-        if not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return _across(grad, weight, 1.0)
         # A second derivative needs the norm that is taken for granted here.
         along_rows = _across(grad, functional.unit_norm(weight), 1.0)
@@ -135,20 +144,15 @@ def unit_rows(weight: torch.Tensor) -> torch.Tensor:
     """`functional.unit_norm` of rows that are known to have norm 1: the weight as it is, with the same derivatives.
 
         y = w,   gradient g - (g.w) w
-    Compiled too, which saves a pass over all weights.
 
     Args:
         weight (torch.Tensor): rows of norm 1, shape (m, n).
     Returns:
-        torch.Tensor: the same values; where plain formulas rule otherwise, to rounding.
+        torch.Tensor: the same values; to rounding where the formula is run.
     """
     if not torch.is_grad_enabled():
         return weight
-    # Within a transform, Dynamo holds what a function has saved for constants, or drops its backward.
-    is_compiled = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    if formulas_rule() and not is_compiled:
-        return functional.unit_norm(weight)
-    return _UnitRows.apply(weight)
+    return _UnitRows.apply(weight) if _by_hand() else functional.unit_norm(weight)
 
 
 # Modulation

@@ -153,13 +153,23 @@ def test_each_function_gives_way_to_its_formula(pair):
     assert make_fx(function)(*inputs).code == make_fx(formula)(*inputs).code
 
 
+GRAPHS = {
+    "torch.fx.symbolic_trace": lambda layer, x: torch.fx.symbolic_trace(layer),
+    "torch.export": lambda layer, x: torch.export.export(layer, (x,)).module(),
+    "torch.export, strict": lambda layer, x: torch.export.export(layer, (x,), strict=True).module(),
+    "torch.jit.trace": lambda layer, x: torch.jit.trace(layer, x, check_trace=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("make_graph", GRAPHS.values(), ids=GRAPHS)
 @pytest.mark.parametrize("trusted", [False, True])
-def test_a_graph_of_a_linear_map_has_its_gradients(trusted):
+def test_a_graph_of_a_linear_map_has_its_gradients(trusted, make_graph):
     layer, x = MPLinear(8, 5), torch.randn(3, 8)
     if trusted:
         trust_rows_(layer)
     expected = torch.autograd.grad(layer(x).square().sum(), layer.weight)
-    graph = torch.fx.symbolic_trace(layer)
+    graph = make_graph(layer, x)
     torch.testing.assert_close(torch.autograd.grad(graph(x).square().sum(), graph.weight), expected)
 
 
@@ -225,11 +235,14 @@ def test_norms_of_half_precision_are_summed_in_float32(dtype):
     assert fused.unit_magnitude(x).dtype == dtype
 
 
-def test_scaled_rows_keep_their_result_and_not_their_input():
-    x = torch.randn(8, 64, requires_grad=True)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_scaled_rows_keep_their_result_and_not_their_input(compiled):
+    x, function = torch.randn(8, 64, requires_grad=True), fused.unit_magnitude
+    if compiled:
+        function = torch.compile(function, backend="aot_eager", fullgraph=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        y = fused.unit_magnitude(x)
+        y = function(x)
     assert sum(tensor.numel() for tensor in kept) == y.numel() + 8
     assert x.data_ptr() not in [tensor.data_ptr() for tensor in kept]
 
@@ -368,6 +381,8 @@ def test_compiled_gradients_are_eager_ones_made_of_operators_that_fuse():
         torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-6)
     assert "aten.addcmul.default" in targets
     assert not [target for target in targets if "weight_norm" in target]
+    # Nor is a gradient of zeros followed through the factors of rows.
+    assert "aten.zeros.default" not in targets
 
 
 def test_the_model_can_be_differentiated_forwards_and_twice():
