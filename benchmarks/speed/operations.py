@@ -1,11 +1,12 @@
-"""What each trick of docs/design/performance.md is worth: the plain formula and what stands in its place.
+"""What each trick of docs/design/performance.md is worth: the formula and what stands in its place.
 
     python benchmarks/speed/operations.py
 
 Tensors of S/2 with 16 latents of 4x16x16: 1024 tokens of 384 channels, 6 heads. "inference" is a forward without
 gradient, "forward" one with, "backward" gives all gradients; each comes after a matrix product, as in a model, which
 leaves the caches full of other things. Both take turns; times are medians in microseconds, the ratio is the median of
-the ratios within a round. The second table leaves parts of E out of whole steps. Prints Markdown; asserts nothing.
+the ratios within a round. The second table leaves parts of E out of whole steps, whose operators are counted. Prints
+Markdown; asserts nothing.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from facts import facts_of_run, head
 from speed import A, E, build_inputs, build_models
 from timing import ratio, spread, take_turns
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_mp import (
     MPDiTTransformer2DModel,
@@ -39,42 +41,21 @@ from diffusers_mp.averages.ema import power_function_decay
 B, N, D, H = 16, 64, 384, 6
 
 
-def plain_rows(x):
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * (math.sqrt(x.shape[-1]) / norm.masked_fill(norm == 0, 1))
+def gated(module):
+    return lambda x, branch, gate: module.gated_sum(x, branch, gate, 0.3)
 
 
-def plain_weight(weight):
-    norm = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
-    return weight / norm.masked_fill(norm == 0, 1)
-
-
-def plain_modulation(x, scale, angle):
-    first, second = (x * (1 + scale)).chunk(2, dim=-1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
-
-
-def plain_gated_sum(x, branch, gate):
-    return functional.mp_sum(x, branch * gate, 0.3)
+def modulated(module):
+    return lambda x, scale, angle: module.modulate(x, scale=scale, angle=angle)
 
 
 OPERATIONS = {
-    # name: (plain, in its place, shapes of the inputs)
-    "queries to RMS 1": (plain_rows, functional.unit_magnitude, [(B, N, H, D // H)]),
-    "scale and rotation": (
-        plain_modulation,
-        lambda x, scale, angle: functional.modulate(x, scale=scale, angle=angle),
-        [(B, N, D), (B, 1, D), (B, 1, D // 2)],
-    ),
-    "gate and MP sum": (
-        plain_gated_sum,
-        lambda x, branch, gate: functional.gated_sum(x, branch, gate, 0.3),
-        [(B, N, D), (B, N, D), (B, 1, D)],
-    ),
-    "MP SiLU of 4 D": (lambda x: F.silu(x) / 0.596, functional.mp_silu, [(B, N, 4 * D)]),
-    "unit rows of D x 4 D: normalised": (plain_weight, functional.unit_norm, [(4 * D, D)]),
-    "unit rows of D x 4 D: trusted": (plain_weight, fused.unit_rows, [(4 * D, D)]),
+    # name: (formula, in its place, shapes of the inputs)
+    "queries to RMS 1": (functional.unit_magnitude, fused.unit_magnitude, [(B, N, H, D // H)]),
+    "scale and rotation": (modulated(functional), modulated(fused), [(B, N, D), (B, 1, D), (B, 1, D // 2)]),
+    "gate and MP sum": (gated(functional), gated(fused), [(B, N, D), (B, N, D), (B, 1, D)]),
+    "unit rows of D x 4 D: normalised": (functional.unit_norm, fused.unit_norm, [(4 * D, D)]),
+    "unit rows of D x 4 D: trusted": (functional.unit_norm, fused.unit_rows, [(4 * D, D)]),
 }
 
 
@@ -156,39 +137,48 @@ def rows_of_upkeep(rounds: int):
 
 # What E does and A does not, and what a step would be like without: no longer E, but as long as E would take at best.
 WITHOUT = {
-    "gradients of rows projected": {"unit_rows": lambda weight: weight},
-    "rotation": {"scale_rotate": lambda x, scale, angle: x * (1 + scale)},
-    "queries and keys to RMS 1": {"scale_rows": lambda x, norm: x},
-    "SiLU's constant": {"scaled_silu": lambda x, scale: F.silu(x)},
+    "gradients of rows projected": (fused, "unit_rows", lambda weight: weight),
+    "rotation": (fused, "modulate", lambda x, scale, shift, angle: x * (1 + scale)),
+    "queries and keys to RMS 1": (fused, "unit_magnitude", lambda x: x),
+    "SiLU's constant": (functional, "mp_silu", lambda x, inplace: F.silu(x)),
 }
 
 
+class CountedOperators(TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
 def rows_of_steps(size: str, rounds: int):
-    """Forward and backward beside those of A, whole and with parts of E left out."""
+    """Forward and backward beside those of A, whole and with parts of E left out; operators and ratios of each."""
     torch.manual_seed(0)
     models = build_models(size, 16, torch.device("cpu"))
     inputs = build_inputs(16, B, torch.device("cpu"), torch.float32)
-    everything = {name: stand_in for left_out in WITHOUT.values() for name, stand_in in left_out.items()}
-    variants = {"A": {}, "whole": {}, **{f"without: {name}": of for name, of in WITHOUT.items()}}
-    variants["without all four"] = everything
+    variants = {"A": [], "whole": [], **{f"without: {name}": [part] for name, part in WITHOUT.items()}}
+    variants["without all four"] = list(WITHOUT.values())
 
     def step_of(name):
         model, stand_ins = trust_rows_(copy.deepcopy(models[A if name == "A" else E]).train()), variants[name]
 
         def step():
             with contextlib.ExitStack() as stack:
-                for function, stand_in in stand_ins.items():
-                    stack.enter_context(mock.patch.object(fused, function, stand_in))
+                for module, function, stand_in in stand_ins:
+                    stack.enter_context(mock.patch.object(module, function, stand_in))
                 model(**inputs).sample.square().mean().backward()
             model.zero_grad()
 
         return step
 
-    times = take_turns({name: step_of(name) for name in variants}, rounds)
-    for name in variants:
-        if name != "A":
-            of_both = ratio(times, name, "A")
-            yield name, of_both["median"], of_both["low"], of_both["high"]
+    steps = {name: step_of(name) for name in variants}
+    times = take_turns(steps, rounds)
+    for name, step in steps.items():
+        with CountedOperators() as counted:
+            step()
+        of_both = ratio(times, name, "A")
+        yield name, counted.number, of_both["median"], of_both["low"], of_both["high"]
 
 
 def main():
@@ -198,12 +188,12 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     print(f"{head(facts_of_run())}\n")
-    print("| what | plain, µs | now, µs | ratio |\n|---|---|---|---|")
+    print("| what | formula, µs | now, µs | ratio |\n|---|---|---|---|")
     for name, before, after, of_both in (*rows_of_operations(args.rounds), *rows_of_upkeep(max(args.rounds // 5, 3))):
         print(f"| {name} | {before:.0f} | {after:.0f} | {of_both:.2f} |")
-    print("\n| forward and backward of E, eager | over A's | quartiles |\n|---|---|---|")
-    for name, median, low, high in rows_of_steps(args.size, max(args.rounds // 5, 3)):
-        print(f"| {name} | {median:.3f} | {low:.3f} – {high:.3f} |")
+    print("\n| forward and backward of E, eager | operators | over A's time | quartiles |\n|---|---|---|---|")
+    for name, operators, median, low, high in rows_of_steps(args.size, max(args.rounds // 5, 3)):
+        print(f"| {name} | {operators} | {median:.3f} | {low:.3f} – {high:.3f} |")
 
 
 if __name__ == "__main__":
