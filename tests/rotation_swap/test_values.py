@@ -17,7 +17,7 @@ def rotation(batch=2, dim=6, shift=False):
 def test_addition_shifts_and_then_rotates(shift):
     value, tokens = rotation(shift=shift), torch.randn(2, 4, 6)
     shifted = tokens + value.shift[:, None] if shift else tokens
-    expected = functional.rotate(shifted, value.angle)
+    expected = fused.rotate(shifted, value.angle)
     for indexed in (value[:, None], value[:, None, :], value.unsqueeze(1), value.unsqueeze(dim=1)):
         assert torch.equal(tokens + indexed, expected)
         assert torch.equal(tokens.add(indexed), expected)
