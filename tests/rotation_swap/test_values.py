@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_mp import (
-    functional,
+    fused,
 )
 from diffusers_mp.rotation_swap import ModulationMaps, Rotation
 
