@@ -2,8 +2,8 @@
 
 PyTorch's operators would cut the formulas into many passes. Each function here reads and writes its big tensor as few
 times as they allow, and keeps for backward only what is kept anyway. All can be differentiated twice. Where something
-looks on that needs formulas, such as a compiler, those of `functional` are run. docs/design/performance.md has the
-numbers.
+looks on that needs formulas, such as a compiler, those of `functional` are run, but for the gradients of rows in
+compiled training. docs/design/performance.md has the numbers.
 """
 
 import functools
