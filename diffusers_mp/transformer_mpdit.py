@@ -285,9 +285,8 @@ class MPDiTTransformer2DModel(AdaptedModelOfRows, ModelMixin, ConfigMixin, PeftA
     def _check_range(self, class_labels: torch.Tensor) -> None:
         # Reading values off an accelerator would stall it and breaks a compiled graph, and fake tensors and those of
         # `torch.func` have none: there ids are checked outside.
-        has_values = type(class_labels) is torch.Tensor and not torch._C._are_functorch_transforms_active()
-        is_cheap = class_labels.device.type == "cpu" and not torch.compiler.is_compiling()
-        if len(class_labels) and has_values and is_cheap:
+        has_values = type(class_labels) is torch.Tensor and class_labels.device.type == "cpu"
+        if len(class_labels) and has_values and not fused.formulas_rule():
             num_classes = self.config.num_classes
             lowest, highest = class_labels.min().item(), class_labels.max().item()
             if lowest < 0 or highest > num_classes:

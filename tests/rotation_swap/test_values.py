@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from diffusers_mp import (
-    fused,
-)
+from diffusers_mp import fused
 from diffusers_mp.rotation_swap import ModulationMaps, Rotation
 
 
