@@ -1,7 +1,7 @@
 """Encode an image folder or a Hub data set once, for any number of training runs.
 
     python examples/encode_latents.py --train_data_dir photos --resolution 256 --random_flip --latents_dir latents
-    accelerate launch examples/encode_latents.py --dataset_name somebody/pictures --streaming --latents_dir latents
+    accelerate launch examples/encode_latents.py --dataset_name somebody/images --streaming --latents_dir latents
     python examples/encode_latents.py --latents_dir latents --verify
 
 Several processes share the shards (without accelerators: `ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2`); the

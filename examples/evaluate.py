@@ -266,7 +266,7 @@ def check_pipeline(args, folder: Path, snapshots_dir: Path | None) -> None:
     _, num_channels = image_shape(folder, snapshots_dir)
     if num_channels not in (1, 3):
         raise ValueError(
-            f"the pipeline must generate pictures of 1 or 3 channels, it has {num_channels}"
+            f"the pipeline must generate images of 1 or 3 channels, it has {num_channels}"
             + ("" if has_component(parts, "vae") else " and no VAE")
         )
     scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(parts, subfolder="scheduler")
@@ -478,13 +478,13 @@ def evaluate_cell(args, accelerator, pipe, cell, settings, extractors, reference
         if scores:
             measured |= inception_score(torch.from_numpy(np.stack(scores)))
         metrics.append({"extractor": extractor.description["id"], **measured})
-    pictures = [
+    shown_images = [
         Image.fromarray(image.squeeze(0) if len(image) == 1 else image.transpose(1, 2, 0))
         for image in in_order(part[4] for part in parts)
     ]
-    columns = min(8, len(pictures))
-    pictures = pictures[: len(pictures) // columns * columns]
-    grid = make_image_grid(pictures, rows=len(pictures) // columns, cols=columns)
+    columns = min(8, len(shown_images))
+    shown_images = shown_images[: len(shown_images) // columns * columns]
+    grid = make_image_grid(shown_images, rows=len(shown_images) // columns, cols=columns)
     path = cell_path(args, cell).with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)

@@ -1,4 +1,4 @@
-"""From pictures to a data set of VAE posteriors: encoded once, in a folder that `latents.py` reads.
+"""From images to a data set of VAE posteriors: encoded once, in a folder that `latents.py` reads.
 
     folder/settings.json             written first: what is encoded, and how
     folder/shard-00000.safetensors   mean, std, flipped_mean, flipped_std (float32); or pixels (uint8)
@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..files import UNFINISHED, read_json, sha256_of_file, whole_file
-from .images import read_picture
+from .images import read_image
 from .latents import FORMAT_VERSION, INDEX_NAME, LatentDataset, content_hash, to_unit_range, vae_fingerprint
 
 
@@ -141,7 +141,7 @@ def check_encoding(
     Args:
         vae, resolution, num_channels, batch_size, shard_size: as in `encode_dataset`.
     Raises:
-        ValueError: if a number is less than 1, the resolution does not suit the VAE, or pictures are neither grey nor
+        ValueError: if a number is less than 1, the resolution does not suit the VAE, or images are neither grey nor
             RGB.
     """
     for name, value in (("resolution", resolution), ("batch_size", batch_size), ("shard_size", shard_size)):
@@ -152,7 +152,7 @@ def check_encoding(
         if resolution % factor:
             raise ValueError(f"`resolution` must be a multiple of the VAE's factor {factor}, got {resolution}.")
     if num_channels not in (1, 3):
-        raise ValueError(f"Pictures have 1 (grey) or 3 (RGB) channels, `vae` or `num_channels` wants {num_channels}.")
+        raise ValueError(f"Images have 1 (grey) or 3 (RGB) channels, `vae` or `num_channels` wants {num_channels}.")
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def encode_dataset(
     num_processes: int = 1,
     process_index: int = 0,
 ) -> LatentDataset:
-    """Encodes every picture once, on the VAE's device, and opens the result; goes on where an earlier call stopped.
+    """Encodes every image once, on the VAE's device, and opens the result; goes on where an earlier call stopped.
 
     Called by all processes with the same arguments and a folder that all see, it shares the shards among them, and
     returns in each when all are done. On one kind of device the result has the same bits for any number of processes
@@ -187,26 +187,26 @@ def encode_dataset(
             names, no labels. Of a stream every process reads all, and decodes its own shards.
         folder (str): where to write. It may hold an unfinished encoding with the same settings and data, which goes
             on, or a finished one, whose settings are compared and which is opened as it is. Without `skip_corrupt`
-            it is said if that one lacks pictures.
+            it is said if that one lacks images.
         vae (AutoencoderKL): in float32. `None` stores the pixels themselves, as bytes.
-        resolution (int): side of the pictures, a multiple of the VAE's downsampling factor.
+        resolution (int): side of the images, a multiple of the VAE's downsampling factor.
         vae_id (str): name kept for people; by default where the VAE was loaded from.
-        random_flip (bool): store the posterior of the mirrored picture too. Pixels are mirrored on reading instead.
-        num_channels (int): of the pictures when `vae` is None (1 or 3); a VAE brings its own.
+        random_flip (bool): store the posterior of the mirrored image too. Pixels are mirrored on reading instead.
+        num_channels (int): of the images when `vae` is None (1 or 3); a VAE brings its own.
         image_column, label_column (str): names of the columns.
         pooled_column (str, optional): column of condition vectors, such as a text encoder's pooled output: lists of
             numbers, all of one length.
-        batch_size, shard_size (int): pictures per forward pass and per file.
-        num_workers (int): threads that decode pictures ahead.
-        skip_corrupt (bool): leave damaged pictures out, with a warning, instead of raising. Files that are missing
+        batch_size, shard_size (int): images per forward pass and per file.
+        num_workers (int): threads that decode images ahead.
+        skip_corrupt (bool): leave damaged images out, with a warning, instead of raising. Files that are missing
             or cannot be read raise all the same.
         num_processes, process_index (int): how many share the work, and which one this is.
     Returns:
         LatentDataset: the encoded data.
     Raises:
         OSError: for a file that is missing or cannot be read.
-        ValueError: for a picture that is damaged, a wrong label, a constant channel, a VAE that cannot encode these
-            pictures, or a folder begun with other settings or data.
+        ValueError: for an image that is damaged, a wrong label, a constant channel, a VAE that cannot encode these
+            images, or a folder begun with other settings or data.
     """
     folder, fingerprint = Path(folder), None
     check_encoding(vae, resolution, num_channels, batch_size, shard_size)
@@ -237,7 +237,7 @@ def encode_dataset(
     if not is_finished and process_index == 0:
         (folder / INDEX_NAME).unlink(missing_ok=True)
 
-    columns = {"picture": image_column}
+    columns = {"cell": image_column}
     if id2label is not None:
         columns["label"] = label_column
     if pooled_column is not None:
@@ -251,17 +251,17 @@ def encode_dataset(
     num_shards = 0
     with (
         ThreadPoolExecutor(num_workers) if num_workers else nullcontext() as pool,
-        tqdm(total=own_rows, desc="Encoding pictures", unit="img", disable=process_index > 0) as progress_bar,
+        tqdm(total=own_rows, desc="Encoding images", unit="img", disable=process_index > 0) as progress_bar,
     ):
         for number, rows in enumerate(_cut(dataset, shard_size)):
             num_shards = number + 1
             if number % num_processes != process_index:
                 continue
-            pictures = _Pictures(rows, number * shard_size, columns, resolution, num_channels, progress_bar)
+            images = _Images(rows, number * shard_size, columns, resolution, num_channels, progress_bar)
             _check_or_encode(
                 folder,
                 number,
-                pictures,
+                images,
                 pool,
                 vae=vae,
                 random_flip=random_flip,
@@ -304,7 +304,7 @@ def _open(folder: Path, skip_corrupt: bool, process_index: int) -> LatentDataset
     skipped = dataset.index["skipped"]
     if skipped and not skip_corrupt and process_index == 0:
         logger.warning(
-            "%s lacks pictures that could not be read when it was encoded: %d of them, such as %s",
+            "%s lacks images that could not be read when it was encoded: %d of them, such as %s",
             folder,
             len(skipped),
             skipped[0],
@@ -330,7 +330,7 @@ def _cut(dataset: "datasets.Dataset | datasets.IterableDataset", shard_size: int
         deque(rows, maxlen=0)
 
 
-class _Pictures:
+class _Images:
     """The rows of one shard: prepared in order by threads, and summed up in a digest that tells other data apart.
 
     The digest is over names without their folders, sizes and labels, which cost no decoding and survive a move.
@@ -344,8 +344,8 @@ class _Pictures:
     def _counted(self) -> Iterator[tuple[str, dict | None, Any]]:
         for row in self.rows:
             conditions = {role: row[column] for role, column in self.columns.items()}
-            picture = conditions.pop("picture")
-            path, content = (picture or {}).get("path"), (picture or {}).get("bytes")
+            cell = conditions.pop("cell")
+            path, content = (cell or {}).get("path"), (cell or {}).get("bytes")
             num_bytes = None if content is None else len(content)
             if content is None and path is not None and os.path.isfile(path):
                 num_bytes = os.path.getsize(path)
@@ -353,17 +353,17 @@ class _Pictures:
             name = path or f"row {self.first_row + self.num_rows}"
             self.num_rows += 1
             self.progress_bar.update()
-            yield name, picture, conditions
+            yield name, cell, conditions
 
     def digest_of_all(self) -> str:
         deque(self._counted(), maxlen=0)
         return self.digest.hexdigest()
 
-    def _prepare(self, name, picture, conditions):
-        return name, *read_picture(picture, self.resolution, self.num_channels), conditions
+    def _prepare(self, name, cell, conditions):
+        return name, *read_image(cell, self.resolution, self.num_channels), conditions
 
     def prepared(self, pool: ThreadPoolExecutor | None, num_ahead: int) -> Iterator[tuple]:
-        """(name, pixels, error, conditions), with at most `num_ahead` pictures waiting to be taken."""
+        """(name, pixels, error, conditions), with at most `num_ahead` images waiting to be taken."""
         if pool is None:
             yield from itertools.starmap(self._prepare, self._counted())
             return
@@ -377,35 +377,35 @@ class _Pictures:
 
 
 def _check_or_encode(
-    folder: Path, number: int, pictures: _Pictures, pool: ThreadPoolExecutor | None, *, batch_size: int, **options
+    folder: Path, number: int, images: _Images, pool: ThreadPoolExecutor | None, *, batch_size: int, **options
 ) -> None:
     """Makes a shard and its sidecar; of a shard that is finished, compares the rows it was made from."""
     sidecar = _finished(folder, number)
     if sidecar is not None:
-        if pictures.digest_of_all() != sidecar["rows_sha256"]:
+        if images.digest_of_all() != sidecar["rows_sha256"]:
             raise ValueError(
-                f"`folder` must have been begun with the same data: other names, sizes or labels of pictures "
+                f"`folder` must have been begun with the same data: other names, sizes or labels of images "
                 f"were encoded in {folder / _shard_name(number)}. Take another folder."
             )
         return
     (folder / _sidecar_name(number)).unlink(missing_ok=True)
-    prepared = pictures.prepared(pool, num_ahead=2 * batch_size)
+    prepared = images.prepared(pool, num_ahead=2 * batch_size)
     sidecar = _encode_shard(folder / _shard_name(number), prepared, batch_size=batch_size, **options)
-    sidecar |= {"num_rows": pictures.num_rows, "rows_sha256": pictures.digest.hexdigest()}
+    sidecar |= {"num_rows": images.num_rows, "rows_sha256": images.digest.hexdigest()}
     _write_json(folder / _sidecar_name(number), sidecar)
 
 
 def _encode_shard(
-    path: Path, pictures: Iterable[tuple], *, vae, random_flip, batch_size, skip_corrupt, id2label
+    path: Path, images: Iterable[tuple], *, vae, random_flip, batch_size, skip_corrupt, id2label
 ) -> dict[str, Any]:
-    """Writes one shard, unless none of its pictures can be read, and returns what its sidecar says of it."""
+    """Writes one shard, unless none of its images can be read, and returns what its sidecar says of it."""
     statistics, parts, skipped, pooled_dim = _ChannelStatistics(), [], [], None
-    pictures = iter(pictures)
-    while rows := list(itertools.islice(pictures, batch_size)):
+    images = iter(images)
+    while rows := list(itertools.islice(images, batch_size)):
         batch, names = [], []
         for name, pixels, error, conditions in rows:
             if error is not None and not skip_corrupt:
-                raise ValueError(f"Cannot read {name}: {error}. `--skip_corrupt` leaves such pictures out.")
+                raise ValueError(f"Cannot read {name}: {error}. `--skip_corrupt` leaves such images out.")
             if error is not None:
                 logger.warning("Left out %s, which cannot be read: %s", name, error)
                 skipped.append(name)
@@ -477,7 +477,7 @@ def _complete(folder: Path, settings: dict[str, Any], num_shards: int, process_i
 def _assemble(settings: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[str, Any]:
     shards = [sidecar for sidecar in sidecars if sidecar["num_samples"]]
     if not shards:
-        raise ValueError(f"None of the {sum(sidecar['num_rows'] for sidecar in sidecars)} pictures could be read.")
+        raise ValueError(f"None of the {sum(sidecar['num_rows'] for sidecar in sidecars)} images could be read.")
     dims = {shard["pooled_projection_dim"] for shard in shards}
     if len(dims) > 1:
         raise ValueError(f"Condition vectors must be of one length, the shards have {sorted(dims)}.")
@@ -490,7 +490,7 @@ def _assemble(settings: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[
     if id2label == {}:  # a stream of bare ids
         highest, num_samples = max(map(int, counts)), sum(counts.values())
         if highest >= num_samples:
-            raise ValueError(f"Ids must run from 0 without a gap, {num_samples} pictures have ids up to {highest}.")
+            raise ValueError(f"Ids must run from 0 without a gap, {num_samples} images have ids up to {highest}.")
         id2label = {str(id_): str(id_) for id_ in range(highest + 1)}
     index = {
         "format_version": FORMAT_VERSION,

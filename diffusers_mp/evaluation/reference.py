@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..data.images import read_picture
+from ..data.images import read_image
 from ..files import whole_file
 from .features import FeatureExtractor
 from .frechet import RunningStatistics, frechet_distance, rank_warning
@@ -153,7 +153,7 @@ def reference_statistics(
         resolution (int): side in pixels of the generated images.
         num_channels (int): 1 for grey, 3 for RGB.
         cache_dir (str or Path): folder of the statistics, shared by all processes. The name of a file is the SHA-256
-            of all that its content depends on: the bytes of the pictures in order, extractor, size and colour.
+            of all that its content depends on: the bytes of the images in order, extractor, size and colour.
         image_column (str): name of the column.
         batch_size (int): images that the extractor is given at once.
         num_processes, process_index (int): how many share the work, and which one this is.
@@ -166,9 +166,9 @@ def reference_statistics(
     if len(dataset) < 2:
         raise ValueError(f"the reference must hold at least 2 images, got {len(dataset)}.")
     own = range(process_index, len(dataset), num_processes)
-    pictures = {index: _picture_facts(dataset[index][image_column]) for index in own}
-    pictures = functools.reduce(dict.__or__, gather(pictures))
-    digests = [pictures[index][0] for index in range(len(dataset))]
+    facts = {index: _facts_of(dataset[index][image_column]) for index in own}
+    facts = functools.reduce(dict.__or__, gather(facts))
+    digests = [facts[index][0] for index in range(len(dataset))]
     identity = {
         "format_version": _FORMAT_VERSION,
         "fingerprint": extractor.fingerprint,
@@ -188,7 +188,7 @@ def reference_statistics(
         indices, images = own[start : start + batch_size], []
         for index in indices:
             cell = dataset[index][image_column]
-            pixels, reason = read_picture(cell, resolution, num_channels)
+            pixels, reason = read_image(cell, resolution, num_channels)
             if pixels is None:
                 raise ValueError(f"every reference image must be readable, {_name_of(cell, index)} is not: {reason}")
             images.append(pixels)
@@ -201,7 +201,7 @@ def reference_statistics(
     features = functools.reduce(dict.__or__, (part for _, part in parts))
 
     warnings = [rank_warning(len(dataset), len(statistics.mean), "reference images")]
-    warnings += _preparation_warnings([facts[1:] for facts in pictures.values()], resolution, num_channels)
+    warnings += _preparation_warnings([of_one[1:] for of_one in facts.values()], resolution, num_channels)
     description = {
         **identity,
         "extractor": extractor.description,
@@ -216,8 +216,8 @@ def reference_statistics(
     return reference
 
 
-def _picture_facts(cell: dict[str, Any] | None) -> tuple[str, tuple[int, int] | None, str | None]:
-    """SHA-256 of a picture's file, its size and its mode; what cannot be read is for `read_picture` to tell."""
+def _facts_of(cell: dict[str, Any] | None) -> tuple[str, tuple[int, int] | None, str | None]:
+    """SHA-256 of an image's file, its size and its mode; what cannot be read is for `read_image` to tell."""
     cell = cell or {"bytes": b""}
     content = cell["bytes"]
     if content is None:
@@ -227,7 +227,7 @@ def _picture_facts(cell: dict[str, Any] | None) -> tuple[str, tuple[int, int] | 
     try:
         with Image.open(io.BytesIO(content)) as image:
             return digest, image.size, image.mode
-    except Exception:  # any, of whichever parser; the picture is read again, and refused, where its pixels are needed
+    except Exception:  # any, of whichever parser; the image is read again, and refused, where its pixels are needed
         return digest, None, None
 
 

@@ -1,4 +1,4 @@
-"""The latent cache on real pictures and a tiny AutoencoderKL; expected values are computed directly from both."""
+"""The latent cache on real images and a tiny AutoencoderKL; expected values are computed directly from both."""
 
 import json
 import logging
@@ -145,12 +145,12 @@ def damaged_folder(tmp_path):
     for k in range(6):
         random_picture(rng).save(folder / f"{k}.png")
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:200])
-    (folder / "4.png").write_text("not a picture")
+    (folder / "4.png").write_text("not an image")
     return folder
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_corrupt_picture_is_named(damaged_folder, tmp_path, vae, num_workers):
+def test_a_corrupt_image_is_named(damaged_folder, tmp_path, vae, num_workers):
     dataset, _ = load_image_dataset(damaged_folder, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"Cannot read .*[/\\]1\.png: OSError.*--skip_corrupt"):
         encode_dataset(dataset, tmp_path / "encoded", vae=vae, resolution=RESOLUTION, num_workers=num_workers)
@@ -158,7 +158,7 @@ def test_a_corrupt_picture_is_named(damaged_folder, tmp_path, vae, num_workers):
         LatentDataset(tmp_path / "encoded")
 
 
-def test_corrupt_pictures_are_left_out_when_asked(damaged_folder, tmp_path, vae, caplog):
+def test_corrupt_images_are_left_out_when_asked(damaged_folder, tmp_path, vae, caplog):
     dataset, _ = load_image_dataset(damaged_folder, cache_dir=str(tmp_path / "cache"))
     options = {"vae": vae, "resolution": RESOLUTION, "skip_corrupt": True, "batch_size": 1, "shard_size": 2}
     with caplog.at_level(logging.WARNING, logger="diffusers_mp.data.encoding"):
@@ -179,17 +179,17 @@ def test_corrupt_pictures_are_left_out_when_asked(damaged_folder, tmp_path, vae,
     torch.testing.assert_close(torch.stack([encoded[k]["mean"] for k in range(4)]), expected, rtol=1e-5, atol=1e-5)
     # shards hold their own rows only: here rows 0-1 without 1, 2-3, 4-5 without 4
     assert [shard["num_samples"] for shard in encoded.index["shards"]] == [1, 2, 1]
-    with pytest.raises(ValueError, match="None of the 2 pictures could be read"):
+    with pytest.raises(ValueError, match="None of the 2 images could be read"):
         encode_dataset(dataset.select([1, 4]), tmp_path / "none", **options)
     # Who did not ask is told.
     for asked, told in ((True, False), (False, True)):
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="diffusers_mp.data.encoding"):
             encode_dataset(dataset, tmp_path / "encoded", **{**options, "skip_corrupt": asked})
-        assert ("lacks pictures that could not be read when it was encoded: 2 of them, such as" in caplog.text) is told
+        assert ("lacks images that could not be read when it was encoded: 2 of them, such as" in caplog.text) is told
 
 
-def test_a_corrupt_picture_without_a_path_is_named_by_its_row(tmp_path):
+def test_a_corrupt_image_without_a_path_is_named_by_its_row(tmp_path):
     columns = {"image": [{"bytes": b"nonsense", "path": None}, None]}
     dataset = datasets.Dataset.from_dict(columns, features=datasets.Features({"image": datasets.Image(decode=False)}))
     for row in range(2):
@@ -251,9 +251,9 @@ def test_a_constant_channel_is_named(tmp_path):
     rng = np.random.default_rng(6)
     (tmp_path / "pictures").mkdir()
     for k in range(3):
-        picture = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        picture[..., 1] = 77
-        Image.fromarray(picture).save(tmp_path / "pictures" / f"{k}.png")
+        image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        image[..., 1] = 77
+        Image.fromarray(image).save(tmp_path / "pictures" / f"{k}.png")
     dataset, _ = load_image_dataset(tmp_path / "pictures", cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"Every channel must vary over the data, channels \[1\] have std"):
         encode_dataset(dataset, tmp_path / "encoded", vae=None, resolution=16)
@@ -377,8 +377,8 @@ def many(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(8)
     rows = []
     for k in range(46):
-        random_picture(rng).save(folder / "picture.png")
-        content = (folder / "picture.png").read_bytes()
+        random_picture(rng).save(folder / "image.png")
+        content = (folder / "image.png").read_bytes()
         rows.append({"path": f"{k}.png", "bytes": content[:150] if k in (7, 24) else content})
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=["elk", "owl", "ram", "yak"])}
@@ -513,7 +513,7 @@ def test_a_stream_equals_a_table(many, tmp_path, num_processes):
 
 
 def test_threads_change_nothing(many, tmp_path):
-    for num_workers in (0, 3):  # a batch of 3 keeps 6 pictures ahead, of the 46 in this shard
+    for num_workers in (0, 3):  # a batch of 3 keeps 6 images ahead, of the 46 in this shard
         encode_many(many, tmp_path / str(num_workers), num_workers=num_workers, shard_size=46)
     assert content_of(tmp_path / "3") == content_of(tmp_path / "0")
 

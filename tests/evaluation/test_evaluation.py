@@ -196,7 +196,7 @@ def test_precision_and_recall_at_their_ends():
     # A single mode out of two: all that is generated is real, half of what is real is generated.
     modes = torch.cat([rows(50, 4, seed=1), rows(50, 4, seed=2) + 100])
     assert precision_recall(modes, modes[:50]) == (1, 0.5)
-    # Copies of one picture: radii are 0, and so are distances.
+    # Copies of one image: radii are 0, and so are distances.
     same = rows(1, 4, offset=1e4).expand(10, 4)
     assert precision_recall(same, same.clone()) == (1, 1)
 
@@ -226,7 +226,7 @@ def test_features_are_those_of_the_model(dinov2):
     assert extractor(torch.zeros(2, 1, 9, 9, dtype=torch.uint8))[0].shape == (2, 8)
 
 
-def test_the_whole_picture_is_seen(dinov2):
+def test_the_whole_image_is_seen(dinov2):
     extractor, image = transformers_extractor(dinov2), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     framed = image.clone()
     framed[..., :2, :] = 255
@@ -305,11 +305,11 @@ def test_images_compared_are_drawn_from_all_classes():
     "images, message",
     [
         (torch.zeros(2, 3, 8, 8), r"uint8 tensor of .* got torch.float32 of shape \(2, 3, 8, 8\)"),
-        ([torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)], "pictures of one size .* got list"),
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)], "all of one size .* got list"),
         (torch.zeros(2, 4, 8, 8, dtype=torch.uint8), "must have 1 or 3 channels"),
     ],
 )
-def test_what_is_no_batch_of_pictures_is_refused(images, message):
+def test_what_is_no_batch_of_images_is_refused(images, message):
     with pytest.raises(ValueError, match=message):
         BLOCKS(images)
 
@@ -340,7 +340,7 @@ def reference_of(pictures, tmp_path):
     return compute
 
 
-def test_reference_is_that_of_the_prepared_pictures(reference_of, picture_folder):
+def test_reference_is_that_of_the_prepared_images(reference_of, picture_folder):
     paths = sorted(picture_folder.rglob("*.png"))
     images = torch.stack([prepare_image(Image.open(path), 16, 3) for path in paths])
     features = means_of_blocks(images).double()
@@ -384,7 +384,7 @@ def test_cache_goes_by_content(reference_of, pictures, picture_folder, tmp_path)
     def never(images):
         raise AssertionError("computed again")
 
-    # The same pictures in another place, by another extractor object: nothing is computed.
+    # The same images in another place, by another extractor object: nothing is computed.
     copies = tmp_path / "copies"
     for path in picture_folder.rglob("*.png"):
         (copies / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -450,7 +450,7 @@ def test_statistics_of_another_kind_are_refused(reference_of):
         reference.check(other, 16, 3)
 
 
-def test_pictures_that_are_prepared_otherwise_are_told(reference_of, tmp_path):
+def test_images_that_are_prepared_otherwise_are_told(reference_of, tmp_path):
     rng, folder = np.random.default_rng(0), tmp_path / "mixed"
     folder.mkdir()
     for k, (width, height) in enumerate(((20, 18), (40, 40), (64, 48))):
@@ -460,7 +460,7 @@ def test_pictures_that_are_prepared_otherwise_are_told(reference_of, tmp_path):
     assert "1 of 3 reference images are smaller than 32 pixels and were enlarged" in warnings
     assert "reference images are of 3 sizes, from 20x18 to 64x48" in warnings
     assert "3 of 3 reference images have colours, the pipeline's are grey" in warnings
-    (folder / "1.png").write_bytes(b"no picture")
+    (folder / "1.png").write_bytes(b"no image")
     dataset, _ = load_image_dataset(folder, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"must be readable, number 1 \(1.png\) is not: UnidentifiedImageError"):
         reference_of(dataset)
@@ -504,8 +504,8 @@ def test_batches_of_any_size_give_the_same_images(pipe):
 
 def test_an_image_is_what_the_pipeline_makes_of_its_seed_and_class(pipe):
     options = {"num_inference_steps": 3, "guidance_scale": 2.0}
-    picture = pipe([7], generator=image_generator(3, 5), **options).images[0]
-    assert np.array_equal(np.asarray(picture), generate_images(pipe, [5], **CALL)[0].permute(1, 2, 0))
+    image = pipe([7], generator=image_generator(3, 5), **options).images[0]
+    assert np.array_equal(np.asarray(image), generate_images(pipe, [5], **CALL)[0].permute(1, 2, 0))
 
 
 def test_seeds_are_unrelated_to_each_other_and_to_training():

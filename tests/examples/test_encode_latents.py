@@ -101,7 +101,7 @@ def test_a_vae_that_is_not_there_is_named_with_its_flag(arguments, tmp_path):
 
 
 def load_latents(vae, folder, **more):
-    """What the trainer does at its start, without a flag that says where the pictures are."""
+    """What the trainer does at its start, without a flag that says where the images are."""
     import train_mpdit
 
     wanted = {"latents_dir": str(folder), "resolution": 16, "random_flip": True} | more

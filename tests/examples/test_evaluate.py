@@ -226,8 +226,8 @@ def test_sweep_over_widths(arguments, folder, tmp_path, capsys):
     assert "| learning_rate | 0.01 |" in card
     assert card.count("## Evaluation of samples") == 1
     assert f"| {best['ema_std']:g} | {best['guidance_scale']:g} | 3 |" in card.split("## Evaluation of samples")[1]
-    with Image.open(evaluation / "heat_map.png") as picture:
-        assert np.asarray(picture.convert("RGB")).std() > 10
+    with Image.open(evaluation / "heat_map.png") as image:
+        assert np.asarray(image.convert("RGB")).std() > 10
     assert (evaluation / "best" / "evaluation.png").read_bytes() == (evaluation / "heat_map.png").read_bytes()
     with pytest.raises(FileNotFoundError, match="--ema_stds needs the snapshots of a run"):
         evaluate(arguments, "--ema_stds", 0.05)
@@ -336,9 +336,9 @@ def test_too_few_images_are_told(arguments, tmp_path, capsys):
 
 def test_bad_input_is_refused_before_anything_is_generated(arguments, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="`reference_dir` must be a folder of pictures, .* holds none"):
+    with pytest.raises(ValueError, match="`reference_dir` must be a folder of images, .* holds none"):
         evaluate(arguments, "--reference_dir", tmp_path / "empty")
-    (tmp_path / "empty" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "empty" / "a.png").write_bytes(b"no image")
     random_picture(np.random.default_rng(0)).save(tmp_path / "empty" / "b.png")
     with pytest.raises(ValueError, match=r"must be readable, number 0 \(a.png\) is not"):
         evaluate(arguments, "--reference_dir", tmp_path / "empty")
@@ -366,7 +366,7 @@ def test_pipelines_that_cannot_be_measured_are_refused_before_the_reference_is(a
     DiTPipeline(stock, tiny_vae(), DDPMScheduler()).save_pretrained(tmp_path / "stock")
     for name, more, message in (
         ("unguided", ["--guidance_scales", 1, 2], "`guidance_scale` must be 1 for a transformer trained without drop"),
-        ("latents", [], "must generate pictures of 1 or 3 channels, it has 4 and no VAE"),
+        ("latents", [], "must generate images of 1 or 3 channels, it has 4 and no VAE"),
         ("guided", [], "must be a pipeline without a `guider`, .* has a ClassifierFreeGuidance; after"),
         ("stock", [], "must be an MPDiTPipeline, .* holds a DiTPipeline"),
         ("model", ["--class_labels", "cow"], "got the unknown name 'cow'"),
