@@ -15,15 +15,12 @@ Processes wait for each other by looking for these files. Nothing is waited for 
 give up after minutes, while encoding takes hours.
 """
 
-import hashlib
 import itertools
-import json
 import logging
-import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,13 +28,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..files import UNFINISHED, read_json, sha256_of_file, whole_file
-from .images import read_image
-from .latents import FORMAT_VERSION, INDEX_NAME, LatentDataset, content_hash, to_unit_range, vae_fingerprint
+from ..files import UNFINISHED, read_json
+from .latents import FORMAT_VERSION, INDEX_NAME, LatentDataset, content_hash, vae_fingerprint
+from .shards import (
+    ChannelStatistics,
+    ShardRows,
+    finished_sidecar,
+    is_whole,
+    make_shard,
+    shard_name,
+    shortened,
+    write_json,
+)
 
 
 if TYPE_CHECKING:
@@ -48,57 +52,6 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = "settings.json"
 POLL_SECONDS = 0.5
-
-
-class _ChannelStatistics:
-    """Mean and std per channel of what training draws, std² = Var[mean] + E[std²], summed in float64.
-
-    Summed by NumPy, in one thread: PyTorch's order of summation depends on the number of threads.
-    """
-
-    def __init__(self):
-        self.count, self.sum, self.sum_of_squares = 0, 0.0, 0.0
-
-    def update(self, mean: torch.Tensor, std: torch.Tensor | None = None) -> None:
-        mean = mean.double().numpy()
-        self.count += mean[:, 0].size
-        self.sum += mean.sum((0, 2, 3))
-        self.sum_of_squares += (mean**2).sum((0, 2, 3))
-        if std is not None:
-            self.sum_of_squares += (std.double().numpy() ** 2).sum((0, 2, 3))
-
-    def state(self) -> dict[str, Any]:
-        """The sums as JSON has them, which loses no bit of a float64."""
-        return {"count": self.count, "sum": self.sum.tolist(), "sum_of_squares": self.sum_of_squares.tolist()}
-
-    def add(self, state: Mapping[str, Any]) -> None:
-        self.count += state["count"]
-        self.sum += torch.tensor(state["sum"], dtype=torch.float64)
-        self.sum_of_squares += torch.tensor(state["sum_of_squares"], dtype=torch.float64)
-
-    def result(self) -> tuple[list[float], list[float]]:
-        mean = self.sum / self.count
-        std = (self.sum_of_squares / self.count - mean.square()).clamp(min=0).sqrt()
-        # A constant leaves a rounding error of about 1e-8 of its value, not an exact 0; NaN fails here as well.
-        wrong = (~(std > 1e-6 * mean.abs().clamp(min=1))).nonzero().flatten().tolist()
-        if wrong:
-            raise ValueError(
-                f"Every channel must vary over the data, channels {wrong} have std {std[wrong].tolist()}."
-            )
-        return mean.tolist(), std.tolist()
-
-
-def _encode_batch(pixels, vae, random_flip, statistics) -> dict[str, torch.Tensor]:
-    if vae is None:
-        statistics.update(to_unit_range(pixels))
-        return {"pixels": pixels}
-    tensors = {}
-    for prefix, variant in [("", pixels), ("flipped_", pixels.flip(-1))][: 1 + random_flip]:
-        posterior = vae.encode(to_unit_range(variant.to(vae.device))).latent_dist
-        mean, std = posterior.mean.cpu().contiguous(), posterior.std.cpu().contiguous()
-        statistics.update(mean, std)
-        tensors |= {prefix + "mean": mean, prefix + "std": std}
-    return tensors
 
 
 def load_vae(name_or_path: str, cache_dir: str | None = None) -> "AutoencoderKL | None":
@@ -230,7 +183,7 @@ def encode_dataset(
     }
     settings = _claim(folder, settings, process_index)
     index = read_json(folder / INDEX_NAME)
-    is_finished = index is not None and all(_is_whole(folder, shard) for shard in index["shards"])
+    is_finished = index is not None and all(is_whole(folder, shard) for shard in index["shards"])
     if is_finished and num_rows is None:
         # A stream would have to be read to its end to be compared.
         return _open(folder, skip_corrupt, process_index)
@@ -257,8 +210,8 @@ def encode_dataset(
             num_shards = number + 1
             if number % num_processes != process_index:
                 continue
-            images = _Images(rows, number * shard_size, columns, resolution, num_channels, progress_bar)
-            _check_or_encode(
+            images = ShardRows(rows, number * shard_size, columns, resolution, num_channels, progress_bar)
+            make_shard(
                 folder,
                 number,
                 images,
@@ -283,14 +236,14 @@ def _claim(folder: Path, settings: dict[str, Any], process_index: int) -> dict[s
             raise ValueError(f"`folder` must be new or hold {SETTINGS_NAME} beside its shards, got {folder}.")
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_json(path, settings)
+            write_json(path, settings)
     stored, wanted = read_json(path), dict(settings)
     if stored.get("num_rows") is None or wanted["num_rows"] is None:  # the rows of a stream are counted by reading it
         wanted["num_rows"] = stored.get("num_rows")
     if stored.get("vae") and wanted["vae"]:  # the same VAE under another name is the same
         wanted["vae"] = wanted["vae"] | {"id": stored["vae"]["id"]}
     differences = [
-        f"{key} {_shortened(stored.get(key))} (now {_shortened(value)})"
+        f"{key} {shortened(stored.get(key))} (now {shortened(value)})"
         for key, value in wanted.items()
         if stored.get(key) != value
     ]
@@ -312,11 +265,6 @@ def _open(folder: Path, skip_corrupt: bool, process_index: int) -> LatentDataset
     return dataset
 
 
-def _shortened(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 300 else text[:300] + "…"
-
-
 def _cut(dataset: "datasets.Dataset | datasets.IterableDataset", shard_size: int) -> Iterator[Iterator[dict]]:
     """The rows of one shard after another; rows of shards that are not asked for are passed over."""
     if hasattr(dataset, "__len__"):
@@ -330,146 +278,20 @@ def _cut(dataset: "datasets.Dataset | datasets.IterableDataset", shard_size: int
         deque(rows, maxlen=0)
 
 
-class _Images:
-    """The rows of one shard: prepared in order by threads, and summed up in a digest that tells other data apart.
-
-    The digest is over names without their folders, sizes and labels, which cost no decoding and survive a move.
-    """
-
-    def __init__(self, rows, first_row, columns, resolution, num_channels, progress_bar):
-        self.rows, self.first_row, self.columns = rows, first_row, columns
-        self.resolution, self.num_channels, self.progress_bar = resolution, num_channels, progress_bar
-        self.num_rows, self.digest = 0, hashlib.sha256()
-
-    def _counted(self) -> Iterator[tuple[str, dict | None, Any]]:
-        for row in self.rows:
-            conditions = {role: row[column] for role, column in self.columns.items()}
-            cell = conditions.pop("cell")
-            path, content = (cell or {}).get("path"), (cell or {}).get("bytes")
-            num_bytes = None if content is None else len(content)
-            if content is None and path is not None and os.path.isfile(path):
-                num_bytes = os.path.getsize(path)
-            self.digest.update(json.dumps([path and os.path.basename(path), num_bytes, *conditions.values()]).encode())
-            name = path or f"row {self.first_row + self.num_rows}"
-            self.num_rows += 1
-            self.progress_bar.update()
-            yield name, cell, conditions
-
-    def digest_of_all(self) -> str:
-        deque(self._counted(), maxlen=0)
-        return self.digest.hexdigest()
-
-    def _prepare(self, name, cell, conditions):
-        return name, *read_image(cell, self.resolution, self.num_channels), conditions
-
-    def prepared(self, pool: ThreadPoolExecutor | None, num_ahead: int) -> Iterator[tuple]:
-        """(name, pixels, error, conditions), with at most `num_ahead` images waiting to be taken."""
-        if pool is None:
-            yield from itertools.starmap(self._prepare, self._counted())
-            return
-        pending = deque()
-        for row in self._counted():
-            pending.append(pool.submit(self._prepare, *row))
-            if len(pending) > num_ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def _check_or_encode(
-    folder: Path, number: int, images: _Images, pool: ThreadPoolExecutor | None, *, batch_size: int, **options
-) -> None:
-    """Makes a shard and its sidecar; of a shard that is finished, compares the rows it was made from."""
-    sidecar = _finished(folder, number)
-    if sidecar is not None:
-        if images.digest_of_all() != sidecar["rows_sha256"]:
-            raise ValueError(
-                f"`folder` must have been begun with the same data: other names, sizes or labels of images "
-                f"were encoded in {folder / _shard_name(number)}. Take another folder."
-            )
-        return
-    (folder / _sidecar_name(number)).unlink(missing_ok=True)
-    prepared = images.prepared(pool, num_ahead=2 * batch_size)
-    sidecar = _encode_shard(folder / _shard_name(number), prepared, batch_size=batch_size, **options)
-    sidecar |= {"num_rows": images.num_rows, "rows_sha256": images.digest.hexdigest()}
-    _write_json(folder / _sidecar_name(number), sidecar)
-
-
-def _encode_shard(
-    path: Path, images: Iterable[tuple], *, vae, random_flip, batch_size, skip_corrupt, id2label
-) -> dict[str, Any]:
-    """Writes one shard, unless none of its images can be read, and returns what its sidecar says of it."""
-    statistics, parts, skipped, pooled_dim = _ChannelStatistics(), [], [], None
-    images = iter(images)
-    while rows := list(itertools.islice(images, batch_size)):
-        batch, names = [], []
-        for name, pixels, error, conditions in rows:
-            if error is not None and not skip_corrupt:
-                raise ValueError(f"Cannot read {name}: {error}. `--skip_corrupt` leaves such images out.")
-            if error is not None:
-                logger.warning("Left out %s, which cannot be read: %s", name, error)
-                skipped.append(name)
-                continue
-            label = conditions.get("label")
-            if id2label is not None and (
-                not isinstance(label, int) or label < 0 or id2label and label not in id2label
-            ):
-                raise ValueError(f"Labels must be ids of `id2label`, {name} has {label!r}.")
-            if "pooled_projections" in conditions:
-                vector = _vector(name, conditions["pooled_projections"], pooled_dim)
-                conditions["pooled_projections"], pooled_dim = vector, len(vector)
-            batch.append((pixels, conditions))
-            names.append(name)
-        if batch:
-            parts.append(_encode_batch(torch.stack([pixels for pixels, _ in batch]), vae, random_flip, statistics))
-            finite = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in parts[-1].values()]).all(0)
-            if not finite.all():
-                name = names[finite.tolist().index(False)]
-                raise ValueError(f"`vae` must make finite latents, in {vae.dtype} those of {name} are not.")
-            for role in batch[0][1]:
-                parts[-1][role] = torch.tensor([conditions[role] for _, conditions in batch])
-    if not parts:
-        return {"num_samples": 0, "skipped": skipped}
-    tensors = {key: torch.cat([part.pop(key) for part in parts]) for key in list(parts[0])}
-    sha256 = _replace(path, lambda temporary: save_file(tensors, temporary))
-    labels = tensors["label"].tolist() if id2label is not None else []
-    first = next(iter(tensors.values()))
-    return {
-        "name": path.name,
-        "num_samples": len(first),
-        "num_bytes": path.stat().st_size,
-        "sha256": sha256,
-        "latent_shape": list(first.shape[1:]),
-        "pooled_projection_dim": pooled_dim,
-        "statistics": statistics.state(),
-        "num_samples_per_class": {str(id_): count for id_, count in sorted(Counter(labels).items())},
-        "skipped": skipped,
-    }
-
-
-def _vector(name: str, values: Any, dim: int | None) -> list[float]:
-    is_vector = isinstance(values, (list, tuple)) and len(values) and all(isinstance(v, (int, float)) for v in values)
-    if not is_vector or not all(math.isfinite(value) for value in values) or len(values) != (dim or len(values)):
-        raise ValueError(
-            f"Condition vectors must be lists of finite numbers, all of one length, {name} has {_shortened(values)}."
-        )
-    return [float(value) for value in values]
-
-
 def _complete(folder: Path, settings: dict[str, Any], num_shards: int, process_index: int) -> None:
     """Waits for the shards of all processes, and then for the index, which the first one writes."""
     surplus = [path for path in folder.glob("shard-*.json") if int(path.stem.removeprefix("shard-")) >= num_shards]
     if surplus:
         raise ValueError(f"`folder` must have been begun with the same data: these end before {min(surplus)}.")
     for number in range(num_shards):
-        _wait_until(lambda number=number: _finished(folder, number) is not None, folder / _shard_name(number))
-    index = _assemble(settings, [_finished(folder, number) for number in range(num_shards)])
+        _wait_until(lambda number=number: finished_sidecar(folder, number) is not None, folder / shard_name(number))
+    index = _assemble(settings, [finished_sidecar(folder, number) for number in range(num_shards)])
     if process_index == 0:
         # What killed processes left; safetensors has temporary files too.
         for path in (*folder.glob(f"*{UNFINISHED}"), *folder.glob(".tmp*")):
             path.unlink(missing_ok=True)
         if read_json(folder / INDEX_NAME) != index:
-            _write_json(folder / INDEX_NAME, index)
+            write_json(folder / INDEX_NAME, index)
     # Its content, not its presence: it could be the one of before a repair, about to be replaced.
     _wait_until(lambda: read_json(folder / INDEX_NAME) == index, folder / INDEX_NAME)
 
@@ -481,7 +303,7 @@ def _assemble(settings: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[
     dims = {shard["pooled_projection_dim"] for shard in shards}
     if len(dims) > 1:
         raise ValueError(f"Condition vectors must be of one length, the shards have {sorted(dims)}.")
-    statistics, counts = _ChannelStatistics(), Counter()
+    statistics, counts = ChannelStatistics(), Counter()
     for shard in shards:
         statistics.add(shard["statistics"])
         counts.update(shard["num_samples_per_class"])
@@ -510,25 +332,6 @@ def _assemble(settings: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[
     return index | {"content_hash": content_hash(index)}
 
 
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
-
-
-def _sidecar_name(number: int) -> str:
-    return f"shard-{number:05d}.json"
-
-
-def _finished(folder: Path, number: int) -> dict[str, Any] | None:
-    """The sidecar of a shard, None if the shard has to be made (again)."""
-    sidecar = read_json(folder / _sidecar_name(number))
-    return sidecar if sidecar is not None and (not sidecar["num_samples"] or _is_whole(folder, sidecar)) else None
-
-
-def _is_whole(folder: Path, shard: dict[str, Any]) -> bool:
-    path = folder / shard["name"]
-    return path.is_file() and path.stat().st_size == shard["num_bytes"]
-
-
 def _wait_until(ready: Callable[[], bool], path: Path) -> None:
     """Looks for what another process writes, without a limit: a launcher stops all when one has failed."""
     last_said = time.monotonic()
@@ -537,19 +340,3 @@ def _wait_until(ready: Callable[[], bool], path: Path) -> None:
         if time.monotonic() - last_said > 60:
             logger.warning("Waiting for another process to write %s; all must see the same folder", path)
             last_said = time.monotonic()
-
-
-def _write_json(path: Path, content: Any) -> None:
-    _replace(path, lambda unfinished: unfinished.write_text(json.dumps(content, indent=1)))
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> str:
-    """Writes beside `path` and renames, so that a kill leaves the old file or none, never half of one; its SHA-256."""
-    try:
-        with whole_file(path) as unfinished:
-            write(unfinished)
-            sha256 = sha256_of_file(unfinished)
-    except (FileNotFoundError, SafetensorError):
-        # A second encoder in this folder had all files before, this one among them, and has swept.
-        return sha256_of_file(path)
-    return sha256

@@ -17,10 +17,11 @@ from helpers import random_picture, tiny_vae
 from PIL import Image
 from processes import PRELOADED, TIMEOUT
 
-from diffusers_mp.data import encoding
-from diffusers_mp.data.encoding import _ChannelStatistics, encode_dataset
+from diffusers_mp.data import encoding, shards
+from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset, prepare_image
 from diffusers_mp.data.latents import LatentDataset, vae_fingerprint
+from diffusers_mp.data.shards import ChannelStatistics
 
 
 RESOLUTION = 16
@@ -161,7 +162,7 @@ def test_a_corrupt_image_is_named(damaged_folder, tmp_path, vae, num_workers):
 def test_corrupt_images_are_left_out_when_asked(damaged_folder, tmp_path, vae, caplog):
     dataset, _ = load_image_dataset(damaged_folder, cache_dir=str(tmp_path / "cache"))
     options = {"vae": vae, "resolution": RESOLUTION, "skip_corrupt": True, "batch_size": 1, "shard_size": 2}
-    with caplog.at_level(logging.WARNING, logger="diffusers_mp.data.encoding"):
+    with caplog.at_level(logging.WARNING, logger="diffusers_mp.data"):
         encoded = encode_dataset(dataset, tmp_path / "encoded", **options)
     assert len(encoded) == 4
     assert [os.path.basename(name) for name in encoded.index["skipped"]] == ["1.png", "4.png"]
@@ -184,7 +185,7 @@ def test_corrupt_images_are_left_out_when_asked(damaged_folder, tmp_path, vae, c
     # Who did not ask is told.
     for asked, told in ((True, False), (False, True)):
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="diffusers_mp.data.encoding"):
+        with caplog.at_level(logging.WARNING, logger="diffusers_mp.data"):
             encode_dataset(dataset, tmp_path / "encoded", **{**options, "skip_corrupt": asked})
         assert ("lacks images that could not be read when it was encoded: 2 of them, such as" in caplog.text) is told
 
@@ -220,16 +221,16 @@ def test_latents_that_are_not_finite_are_named(picture_folder, tmp_path, vae, mo
 def test_an_encoder_that_another_one_overtakes_goes_on(pictures, tmp_path, vae, monkeypatch):
     dataset, id2label = pictures
     options = {"vae": vae, "resolution": RESOLUTION, "id2label": id2label, "shard_size": 3}
-    save, overtaken = encoding.save_file, []
+    save, overtaken = shards.save_file, []
 
     def save_and_be_overtaken(tensors, path):
         save(tensors, path)
         if not overtaken:
             overtaken.append(path)
-            monkeypatch.setattr(encoding.os, "getpid", lambda: 0)
+            monkeypatch.setattr(shards.os, "getpid", lambda: 0)
             encode_dataset(dataset, tmp_path / "encoded", **options)
 
-    monkeypatch.setattr(encoding, "save_file", save_and_be_overtaken)
+    monkeypatch.setattr(shards, "save_file", save_and_be_overtaken)
     encoded = encode_dataset(dataset, tmp_path / "encoded", **options)
     assert not os.path.exists(overtaken[0])
     encoded.verify()
@@ -262,7 +263,7 @@ def test_a_constant_channel_is_named(tmp_path):
 
 @pytest.mark.parametrize("square", [9.0 + 1e-14, float("nan")])
 def test_rounding_does_not_hide_a_constant_channel(square):
-    statistics = _ChannelStatistics()
+    statistics = ChannelStatistics()
     statistics.count, statistics.sum = 1, torch.tensor([3.0, 3.0]).double()
     statistics.sum_of_squares = torch.tensor([square, 10.0], dtype=torch.float64)  # sums round in the 16th digit
     with pytest.raises(ValueError, match=r"channels \[0\] have std"):
