@@ -54,6 +54,13 @@ def add_source_arguments(add: Callable[..., Any], split_help: str = "split to tr
     add("--skip_corrupt", action="store_true", help="leave damaged images out instead of stopping")
 
 
+def source_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of a source say, as arguments of `load_image_dataset`."""
+    names = ("train_data_dir", "dataset_name", "dataset_config_name", "cache_dir", "image_column", "label_column")
+    names += ("max_train_samples", "seed", "streaming")
+    return {"split": args.dataset_split} | {name: getattr(args, name) for name in names if name in args}
+
+
 def add_encoding_arguments(add: Callable[..., Any]) -> None:
     """What becomes of the images before they are kept, for the scripts that train or encode from scratch."""
     add("--pooled_column", help="column of condition vectors, such as a text encoder's pooled output")
@@ -63,6 +70,15 @@ def add_encoding_arguments(add: Callable[..., Any]) -> None:
         help="keep no copy of the source; until all is encoded, each restart of each process reads it from the start",
     )
     add("--image_channels", type=int, default=3, choices=(1, 3), help="with `--vae none`: grey or RGB")
+
+
+def encoding_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a script's flags say of the encoding, as arguments of `EncodingSettings`."""
+    names = ("resolution", "random_flip", "pooled_column", "shard_size", "image_column", "label_column")
+    flag_of = {name: name for name in (*names, "skip_corrupt")}
+    flag_of |= {"vae_id": "vae", "num_channels": "image_channels"}
+    flag_of |= {"batch_size": "encode_batch_size", "num_workers": "dataloader_num_workers"}
+    return {name: getattr(args, flag) for name, flag in flag_of.items() if flag in args}
 
 
 def add_hub_arguments(add: Callable[..., Any]) -> None:

@@ -14,9 +14,11 @@ import argparse
 from accelerate import Accelerator
 from training_arguments import HelpFormatter
 
-from diffusers_mp.data.encoding import check_encoding, encode_dataset, load_vae
+from diffusers_mp.arguments import encoding_of, source_of
+from diffusers_mp.data.encoding import encode_dataset, load_vae
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.latents import LatentDataset
+from diffusers_mp.data.settings import EncodingSettings
 from diffusers_mp.training.engine import check_processes
 
 
@@ -68,38 +70,11 @@ def main(args):
         if accelerator.is_main_process:
             latents.verify()
     else:
-        vae = load_vae(args.vae, args.cache_dir)
-        check_encoding(vae, args.resolution, args.image_channels, args.encode_batch_size, args.shard_size)
-        dataset, id2label = load_image_dataset(
-            args.train_data_dir,
-            dataset_name=args.dataset_name,
-            dataset_config_name=args.dataset_config_name,
-            split=args.dataset_split,
-            cache_dir=args.cache_dir,
-            image_column=args.image_column,
-            label_column=args.label_column,
-            max_train_samples=args.max_train_samples,
-            seed=args.seed,
-            streaming=args.streaming,
-        )
-        latents = encode_dataset(
-            dataset,
-            args.latents_dir,
-            vae=None if vae is None else vae.to(accelerator.device),
-            resolution=args.resolution,
-            id2label=id2label,
-            vae_id=args.vae,
-            random_flip=args.random_flip,
-            num_channels=args.image_channels,
-            image_column=args.image_column,
-            label_column=args.label_column,
-            pooled_column=args.pooled_column,
-            batch_size=args.encode_batch_size,
-            shard_size=args.shard_size,
-            num_workers=args.dataloader_num_workers,
-            skip_corrupt=args.skip_corrupt,
-            **processes,
-        )
+        vae, settings = load_vae(args.vae, args.cache_dir), EncodingSettings(**encoding_of(args))
+        settings.for_vae(vae)  # refuses what does not suit it before the data are opened
+        dataset, id2label = load_image_dataset(**source_of(args))
+        vae = None if vae is None else vae.to(accelerator.device)
+        latents = encode_dataset(dataset, args.latents_dir, settings, vae=vae, id2label=id2label, **processes)
     state = "unaltered" if args.verify else "encoded"
     accelerator.print(
         f"{len(latents):,} images {state} in {len(latents.index['shards']):,} shards, {args.latents_dir}, "

@@ -42,8 +42,10 @@ from tqdm.auto import tqdm
 from training_arguments import HelpFormatter
 
 from diffusers_mp import drop_shift_, save_rotation_adapter, set_shift_scale, swap_adaln_for_rotation
+from diffusers_mp.arguments import encoding_of, source_of
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
+from diffusers_mp.data.settings import EncodingSettings
 from diffusers_mp.publishing.hub import check_hub_access, check_trackers, public_arguments, publish
 from diffusers_mp.publishing.model_card import write_rotation_card
 from diffusers_mp.rotation_swap.checks import check_model, check_sites
@@ -255,17 +257,7 @@ def training_objective(pipeline):
 
 def load_latents(args, pipeline, accelerator):
     """The data, encoded once by the base's VAE, to be read as the base was trained on them."""
-    dataset, id2label = load_image_dataset(
-        args.train_data_dir,
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        split=args.dataset_split,
-        cache_dir=args.cache_dir,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        max_train_samples=args.max_train_samples,
-        seed=args.seed,
-    )
+    dataset, id2label = load_image_dataset(**source_of(args))
     if id2label is None:
         raise ValueError("the data must have labels: a DiT generates images of a class.")
     vae, config = pipeline.vae.to(accelerator.device).eval(), pipeline.transformer.config
@@ -275,20 +267,10 @@ def load_latents(args, pipeline, accelerator):
             f"{max(id2label)}."
         )
     processes = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
-    latents = encode_dataset(
-        dataset,
-        args.latents_dir or args.output_dir / "latents",
-        vae=vae,
-        resolution=config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1),
-        id2label=id2label,
-        random_flip=args.random_flip,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        batch_size=args.encode_batch_size,
-        num_workers=args.dataloader_num_workers,
-        skip_corrupt=args.skip_corrupt,
-        **processes,
-    )
+    resolution = config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    settings = EncodingSettings(resolution, **encoding_of(args))
+    folder = args.latents_dir or args.output_dir / "latents"
+    latents = encode_dataset(dataset, folder, settings, vae=vae, id2label=id2label, **processes)
     latents.verify(**processes)
     # Samples are (z - mean) / std. What a DiT has learned, and its pipeline undoes, is z · scaling_factor.
     latents.latents_mean = [0.0] * config.in_channels

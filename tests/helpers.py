@@ -11,6 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_mp import MPDiTTransformer2DModel, get_preset
+from diffusers_mp.data.encoding import encode_dataset
+from diffusers_mp.data.settings import EncodingSettings
 from diffusers_mp.presets import CONFIGURATIONS
 
 
@@ -133,6 +135,13 @@ def tiny_vae(in_channels=3, latent_channels=4, seed=0):
         norm_num_groups=4,
         latent_channels=latent_channels,
     ).eval()
+
+
+def encode(dataset, folder, *, vae=None, id2label=None, num_processes=1, process_index=0, resolution=16, **settings):
+    """`encode_dataset`, of pixels if there is no VAE."""
+    processes = {"num_processes": num_processes, "process_index": process_index}
+    settings = EncodingSettings(resolution, **settings)
+    return encode_dataset(dataset, folder, settings, vae=vae, id2label=id2label, **processes)
 
 
 def random_picture(rng, width=20, height=18):

@@ -31,7 +31,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..files import UNFINISHED, read_json
-from .latents import FORMAT_VERSION, INDEX_NAME, LatentDataset, content_hash, vae_fingerprint
+from .latents import FORMAT_VERSION, INDEX_NAME, LatentDataset, content_hash
+from .settings import EncodingSettings, differences
 from .shards import (
     ChannelStatistics,
     ShardRows,
@@ -39,7 +40,6 @@ from .shards import (
     is_whole,
     make_shard,
     shard_name,
-    shortened,
     write_json,
 )
 
@@ -86,46 +86,14 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> "AutoencoderKL 
     ) from failures[0]
 
 
-def check_encoding(
-    vae: "AutoencoderKL | None", resolution: int, num_channels: int = 3, batch_size: int = 32, shard_size: int = 2048
-) -> None:
-    """Check the settings of `encode_dataset`, before a data set is opened.
-
-    Args:
-        vae, resolution, num_channels, batch_size, shard_size: as in `encode_dataset`.
-    Raises:
-        ValueError: if a number is less than 1, the resolution does not suit the VAE, or images are neither grey nor
-            RGB.
-    """
-    for name, value in (("resolution", resolution), ("batch_size", batch_size), ("shard_size", shard_size)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    if vae is not None:
-        num_channels, factor = vae.config.in_channels, 2 ** (len(vae.config.block_out_channels) - 1)
-        if resolution % factor:
-            raise ValueError(f"`resolution` must be a multiple of the VAE's factor {factor}, got {resolution}.")
-    if num_channels not in (1, 3):
-        raise ValueError(f"Images have 1 (grey) or 3 (RGB) channels, `vae` or `num_channels` wants {num_channels}.")
-
-
 @torch.no_grad()
 def encode_dataset(
     dataset: "datasets.Dataset | datasets.IterableDataset",
     folder: str | os.PathLike,
+    settings: EncodingSettings,
     *,
     vae: "AutoencoderKL | None",
-    resolution: int,
     id2label: Mapping[int, str] | None = None,
-    vae_id: str | None = None,
-    random_flip: bool = False,
-    num_channels: int = 3,
-    image_column: str = "image",
-    label_column: str = "label",
-    pooled_column: str | None = None,
-    batch_size: int = 32,
-    shard_size: int = 2048,
-    num_workers: int = 0,
-    skip_corrupt: bool = False,
     num_processes: int = 1,
     process_index: int = 0,
 ) -> LatentDataset:
@@ -141,18 +109,8 @@ def encode_dataset(
         folder (str): where to write. It may hold an unfinished encoding with the same settings and data, which goes
             on, or a finished one, whose settings are compared and which is opened as it is. Without `skip_corrupt`
             it is said if that one lacks images.
+        settings (EncodingSettings): what images are encoded to, and how.
         vae (AutoencoderKL): in float32. `None` stores the pixels themselves, as bytes.
-        resolution (int): side of the images, a multiple of the VAE's downsampling factor.
-        vae_id (str): name kept for people; by default where the VAE was loaded from.
-        random_flip (bool): store the posterior of the mirrored image too. Pixels are mirrored on reading instead.
-        num_channels (int): of the images when `vae` is None (1 or 3); a VAE brings its own.
-        image_column, label_column (str): names of the columns.
-        pooled_column (str, optional): column of condition vectors, such as a text encoder's pooled output: lists of
-            numbers, all of one length.
-        batch_size, shard_size (int): images per forward pass and per file.
-        num_workers (int): threads that decode images ahead.
-        skip_corrupt (bool): leave damaged images out, with a warning, instead of raising. Files that are missing
-            or cannot be read raise all the same.
         num_processes, process_index (int): how many share the work, and which one this is.
     Returns:
         LatentDataset: the encoded data.
@@ -161,72 +119,48 @@ def encode_dataset(
         ValueError: for an image that is damaged, a wrong label, a constant channel, a VAE that cannot encode these
             images, or a folder begun with other settings or data.
     """
-    folder, fingerprint = Path(folder), None
-    check_encoding(vae, resolution, num_channels, batch_size, shard_size)
-    if vae is not None:
-        num_channels = vae.config.in_channels
-        fingerprint = {"id": vae_id or vae.config.get("_name_or_path"), **vae_fingerprint(vae)}
+    folder, settings = Path(folder), settings.for_vae(vae)
     if not 0 <= process_index < num_processes:
         raise ValueError(f"`process_index` must be in [0, {num_processes}), got {process_index}.")
-
     num_rows = len(dataset) if hasattr(dataset, "__len__") else None
-    settings = {
-        "format_version": FORMAT_VERSION,
-        "vae": fingerprint,
-        "resolution": resolution,
-        "num_channels": num_channels,
-        "random_flip": random_flip,
-        "shard_size": shard_size,
-        "id2label": None if id2label is None else {str(id_): name for id_, name in id2label.items()},
-        "pooled_column": pooled_column,
-        "num_rows": num_rows,
-    }
-    settings = _claim(folder, settings, process_index)
+    record = _claim(folder, settings.record(vae, id2label, num_rows), process_index)
     index = read_json(folder / INDEX_NAME)
     is_finished = index is not None and all(is_whole(folder, shard) for shard in index["shards"])
     if is_finished and num_rows is None:
         # A stream would have to be read to its end to be compared.
-        return _open(folder, skip_corrupt, process_index)
+        return _open(folder, settings.skip_corrupt, process_index)
     if not is_finished and process_index == 0:
         (folder / INDEX_NAME).unlink(missing_ok=True)
 
-    columns = {"cell": image_column}
+    # The rows, without columns that nobody needs, and how many of them are this process's
+    columns = {"cell": settings.image_column}
     if id2label is not None:
-        columns["label"] = label_column
-    if pooled_column is not None:
-        columns["pooled_projections"] = pooled_column
+        columns["label"] = settings.label_column
+    if settings.pooled_column is not None:
+        columns["pooled_projections"] = settings.pooled_column
     dataset = dataset.select_columns(list(columns.values()))
-    Image.init()  # threads that meet an unusual format at the same moment would race for its plugin
-    own_rows = None
+    shard_size, own_rows = settings.shard_size, None
     if num_rows is not None:
         starts = range(process_index * shard_size, num_rows, num_processes * shard_size)
         own_rows = sum(min(shard_size, num_rows - start) for start in starts)
-    num_shards = 0
+
+    # Its shards, then the index of all
+    Image.init()  # threads that meet an unusual format at the same moment would race for its plugin
+    num_shards, num_workers = 0, settings.num_workers
     with (
         ThreadPoolExecutor(num_workers) if num_workers else nullcontext() as pool,
         tqdm(total=own_rows, desc="Encoding images", unit="img", disable=process_index > 0) as progress_bar,
     ):
         for number, rows in enumerate(_cut(dataset, shard_size)):
             num_shards = number + 1
-            if number % num_processes != process_index:
-                continue
-            images = ShardRows(rows, number * shard_size, columns, resolution, num_channels, progress_bar)
-            make_shard(
-                folder,
-                number,
-                images,
-                pool,
-                vae=vae,
-                random_flip=random_flip,
-                batch_size=batch_size,
-                skip_corrupt=skip_corrupt,
-                id2label=id2label,
-            )
-    _complete(folder, settings, num_shards, process_index)
-    return _open(folder, skip_corrupt, process_index)
+            if number % num_processes == process_index:
+                shard = ShardRows(rows, number * shard_size, columns, settings, progress_bar)
+                make_shard(folder, number, shard, pool, vae, id2label)
+    _complete(folder, record, num_shards, process_index)
+    return _open(folder, settings.skip_corrupt, process_index)
 
 
-def _claim(folder: Path, settings: dict[str, Any], process_index: int) -> dict[str, Any]:
+def _claim(folder: Path, record: dict[str, Any], process_index: int) -> dict[str, Any]:
     """Leaves the settings in the folder, or refuses to go on with others; returns those there."""
     path = folder / SETTINGS_NAME
     if not path.is_file():
@@ -236,19 +170,10 @@ def _claim(folder: Path, settings: dict[str, Any], process_index: int) -> dict[s
             raise ValueError(f"`folder` must be new or hold {SETTINGS_NAME} beside its shards, got {folder}.")
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, settings)
-    stored, wanted = read_json(path), dict(settings)
-    if stored.get("num_rows") is None or wanted["num_rows"] is None:  # the rows of a stream are counted by reading it
-        wanted["num_rows"] = stored.get("num_rows")
-    if stored.get("vae") and wanted["vae"]:  # the same VAE under another name is the same
-        wanted["vae"] = wanted["vae"] | {"id": stored["vae"]["id"]}
-    differences = [
-        f"{key} {shortened(stored.get(key))} (now {shortened(value)})"
-        for key, value in wanted.items()
-        if stored.get(key) != value
-    ]
-    if differences:
-        raise ValueError(f"{folder} holds an encoding with {', '.join(differences)}. Take another folder.")
+            write_json(path, record)
+    stored = read_json(path)
+    if different := differences(stored, record):
+        raise ValueError(f"{folder} holds an encoding with {', '.join(different)}. Take another folder.")
     return stored
 
 
@@ -278,14 +203,14 @@ def _cut(dataset: "datasets.Dataset | datasets.IterableDataset", shard_size: int
         deque(rows, maxlen=0)
 
 
-def _complete(folder: Path, settings: dict[str, Any], num_shards: int, process_index: int) -> None:
+def _complete(folder: Path, record: dict[str, Any], num_shards: int, process_index: int) -> None:
     """Waits for the shards of all processes, and then for the index, which the first one writes."""
     surplus = [path for path in folder.glob("shard-*.json") if int(path.stem.removeprefix("shard-")) >= num_shards]
     if surplus:
         raise ValueError(f"`folder` must have been begun with the same data: these end before {min(surplus)}.")
     for number in range(num_shards):
         _wait_until(lambda number=number: finished_sidecar(folder, number) is not None, folder / shard_name(number))
-    index = _assemble(settings, [finished_sidecar(folder, number) for number in range(num_shards)])
+    index = _assemble(record, [finished_sidecar(folder, number) for number in range(num_shards)])
     if process_index == 0:
         # What killed processes left; safetensors has temporary files too.
         for path in (*folder.glob(f"*{UNFINISHED}"), *folder.glob(".tmp*")):
@@ -296,7 +221,7 @@ def _complete(folder: Path, settings: dict[str, Any], num_shards: int, process_i
     _wait_until(lambda: read_json(folder / INDEX_NAME) == index, folder / INDEX_NAME)
 
 
-def _assemble(settings: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[str, Any]:
+def _assemble(record: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[str, Any]:
     shards = [sidecar for sidecar in sidecars if sidecar["num_samples"]]
     if not shards:
         raise ValueError(f"None of the {sum(sidecar['num_rows'] for sidecar in sidecars)} images could be read.")
@@ -308,7 +233,7 @@ def _assemble(settings: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[
         statistics.add(shard["statistics"])
         counts.update(shard["num_samples_per_class"])
     latents_mean, latents_std = statistics.result()
-    id2label = settings["id2label"]
+    id2label = record["id2label"]
     if id2label == {}:  # a stream of bare ids
         highest, num_samples = max(map(int, counts)), sum(counts.values())
         if highest >= num_samples:
@@ -316,10 +241,10 @@ def _assemble(settings: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[
         id2label = {str(id_): str(id_) for id_ in range(highest + 1)}
     index = {
         "format_version": FORMAT_VERSION,
-        "vae": settings["vae"],
-        "resolution": settings["resolution"],
+        "vae": record["vae"],
+        "resolution": record["resolution"],
         "latent_shape": shards[0]["latent_shape"],
-        "random_flip": settings["random_flip"],
+        "random_flip": record["random_flip"],
         "pooled_projection_dim": dims.pop(),
         "num_samples": sum(shard["num_samples"] for shard in shards),
         "latents_mean": latents_mean,

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from ..files import read_json, sha256_of_file, whole_file
 from .images import read_image
 from .latents import to_unit_range
+from .settings import EncodingSettings, shortened
 
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,9 @@ class ShardRows:
     The digest is over names without their folders, sizes and labels, which cost no decoding and survive a move.
     """
 
-    def __init__(self, rows, first_row, columns, resolution, num_channels, progress_bar):
+    def __init__(self, rows, first_row: int, columns: Mapping[str, str], settings: EncodingSettings, progress_bar):
         self.rows, self.first_row, self.columns = rows, first_row, columns
-        self.resolution, self.num_channels, self.progress_bar = resolution, num_channels, progress_bar
+        self.settings, self.progress_bar = settings, progress_bar
         self.num_rows, self.digest = 0, hashlib.sha256()
 
     def _counted(self) -> Iterator[tuple[str, dict | None, Any]]:
@@ -92,25 +93,23 @@ class ShardRows:
         return self.digest.hexdigest()
 
     def _prepare(self, name, cell, conditions):
-        return name, *read_image(cell, self.resolution, self.num_channels), conditions
+        return name, *read_image(cell, self.settings.resolution, self.settings.num_channels), conditions
 
-    def prepared(self, pool: ThreadPoolExecutor | None, num_ahead: int) -> Iterator[tuple]:
-        """(name, pixels, error, conditions), with at most `num_ahead` images waiting to be taken."""
+    def prepared(self, pool: ThreadPoolExecutor | None) -> Iterator[tuple]:
+        """(name, pixels, error, conditions), with at most two batches of images waiting to be taken."""
         if pool is None:
             yield from itertools.starmap(self._prepare, self._counted())
             return
         pending = deque()
         for row in self._counted():
             pending.append(pool.submit(self._prepare, *row))
-            if len(pending) > num_ahead:
+            if len(pending) > 2 * self.settings.batch_size:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
 
 
-def make_shard(
-    folder: Path, number: int, images: ShardRows, pool: ThreadPoolExecutor | None, *, batch_size: int, **options
-) -> None:
+def make_shard(folder: Path, number: int, images: ShardRows, pool: ThreadPoolExecutor | None, vae, id2label) -> None:
     """Makes a shard and its sidecar; of a shard that is finished, compares the rows it was made from."""
     sidecar = finished_sidecar(folder, number)
     if sidecar is not None:
@@ -121,22 +120,20 @@ def make_shard(
             )
         return
     (folder / _sidecar_name(number)).unlink(missing_ok=True)
-    prepared = images.prepared(pool, num_ahead=2 * batch_size)
-    sidecar = _encode_shard(folder / shard_name(number), prepared, batch_size=batch_size, **options)
+    sidecar = _encode_shard(folder / shard_name(number), images.prepared(pool), images.settings, vae, id2label)
     sidecar |= {"num_rows": images.num_rows, "rows_sha256": images.digest.hexdigest()}
     write_json(folder / _sidecar_name(number), sidecar)
 
 
 def _encode_shard(
-    path: Path, images: Iterable[tuple], *, vae, random_flip, batch_size, skip_corrupt, id2label
+    path: Path, images: Iterator[tuple], settings: EncodingSettings, vae, id2label: Mapping[int, str] | None
 ) -> dict[str, Any]:
     """Writes one shard, unless none of its images can be read, and returns what its sidecar says of it."""
     statistics, parts, skipped, pooled_dim = ChannelStatistics(), [], [], None
-    images = iter(images)
-    while rows := list(itertools.islice(images, batch_size)):
+    while rows := list(itertools.islice(images, settings.batch_size)):
         batch, names = [], []
         for name, pixels, error, conditions in rows:
-            if error is not None and not skip_corrupt:
+            if error is not None and not settings.skip_corrupt:
                 raise ValueError(f"Cannot read {name}: {error}. `--skip_corrupt` leaves such images out.")
             if error is not None:
                 logger.warning("Left out %s, which cannot be read: %s", name, error)
@@ -153,7 +150,8 @@ def _encode_shard(
             batch.append((pixels, conditions))
             names.append(name)
         if batch:
-            parts.append(_encode_batch(torch.stack([pixels for pixels, _ in batch]), vae, random_flip, statistics))
+            pixels = torch.stack([pixels for pixels, _ in batch])
+            parts.append(_encode_batch(pixels, vae, settings.random_flip, statistics))
             finite = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in parts[-1].values()]).all(0)
             if not finite.all():
                 name = names[finite.tolist().index(False)]
@@ -218,11 +216,6 @@ def finished_sidecar(folder: Path, number: int) -> dict[str, Any] | None:
 def is_whole(folder: Path, shard: dict[str, Any]) -> bool:
     path = folder / shard["name"]
     return path.is_file() and path.stat().st_size == shard["num_bytes"]
-
-
-def shortened(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 300 else text[:300] + "…"
 
 
 def write_json(path: Path, content: Any) -> None:

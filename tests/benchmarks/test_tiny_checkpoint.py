@@ -14,6 +14,7 @@ from PIL import Image
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, normalize_weights_
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
+from diffusers_mp.data.settings import EncodingSettings
 
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -42,8 +43,8 @@ def latents(splits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     digits.write_image_folder(folder / "digits", splits["train"])
     dataset, id2label = load_image_dataset(folder / "digits", cache_dir=str(folder / "cache"))
-    settings = {"vae": None, "resolution": digits.SCAN_SIZE, "num_channels": 1, "id2label": id2label}
-    return encode_dataset(dataset, folder / "latents", **settings)
+    settings = EncodingSettings(digits.SCAN_SIZE, num_channels=1)
+    return encode_dataset(dataset, folder / "latents", settings, vae=None, id2label=id2label)
 
 
 def logged(name):

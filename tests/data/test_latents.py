@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from helpers import random_picture, tiny_vae
+from helpers import encode, random_picture, tiny_vae
 from PIL import Image
 from processes import PRELOADED, TIMEOUT
 
 from diffusers_mp.data import encoding, shards
-from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset, prepare_image
 from diffusers_mp.data.latents import LatentDataset, vae_fingerprint
 from diffusers_mp.data.shards import ChannelStatistics
@@ -36,8 +35,8 @@ def vae():
 def encoded(pictures, vae, tmp_path_factory):
     dataset, id2label = pictures
     folder = tmp_path_factory.mktemp("encoded")
-    options = {"resolution": RESOLUTION, "random_flip": True, "batch_size": 2, "shard_size": 3}
-    return encode_dataset(dataset, folder, vae=vae, id2label=id2label, vae_id="tiny", **options)
+    options = {"random_flip": True, "batch_size": 2, "shard_size": 3}
+    return encode(dataset, folder, vae=vae, id2label=id2label, vae_id="tiny", **options)
 
 
 def pixels_of(dataset, num_channels=3):
@@ -55,7 +54,7 @@ def test_a_folder_without_classes_is_unlabelled(tmp_path, vae):
         random_picture(rng).save(tmp_path / "flat" / f"{k}.png")
     dataset, id2label = load_image_dataset(tmp_path / "flat", cache_dir=str(tmp_path / "cache"))
     assert id2label is None
-    latents = encode_dataset(dataset, tmp_path / "encoded", vae=vae, resolution=RESOLUTION, id2label=id2label)
+    latents = encode(dataset, tmp_path / "encoded", vae=vae, id2label=id2label)
     assert latents.id2label is None
     assert set(latents[0]) == {"mean", "std"}
 
@@ -120,9 +119,7 @@ def test_writing_to_a_sample_changes_nothing(encoded, key):
 
 def test_pixels_are_stored_as_bytes_and_mirrored_on_reading(pictures, tmp_path):
     dataset, id2label = pictures
-    encoded = encode_dataset(
-        dataset, tmp_path / "a", vae=None, resolution=RESOLUTION, id2label=id2label, shard_size=4, num_workers=2
-    )
+    encoded = encode(dataset, tmp_path / "a", id2label=id2label, shard_size=4, num_workers=2)
     pixels = pixels_of(dataset)
     assert encoded.latent_shape == (3, RESOLUTION, RESOLUTION)
     for index in range(10):
@@ -135,7 +132,7 @@ def test_pixels_are_stored_as_bytes_and_mirrored_on_reading(pictures, tmp_path):
     torch.testing.assert_close(torch.tensor(encoded.latents_mean).double(), expected_mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(torch.tensor(encoded.latents_std).double(), expected_std, rtol=1e-6, atol=1e-6)
     encoded.validate(vae=None, resolution=RESOLUTION, random_flip=True)
-    grey = encode_dataset(dataset, tmp_path / "b", vae=None, resolution=RESOLUTION, num_channels=1)
+    grey = encode(dataset, tmp_path / "b", num_channels=1)
     assert torch.equal(grey[3]["mean"], pixels_of(dataset, 1)[3])
 
 
@@ -154,16 +151,16 @@ def damaged_folder(tmp_path):
 def test_a_corrupt_image_is_named(damaged_folder, tmp_path, vae, num_workers):
     dataset, _ = load_image_dataset(damaged_folder, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"Cannot read .*[/\\]1\.png: OSError.*--skip_corrupt"):
-        encode_dataset(dataset, tmp_path / "encoded", vae=vae, resolution=RESOLUTION, num_workers=num_workers)
+        encode(dataset, tmp_path / "encoded", vae=vae, num_workers=num_workers)
     with pytest.raises(FileNotFoundError, match="must hold a finished encoded data set"):
         LatentDataset(tmp_path / "encoded")
 
 
 def test_corrupt_images_are_left_out_when_asked(damaged_folder, tmp_path, vae, caplog):
     dataset, _ = load_image_dataset(damaged_folder, cache_dir=str(tmp_path / "cache"))
-    options = {"vae": vae, "resolution": RESOLUTION, "skip_corrupt": True, "batch_size": 1, "shard_size": 2}
+    options = {"vae": vae, "skip_corrupt": True, "batch_size": 1, "shard_size": 2}
     with caplog.at_level(logging.WARNING, logger="diffusers_mp.data"):
-        encoded = encode_dataset(dataset, tmp_path / "encoded", **options)
+        encoded = encode(dataset, tmp_path / "encoded", **options)
     assert len(encoded) == 4
     assert [os.path.basename(name) for name in encoded.index["skipped"]] == ["1.png", "4.png"]
     assert [str(damaged_folder / f"{k}.png") in caplog.text for k in range(6)] == [
@@ -181,12 +178,12 @@ def test_corrupt_images_are_left_out_when_asked(damaged_folder, tmp_path, vae, c
     # shards hold their own rows only: here rows 0-1 without 1, 2-3, 4-5 without 4
     assert [shard["num_samples"] for shard in encoded.index["shards"]] == [1, 2, 1]
     with pytest.raises(ValueError, match="None of the 2 images could be read"):
-        encode_dataset(dataset.select([1, 4]), tmp_path / "none", **options)
+        encode(dataset.select([1, 4]), tmp_path / "none", **options)
     # Who did not ask is told.
     for asked, told in ((True, False), (False, True)):
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="diffusers_mp.data"):
-            encode_dataset(dataset, tmp_path / "encoded", **{**options, "skip_corrupt": asked})
+            encode(dataset, tmp_path / "encoded", **{**options, "skip_corrupt": asked})
         assert ("lacks images that could not be read when it was encoded: 2 of them, such as" in caplog.text) is told
 
 
@@ -195,32 +192,32 @@ def test_a_corrupt_image_without_a_path_is_named_by_its_row(tmp_path):
     dataset = datasets.Dataset.from_dict(columns, features=datasets.Features({"image": datasets.Image(decode=False)}))
     for row in range(2):
         with pytest.raises(ValueError, match="Cannot read row 0: UnidentifiedImageError"):
-            encode_dataset(dataset.select([row]), tmp_path / "a", vae=None, resolution=RESOLUTION)
+            encode(dataset.select([row]), tmp_path / "a")
 
 
 def test_latents_that_are_not_finite_are_named(picture_folder, tmp_path, vae, monkeypatch):
     dataset, _ = load_image_dataset(picture_folder, cache_dir=str(tmp_path / "cache"))
-    encode, batches = vae.encode, []
+    encode_batch, batches = vae.encode, []
 
     def encode_with_a_hole(pixels):
         batches.append(len(pixels))
         if len(batches) == 2:
             pixels[1] = float("nan")
-        return encode(pixels)
+        return encode_batch(pixels)
 
     monkeypatch.setattr(vae, "encode", encode_with_a_hole)
     name = os.path.basename(dataset[3]["image"]["path"])
     with pytest.raises(ValueError, match=f"`vae` must make finite latents, in .*32 those of .*{name} are not"):
-        encode_dataset(dataset, tmp_path / "encoded", vae=vae, resolution=RESOLUTION, batch_size=2)
+        encode(dataset, tmp_path / "encoded", vae=vae, batch_size=2)
     assert len(batches) == 2
     # Nothing of it stays: made anew, it is whole.
     monkeypatch.undo()
-    assert len(encode_dataset(dataset, tmp_path / "encoded", vae=vae, resolution=RESOLUTION)) == len(dataset)
+    assert len(encode(dataset, tmp_path / "encoded", vae=vae)) == len(dataset)
 
 
 def test_an_encoder_that_another_one_overtakes_goes_on(pictures, tmp_path, vae, monkeypatch):
     dataset, id2label = pictures
-    options = {"vae": vae, "resolution": RESOLUTION, "id2label": id2label, "shard_size": 3}
+    options = {"vae": vae, "id2label": id2label, "shard_size": 3}
     save, overtaken = shards.save_file, []
 
     def save_and_be_overtaken(tensors, path):
@@ -228,23 +225,23 @@ def test_an_encoder_that_another_one_overtakes_goes_on(pictures, tmp_path, vae, 
         if not overtaken:
             overtaken.append(path)
             monkeypatch.setattr(shards.os, "getpid", lambda: 0)
-            encode_dataset(dataset, tmp_path / "encoded", **options)
+            encode(dataset, tmp_path / "encoded", **options)
 
     monkeypatch.setattr(shards, "save_file", save_and_be_overtaken)
-    encoded = encode_dataset(dataset, tmp_path / "encoded", **options)
+    encoded = encode(dataset, tmp_path / "encoded", **options)
     assert not os.path.exists(overtaken[0])
     encoded.verify()
     monkeypatch.undo()
-    alone = encode_dataset(dataset, tmp_path / "alone", **options)
+    alone = encode(dataset, tmp_path / "alone", **options)
     assert encoded.index == alone.index
 
 
 @pytest.mark.parametrize("name", ["batch_size", "shard_size", "resolution"])
 def test_sizes_of_nothing_leave_no_folder(picture_folder, tmp_path, name):
     dataset, _ = load_image_dataset(picture_folder, cache_dir=str(tmp_path / "cache"))
-    options = {"vae": None, "resolution": RESOLUTION, name: 0}
+    options = {name: 0}
     with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
-        encode_dataset(dataset, tmp_path / "encoded", **options)
+        encode(dataset, tmp_path / "encoded", **options)
     assert not (tmp_path / "encoded").exists()
 
 
@@ -257,7 +254,7 @@ def test_a_constant_channel_is_named(tmp_path):
         Image.fromarray(image).save(tmp_path / "pictures" / f"{k}.png")
     dataset, _ = load_image_dataset(tmp_path / "pictures", cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"Every channel must vary over the data, channels \[1\] have std"):
-        encode_dataset(dataset, tmp_path / "encoded", vae=None, resolution=16)
+        encode(dataset, tmp_path / "encoded", resolution=16)
     assert not (tmp_path / "encoded" / "index.json").exists()
 
 
@@ -273,12 +270,12 @@ def test_rounding_does_not_hide_a_constant_channel(square):
 def test_unfit_vaes_are_refused(pictures, tmp_path, vae):
     dataset, _ = pictures
     with pytest.raises(ValueError, match="`vae` must be in float32 to encode, got torch.bfloat16"):
-        encode_dataset(dataset, tmp_path, vae=tiny_vae().to(torch.bfloat16), resolution=RESOLUTION)
-    with pytest.raises(ValueError, match=r"1 \(grey\) or 3 \(RGB\) channels, .* wants 4"):
-        encode_dataset(dataset, tmp_path, vae=tiny_vae(in_channels=4), resolution=RESOLUTION)
+        encode(dataset, tmp_path, vae=tiny_vae().to(torch.bfloat16))
+    with pytest.raises(ValueError, match=r"`num_channels`, .* must be 1 \(grey\) or 3 \(RGB\), got 4"):
+        encode(dataset, tmp_path, vae=tiny_vae(in_channels=4))
     with pytest.raises(ValueError, match="must be a multiple of the VAE's factor 4, got 18"):
-        encode_dataset(dataset, tmp_path, vae=vae, resolution=18)
-    grey = encode_dataset(dataset, tmp_path / "grey", vae=tiny_vae(in_channels=1), resolution=RESOLUTION)
+        encode(dataset, tmp_path, vae=vae, resolution=18)
+    grey = encode(dataset, tmp_path / "grey", vae=tiny_vae(in_channels=1))
     assert len(grey) == 10
 
 
@@ -298,7 +295,7 @@ def test_validate_accepts_a_reloaded_vae_and_names_each_difference(encoded, pict
         encoded.validate(vae=tiny_vae(seed=1), resolution=32)
     with pytest.raises(ValueError, match="they hold latents"):
         encoded.validate(vae=None, resolution=RESOLUTION)
-    unflipped = encode_dataset(pictures[0], tmp_path / "unflipped", vae=vae, resolution=RESOLUTION)
+    unflipped = encode(pictures[0], tmp_path / "unflipped", vae=vae)
     with pytest.raises(ValueError, match="encoded without `random_flip`"):
         unflipped.validate(vae=vae, resolution=RESOLUTION, random_flip=True)
     with pytest.raises(ValueError, match="`flip=True` needs data encoded with `random_flip=True`"):
@@ -306,7 +303,7 @@ def test_validate_accepts_a_reloaded_vae_and_names_each_difference(encoded, pict
 
 
 def test_an_unknown_format_is_refused(pictures, tmp_path):
-    encode_dataset(pictures[0], tmp_path, vae=None, resolution=RESOLUTION)
+    encode(pictures[0], tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps(index | {"format_version": 99}))
     with pytest.raises(ValueError, match="`folder` must have format version 3, .* has 99"):
@@ -314,8 +311,8 @@ def test_an_unknown_format_is_refused(pictures, tmp_path):
 
 
 def test_truncated_shards_are_named_and_made_again(pictures, tmp_path, vae):
-    options = {"vae": vae, "resolution": RESOLUTION, "shard_size": 4}
-    encode_dataset(pictures[0], tmp_path, **options)
+    options = {"vae": vae, "shard_size": 4}
+    encode(pictures[0], tmp_path, **options)
     before, name = content_of(tmp_path), "shard-00001.safetensors"
     shard, num_bytes = tmp_path / name, len(before[name])
     for damage in (lambda: shard.write_bytes(before[name][:-5]), shard.unlink):
@@ -324,13 +321,13 @@ def test_truncated_shards_are_named_and_made_again(pictures, tmp_path, vae):
             ValueError, match=f"{name} must have {num_bytes} bytes, found .*delete the file and encode"
         ):
             LatentDataset(tmp_path)
-        encode_dataset(pictures[0], tmp_path, **options)
+        encode(pictures[0], tmp_path, **options)
         assert content_of(tmp_path) == before
 
 
 def test_a_shard_that_is_made_again_and_comes_out_otherwise_is_in_the_index(pictures, tmp_path, monkeypatch):
-    options = {"vae": None, "resolution": RESOLUTION, "shard_size": 4}
-    before = encode_dataset(pictures[0], tmp_path, **options).index
+    options = {"shard_size": 4}
+    before = encode(pictures[0], tmp_path, **options).index
     (tmp_path / "shard-00000.json").unlink()
 
     def wait(seconds):
@@ -338,14 +335,14 @@ def test_a_shard_that_is_made_again_and_comes_out_otherwise_is_in_the_index(pict
 
     monkeypatch.setattr(encoding.time, "sleep", wait)
     others = pictures[0].select([1, 0, *range(2, len(pictures[0]))])
-    after = encode_dataset(others, tmp_path, **options)
+    after = encode(others, tmp_path, **options)
     assert after.index["shards"][0] != before["shards"][0]
     assert after.index["shards"][1:] == before["shards"][1:]
     after.verify()
 
 
 def test_altered_files_are_named(pictures, tmp_path):
-    encode_dataset(pictures[0], tmp_path, vae=None, resolution=RESOLUTION, shard_size=2).verify()
+    encode(pictures[0], tmp_path, shard_size=2).verify()
     for number in (1, 4):
         path = tmp_path / f"shard-0000{number}.safetensors"
         content = bytearray(path.read_bytes())
@@ -424,9 +421,9 @@ def encode_many(source, folder, *, kill_at=None, kill_after=None, streaming=Fals
     dataset, id2label = load_image_dataset(
         dataset_name=str(source / "table"), cache_dir=str(source / "cache"), streaming=streaming
     )
-    options = {"resolution": RESOLUTION, "random_flip": True, "batch_size": 3, "shard_size": 4} | options
+    options = {"random_flip": True, "batch_size": 3, "shard_size": 4} | options
     vae = tiny_vae()
-    return encode_dataset(dataset, folder, vae=vae, id2label=id2label, vae_id="tiny", skip_corrupt=True, **options)
+    return encode(dataset, folder, vae=vae, id2label=id2label, vae_id="tiny", skip_corrupt=True, **options)
 
 
 def start(*arguments, **options):
@@ -534,28 +531,28 @@ def test_a_process_makes_its_own_shards_only(many, tmp_path, monkeypatch, stream
 
 
 def test_a_stream_of_a_folder_and_of_bare_ids(pictures, picture_folder, tmp_path, vae, caplog):
-    options = {"vae": vae, "resolution": RESOLUTION, "shard_size": 5}
-    whole = encode_dataset(pictures[0], tmp_path / "a", id2label=pictures[1], **options)
+    options = {"vae": vae, "shard_size": 5}
+    whole = encode(pictures[0], tmp_path / "a", id2label=pictures[1], **options)
     stream, id2label = load_image_dataset(picture_folder, streaming=True)
-    encode_dataset(stream, tmp_path / "b", id2label=id2label, **options)
+    encode(stream, tmp_path / "b", id2label=id2label, **options)
     assert content_of(tmp_path / "b", "settings.json") == content_of(tmp_path / "a", "settings.json")
 
     rows = [{"image": row["image"], "label": 2 * row["label"]} for row in pictures[0]]
     ids = datasets.Dataset.from_list(
         rows, features=datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
     )
-    bare = encode_dataset(ids.to_iterable_dataset(), tmp_path / "c", id2label={}, **options)
+    bare = encode(ids.to_iterable_dataset(), tmp_path / "c", id2label={}, **options)
     assert bare.id2label == {k: str(k) for k in range(5)}
     assert [bare[k]["label"] for k in range(10)] == [2 * whole[k]["label"] for k in range(10)]
     assert bare.index["num_samples_per_class"] == {"0": 4, "1": 0, "2": 3, "3": 0, "4": 3}
     with pytest.raises(ValueError, match=r"Labels must be ids of `id2label`, .*dog.*0.png has 2"):
-        encode_dataset(ids.to_iterable_dataset(), tmp_path / "d", id2label={0: "a", 1: "b"}, **options)
+        encode(ids.to_iterable_dataset(), tmp_path / "d", id2label={0: "a", 1: "b"}, **options)
 
 
 def test_a_finished_folder_is_opened(encoded, pictures, vae):
     before = {path: path.stat().st_mtime_ns for path in encoded.folder.iterdir()}
-    options = {"vae": vae, "vae_id": "another name", "id2label": pictures[1], "resolution": RESOLUTION}
-    again = encode_dataset(pictures[0], encoded.folder, random_flip=True, shard_size=3, **options)
+    options = {"vae": vae, "vae_id": "another name", "id2label": pictures[1]}
+    again = encode(pictures[0], encoded.folder, random_flip=True, shard_size=3, **options)
     assert again.index == encoded.index
     assert {path: path.stat().st_mtime_ns for path in encoded.folder.iterdir()} == before
 
@@ -563,8 +560,8 @@ def test_a_finished_folder_is_opened(encoded, pictures, vae):
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_folder_begun_with_other_settings_is_refused(pictures, tmp_path, vae, finished):
     dataset, id2label = pictures
-    options = {"vae": vae, "resolution": RESOLUTION, "random_flip": True, "shard_size": 4, "id2label": id2label}
-    encode_dataset(dataset, tmp_path, **options)
+    options = {"vae": vae, "random_flip": True, "shard_size": 4, "id2label": id2label}
+    encode(dataset, tmp_path, **options)
     if not finished:
         (tmp_path / "index.json").unlink()
     before = content_of(tmp_path)
@@ -579,17 +576,17 @@ def test_a_folder_begun_with_other_settings_is_refused(pictures, tmp_path, vae, 
     ]
     for other, message in others:
         with pytest.raises(ValueError, match=f"holds an encoding with {message}"):
-            encode_dataset(**{"dataset": dataset, "folder": tmp_path, **options, **other})
+            encode(**{"dataset": dataset, "folder": tmp_path, **options, **other})
     assert content_of(tmp_path) == before
-    encode_dataset(dataset, tmp_path, **options, batch_size=1)
+    encode(dataset, tmp_path, **options, batch_size=1)
     if finished:
         assert content_of(tmp_path) == before
 
 
 def test_a_folder_begun_with_other_data_is_refused(pictures, tmp_path):
     dataset, id2label = pictures
-    options = {"vae": None, "resolution": RESOLUTION, "shard_size": 4, "id2label": id2label}
-    encode_dataset(dataset, tmp_path, **options)
+    options = {"shard_size": 4, "id2label": id2label}
+    encode(dataset, tmp_path, **options)
     (tmp_path / "index.json").unlink()
 
     def changed(row, **columns):
@@ -610,16 +607,16 @@ def test_a_folder_begun_with_other_data_is_refused(pictures, tmp_path):
     ]
     for data, message in cases:
         with pytest.raises(ValueError, match=f"must have been begun with the same data: .*{message}"):
-            encode_dataset(data, tmp_path, **options)
-    encode_dataset(dataset, tmp_path, **options)
+            encode(data, tmp_path, **options)
+    encode(dataset, tmp_path, **options)
     (tmp_path / "settings.json").unlink()
     with pytest.raises(ValueError, match="`folder` must be new or hold settings.json beside its shards"):
-        encode_dataset(dataset, tmp_path, **options)
+        encode(dataset, tmp_path, **options)
 
 
 def test_a_process_out_of_range_is_refused(pictures, tmp_path):
     with pytest.raises(ValueError, match=r"`process_index` must be in \[0, 2\), got 2"):
-        encode_dataset(pictures[0], tmp_path, vae=None, resolution=16, num_processes=2, process_index=2)
+        encode(pictures[0], tmp_path, resolution=16, num_processes=2, process_index=2)
 
 
 def anonymous_megabytes():
@@ -641,7 +638,7 @@ def encode_and_watch(folder, queue):
     features = datasets.Features({"image": datasets.Image(decode=False)})
     arguments = {"content": (folder / "a.png").read_bytes(), "measured": measured}
     stream = datasets.IterableDataset.from_generator(rows_that_watch, features=features, gen_kwargs=arguments)
-    encoded = encode_dataset(stream, folder / "encoded", vae=None, resolution=64, shard_size=100, num_workers=1)
+    encoded = encode(stream, folder / "encoded", resolution=64, shard_size=100, num_workers=1)
     reading = []
     for index in range(3000):
         encoded[index]

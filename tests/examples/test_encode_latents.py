@@ -82,11 +82,11 @@ def test_processes_that_did_not_join_are_refused(arguments, tmp_path, monkeypatc
 
 def test_flags_are_the_trainers_own(tmp_path):
     import encode_latents
-    import training_arguments
+    import train_mpdit
 
     own = vars(encode_latents.make_parser().parse_args(["--latents_dir", "a"]))
     trainer = ["--train_data_dir", "a", "--latents_dir", "a", "--output_dir", str(tmp_path / "new")]
-    trainers = vars(training_arguments.parse_args(trainer)) | {"train_data_dir": None}
+    trainers = vars(train_mpdit.parse_args(trainer)) | {"train_data_dir": None}
     shared = own.keys() - {"streaming", "shard_size", "verify"}
     # The trainer takes these two from images that are encoded already, and falls back to the same defaults.
     assert {name: own[name] for name in shared} == {name: trainers[name] for name in shared}
