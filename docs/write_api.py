@@ -35,7 +35,7 @@ SECTIONS = {
         "evaluation.reference",
         "evaluation.features",
     ],
-    "Data": ["data.images", "data.encoding", "data.latents"],
+    "Data": ["data.images", "data.settings", "data.encoding", "data.latents"],
     "Files": ["files"],
     "Publishing": ["publishing.hub", "publishing.model_card"],
 }
@@ -73,8 +73,9 @@ def shown_names() -> Iterator[tuple[str, str]]:
     for source in sources:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "diffusers_mp":
-                for alias in node.names:
-                    yield node.module.removeprefix("diffusers_mp").removeprefix("."), alias.name
+                if not node.module.endswith("arguments"):  # flags of the scripts, which say what they are by --help
+                    for alias in node.names:
+                        yield node.module.removeprefix("diffusers_mp").removeprefix("."), alias.name
 
 
 def documented_names() -> dict[str, list[str]]:
