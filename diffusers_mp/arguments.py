@@ -11,6 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 
+# Those of `diffusers.optimization.get_scheduler` that need no rules beside the numbers of updates.
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Says no "(default: None)", beside which help in brackets says what is done."""
 
@@ -39,6 +43,7 @@ def at_least(minimum: float, kind: type = int) -> Callable[[str], Any]:
 positive = within(float, "be positive", lambda value: 0 < value < math.inf)
 finite = within(float, "be finite", math.isfinite)
 share = within(float, "be in [0, 1)", lambda value: 0 <= value < 1)
+ema_width = within(float, "be in (0, 1/sqrt(12)), that is below 0.2887", lambda value: 0 < value < 12**-0.5)
 
 
 def add_source_arguments(add: Callable[..., Any], split_help: str = "split to train on") -> None:

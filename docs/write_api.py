@@ -26,6 +26,7 @@ SECTIONS = {
     "Classes of a model": ["class_embeddings", "original_dit"],
     "Optimization": ["optimization"],
     "Training": ["training", "training.engine"],
+    "Command lines": ["arguments"],
     "Averages of weights": ["averages.ema", "averages.snapshots", "averages.reconstruction"],
     "Diagnostics": ["diagnostics.recorder", "diagnostics.plots"],
     "Evaluation": [
@@ -73,9 +74,8 @@ def shown_names() -> Iterator[tuple[str, str]]:
     for source in sources:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "diffusers_mp":
-                if not node.module.endswith("arguments"):  # flags of the scripts, which say what they are by --help
-                    for alias in node.names:
-                        yield node.module.removeprefix("diffusers_mp").removeprefix("."), alias.name
+                for alias in node.names:
+                    yield node.module.removeprefix("diffusers_mp").removeprefix("."), alias.name
 
 
 def documented_names() -> dict[str, list[str]]:

@@ -189,7 +189,7 @@ def test_the_script_reports_and_writes(run, tmp_path, capsys, monkeypatch):
         script.parse_args([str(run[0]), "--ema_stds", "0.03", "0.075", "--output_dir", str(tmp_path / "two")])
     assert "--output_dir takes one pipeline" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        script.parse_args([str(tmp_path / "nowhere"), "--ema_stds", "0.075"])
+        script.main(script.parse_args([str(tmp_path / "nowhere"), "--ema_stds", "0.075"]))
     assert f"--ema_snapshot_steps does, got {tmp_path / 'nowhere'}" in capsys.readouterr().err
 
 

@@ -37,7 +37,7 @@ def arguments(picture_folder, vae_folder, tmp_path):
 def encode(*arguments):
     import encode_latents
 
-    encode_latents.main(encode_latents.make_parser().parse_args(list(map(str, arguments))))
+    encode_latents.main(encode_latents.parse_args(list(map(str, arguments))))
 
 
 def content_of(folder, *without):
@@ -84,7 +84,7 @@ def test_flags_are_the_trainers_own(tmp_path):
     import encode_latents
     import train_mpdit
 
-    own = vars(encode_latents.make_parser().parse_args(["--latents_dir", "a"]))
+    own = vars(encode_latents.parse_args(["--latents_dir", "a"]))
     trainer = ["--train_data_dir", "a", "--latents_dir", "a", "--output_dir", str(tmp_path / "new")]
     trainers = vars(train_mpdit.parse_args(trainer)) | {"train_data_dir": None}
     shared = own.keys() - {"streaming", "shard_size", "verify"}

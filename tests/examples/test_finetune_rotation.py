@@ -9,13 +9,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
+from diffusers.optimization import SchedulerType
 from helpers import EXAMPLES, reset_accelerate, tiny_vae
 from hub_client import TOKEN, client, holding
 from hub_server import HubServer
 from processes import run_processes, run_python
 
 from diffusers_mp import OriginalDiTTransformer2DModel, load_rotation_adapter, swap_adaln_for_rotation
+from diffusers_mp.arguments import LR_SCHEDULERS
 from diffusers_mp.data.latents import LatentDataset
+from diffusers_mp.rotation_swap import sites
 from diffusers_mp.training import NonFiniteError, TrainingSamples, split_validation
 
 
@@ -376,18 +379,25 @@ def test_labels_are_not_dropped_again_by_every_block(base):
         (("--swap", "mean", "--anneal_steps", "2"), "--anneal_steps has no meaning for --swap mean"),
         (("--swap", "anneal", "--anneal_steps", "5"), "--anneal_steps must be from 1 to --max_train_steps, got 5"),
         (("--dataset_name", "user/name"), "give one of --train_data_dir and --dataset_name"),
-        (("--num_validation_images", "0"), "--num_validation_images must be at least 1, got 0"),
-        (("--logging_steps", "0"), "--logging_steps must be at least 1, got 0"),
-        (("--max_train_steps", "-1"), "--max_train_steps must not be negative, got -1"),
+        (("--num_validation_images", "0"), "--num_validation_images: must be at least 1, got 0"),
+        (("--logging_steps", "0"), "--logging_steps: must be at least 1, got 0"),
+        (("--max_train_steps", "-1"), "--max_train_steps: must be at least 0, got -1"),
         (("--hub_token", "x", "--report_to", "wandb"), "`hub_token` must not be given together"),
     ],
 )
 def test_arguments_that_do_not_fit(base, tmp_path, capsys, more, message):
     import finetune_rotation
 
-    with pytest.raises(SystemExit):
-        finetune_rotation.parse_args(arguments(base, tmp_path / "run", *more))
+    with pytest.raises(SystemExit, match="2"):
+        finetune_rotation.main(finetune_rotation.parse_args(arguments(base, tmp_path / "run", *more)))
     assert message in capsys.readouterr().err
+
+
+def test_names_known_before_diffusers_is_imported_are_those_of_diffusers_and_the_package():
+    import finetune_rotation
+
+    assert finetune_rotation.SUBLAYERS == sites.SUBLAYERS
+    assert set(LR_SCHEDULERS) == {kind.value for kind in SchedulerType} - {"piecewise_constant"}
 
 
 def test_a_folder_with_something_in_it_is_refused(base, tmp_path, capsys):
