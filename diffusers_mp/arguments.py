@@ -32,6 +32,7 @@ def within(kind: type, rule: str, holds: Callable[[Any], bool]) -> Callable[[str
         return value
 
     value_of.__name__ = kind.__name__  # for argparse's "invalid int value: 'x'"
+    value_of.__doc__ = f"The number that a flag is given, which must {rule}."
     return value_of
 
 

@@ -177,7 +177,7 @@ def main(args):
     if num_held_out is None:
         num_held_out = max(1, min(256, len(latents) // 20))
     train_indices, validation_indices = split_validation(len(latents), num_held_out, args.seed)
-    options = {"seed": args.seed, "num_classes": transformer.config.num_embeds_ada_norm}
+    options = {"seed": args.seed, **sample_options(pipeline)}
     held_out = HeldOut(args, TrainingSamples(latents, **options, indices=validation_indices), objective)
     options |= {"class_dropout_prob": args.class_dropout_prob, "random_flip": args.random_flip}
     samples = TrainingSamples(latents, **options, indices=train_indices)
@@ -325,7 +325,7 @@ def training_objective(pipeline):
 
 
 def load_latents(args, pipeline, accelerator):
-    """The data, encoded once by the base's VAE, to be read as the base was trained on them."""
+    """The data, encoded once by the base's VAE."""
     dataset, id2label = load_image_dataset(**source_of(args))
     if id2label is None:
         raise ValueError("the data must have labels: a DiT generates images of a class.")
@@ -341,10 +341,15 @@ def load_latents(args, pipeline, accelerator):
     folder = args.latents_dir or args.output_dir / "latents"
     latents = encode_dataset(dataset, folder, settings, vae=vae, id2label=id2label, **processes)
     latents.verify(**processes)
-    # Samples are (z - mean) / std. What a DiT has learned, and its pipeline undoes, is z · scaling_factor.
-    latents.latents_mean = [0.0] * config.in_channels
-    latents.latents_std = [1 / vae.config.scaling_factor] * config.in_channels
     return latents
+
+
+def sample_options(pipeline):
+    """The base's classes, and the units of latents that it has learned and its pipeline undoes: z · scaling_factor."""
+    config = pipeline.transformer.config
+    std = 1 / pipeline.vae.config.scaling_factor  # samples are (z - mean) / std
+    units = {"latents_mean": [0.0] * config.in_channels, "latents_std": [std] * config.in_channels}
+    return {"num_classes": config.num_embeds_ada_norm, **units}
 
 
 def set_training_mode(model):

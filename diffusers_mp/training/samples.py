@@ -58,13 +58,15 @@ class TrainingSamples(Dataset):
     no option moves another's draw.
 
     Args:
-        dataset (LatentDataset): encoded pictures.
+        dataset (LatentDataset): encoded images.
         seed (int): of the run.
         num_classes (int): of the model; its null id is `num_classes`. None: the model knows no classes.
         class_dropout_prob (float): probability that the condition is dropped: the class id replaced by the null id,
             the condition vector by zeros, both together.
         random_flip (bool): mirror half of the samples.
         indices (Sequence[int]): the samples to use, for a hold-out; all by default.
+        latents_mean, latents_std (Sequence[float]): per channel, the units that a pretrained model knows; by default
+            those of the data.
     Raises:
         ValueError: if the data have no labels, too many classes or no mirror images for what is asked.
     """
@@ -78,6 +80,8 @@ class TrainingSamples(Dataset):
         class_dropout_prob: float = 0.0,
         random_flip: bool = False,
         indices: Sequence[int] | torch.Tensor | None = None,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
     ):
         if num_classes is not None and dataset.id2label is None:
             raise ValueError(f"`num_classes` must be None for unlabelled data, got {num_classes}.")
@@ -96,8 +100,8 @@ class TrainingSamples(Dataset):
         self.class_dropout_prob = class_dropout_prob
         self.random_flip = random_flip
         self.indices = torch.arange(len(dataset)) if indices is None else torch.as_tensor(indices)
-        self.latents_mean = torch.tensor(dataset.latents_mean).view(-1, 1, 1)
-        self.latents_std = torch.tensor(dataset.latents_std).view(-1, 1, 1)
+        self.latents_mean = torch.tensor(latents_mean or dataset.latents_mean).view(-1, 1, 1)
+        self.latents_std = torch.tensor(latents_std or dataset.latents_std).view(-1, 1, 1)
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -96,7 +96,8 @@ def held_out_loss(base, transformer, *more):
     pipeline = DiTPipeline.from_pretrained(base / "pipeline")
     latents = finetune_rotation.load_latents(args, pipeline, finetune_rotation.Accelerator(cpu=True))
     _, indices = split_validation(len(latents), args.num_validation_images, args.seed)
-    samples = TrainingSamples(latents, seed=args.seed, num_classes=12, indices=indices)
+    options = finetune_rotation.sample_options(pipeline)
+    samples = TrainingSamples(latents, seed=args.seed, indices=indices, **options)
     held_out = finetune_rotation.HeldOut(args, samples, finetune_rotation.training_objective(pipeline))
     return held_out.losses(transformer)["loss"]
 
@@ -350,9 +351,9 @@ def test_latents_are_as_the_pipeline_decodes_them(base):
 
     args = finetune_rotation.parse_args(arguments(base, base / "never written"))
     pipeline = DiTPipeline.from_pretrained(base / "pipeline")
-    scaled = finetune_rotation.load_latents(args, pipeline, finetune_rotation.Accelerator(cpu=True))
-    samples = TrainingSamples(scaled, seed=0, num_classes=10)
-    standardised = TrainingSamples(LatentDataset(base / "latents"), seed=0, num_classes=10)
+    latents = finetune_rotation.load_latents(args, pipeline, finetune_rotation.Accelerator(cpu=True))
+    samples = TrainingSamples(latents, seed=0, **finetune_rotation.sample_options(pipeline))
+    standardised = TrainingSamples(LatentDataset(base / "latents"), seed=0, num_classes=12)
     for key in ((0, 3), (1, 40)):
         drawn = standardised[key]["latents"] * standardised.latents_std + standardised.latents_mean
         torch.testing.assert_close(samples[key]["latents"], 2.0 * drawn, rtol=1e-5, atol=1e-6)
