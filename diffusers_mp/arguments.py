@@ -87,10 +87,10 @@ def encoding_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, flag) for name, flag in flag_of.items() if flag in args}
 
 
-def add_hub_arguments(add: Callable[..., Any]) -> None:
+def add_hub_arguments(add: Callable[..., Any], default_id: str = "name of output_dir") -> None:
     """Whether and where the result is published."""
     add("--push_to_hub", action="store_true", help="publish the result with a model card at the end")
-    add("--hub_model_id", help="repository, as in user/name [name of output_dir]")
+    add("--hub_model_id", help=f"repository, as in user/name [{default_id}]")
     add("--hub_token", help="better: `hf auth login`, which leaves it out of the process list")
     add("--hub_private_repo", action="store_true", help="make the repository private")
     add("--hub_license", help="licence of the weights, as the Hub names it, for the model card")

@@ -23,6 +23,7 @@ from processes import run_processes
 from diffusers_mp import MPDiTPipeline, PowerFunctionEMA, frechet_distance, normalize_weights_, reconstruct_ema
 from diffusers_mp.averages.snapshots import save_snapshots
 from diffusers_mp.data.images import prepare_image
+from diffusers_mp.evaluation import model
 from diffusers_mp.evaluation.features import transformers_extractor
 from diffusers_mp.evaluation.frechet import RunningStatistics
 from diffusers_mp.evaluation.generation import generate_images
@@ -176,16 +177,16 @@ def test_images_that_are_not_finite_fail_their_cell_alone(arguments, tmp_path):
 
 def train(folder, last_step):
     """Snapshots of a run, step by step: the next call of the generator trains on."""
-    model = make_pipeline(tiny_vae())
-    ema = PowerFunctionEMA(model.transformer, (0.05, 0.10))
+    pipe = make_pipeline(tiny_vae())
+    ema = PowerFunctionEMA(pipe.transformer, (0.05, 0.10))
     for step in range(1, last_step + 1):
         with torch.no_grad():
-            for parameter in model.transformer.parameters():
+            for parameter in pipe.transformer.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-        normalize_weights_(model.transformer)
+        normalize_weights_(pipe.transformer)
         ema.update(step)
         if step % 2 == 0:
-            save_snapshots(ema, folder / "ema_snapshots", model)
+            save_snapshots(ema, folder / "ema_snapshots", pipe)
             yield step
 
 
@@ -234,17 +235,15 @@ def test_sweep_over_widths(arguments, folder, tmp_path, capsys):
 
 
 def test_a_sweep_has_one_step_though_training_goes_on(arguments, tmp_path, monkeypatch):
-    import evaluate as script
-
     training = train(tmp_path / "run", 8)
     assert (next(training), next(training)) == (2, 4)
-    rebuild, steps = script.reconstruct_ema, []
+    rebuild, steps = model.reconstruct_ema, []
 
     def rebuild_and_train_on(*arguments, **options):
         steps.append(rebuild(*arguments, **options).step)
         next(training, None)
 
-    monkeypatch.setattr(script, "reconstruct_ema", rebuild_and_train_on)
+    monkeypatch.setattr(model, "reconstruct_ema", rebuild_and_train_on)
     sweep = [*arguments, "--pretrained_model_name_or_path", tmp_path / "run", "--ema_stds", 0.05]
     results = evaluate(sweep, 0.075)
     # Both widths, and the best of them.
@@ -259,20 +258,18 @@ def test_a_sweep_has_one_step_though_training_goes_on(arguments, tmp_path, monke
 
 
 def test_two_sweeps_at_once_measure_their_own_weights(arguments, tmp_path, monkeypatch):
-    import evaluate as script
-
     list(train(tmp_path / "run", 4))
     sweep = [*arguments, "--pretrained_model_name_or_path", tmp_path / "run", "--ema_stds"]
     alone = evaluate([*sweep, 0.05, 0.1], "--output_dir", tmp_path / "alone")
-    rebuild = script.reconstruct_ema
+    rebuild = model.reconstruct_ema
 
     def rebuild_then_let_the_other_run(*arguments, **options):
         plan = rebuild(*arguments, **options)
-        monkeypatch.setattr(script, "reconstruct_ema", rebuild)
+        monkeypatch.setattr(model, "reconstruct_ema", rebuild)
         evaluate([*sweep, 0.1])
         return plan
 
-    monkeypatch.setattr(script, "reconstruct_ema", rebuild_then_let_the_other_run)
+    monkeypatch.setattr(model, "reconstruct_ema", rebuild_then_let_the_other_run)
     together = evaluate([*sweep, 0.05])
     for one, other in zip(together["cells"], alone["cells"], strict=True):
         assert without_circumstances(one) == without_circumstances(other)
@@ -346,13 +343,22 @@ def test_bad_input_is_refused_before_anything_is_generated(arguments, tmp_path, 
         evaluate(arguments, "--pretrained_model_name_or_path", tmp_path / "empty")
     for more, message in (
         (["--dataset_name", "a/b"], "exactly one of --reference_dir, --dataset_name and --reference_statistics"),
-        (["--num_samples", 3], "--num_samples must be at least 2 and more than --nearest_k, got 3"),
-        (["--scheduler", "Sampler"], "--scheduler must be a class of diffusers, such as .*: Sampler"),
-        (["--num_inference_steps", 0], "--num_inference_steps must be at least 1"),
+        (["--num_samples", 3], "--num_samples must be more than --nearest_k (3), got 3"),
+        (["--num_inference_steps", 0], "--num_inference_steps: must be at least 1, got 0"),
+        # Cells of equal values would be one.
+        (
+            ["--guidance_scales", 1, 2, "1.0"],
+            "--guidance_scales must differ from each other, each is a cell, got [1.0",
+        ),
+        (["--num_inference_steps", 25, 25], "--num_inference_steps must differ from each other"),
+        (["--ema_stds", 0.05, "5e-2"], "--ema_stds must differ from each other"),
+        (["--ema_stds", 0.3], "--ema_stds: must be in (0, 1/sqrt(12)), that is below 0.2887, got 0.3"),
+        (["--scheduler", "Sampler"], "DPMSolverMultistepScheduler, got Sampler"),
+        (["--scheduler", "AutoencoderKL"], "--scheduler must be a scheduler of diffusers"),
     ):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match="2"):
             evaluate(arguments, *more)
-        assert message.split(".*")[0] in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_pipelines_that_cannot_be_measured_are_refused_before_the_reference_is(arguments, folder, tmp_path):
