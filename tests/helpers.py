@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from diffusers_mp import MPDiTTransformer2DModel, get_preset
 from diffusers_mp.data.encoding import encode_dataset
+from diffusers_mp.data.images import prepare_image
 from diffusers_mp.data.settings import EncodingSettings
 from diffusers_mp.presets import CONFIGURATIONS
 
@@ -142,6 +143,20 @@ def encode(dataset, folder, *, vae=None, id2label=None, num_processes=1, process
     processes = {"num_processes": num_processes, "process_index": process_index}
     settings = EncodingSettings(resolution, **settings)
     return encode_dataset(dataset, folder, settings, vae=vae, id2label=id2label, **processes)
+
+
+def pixels_of(dataset, num_channels=3):
+    """A data set as `encode` takes it in: 16x16, in [-1, 1]."""
+    prepared = []
+    for row in dataset:
+        with Image.open(row["image"]["path"]) as image:
+            prepared.append(prepare_image(image, 16, num_channels))
+    return torch.stack(prepared).float() / 127.5 - 1
+
+
+def content_of(folder, *without):
+    """What the files of a folder hold, by their names."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in without}
 
 
 def random_picture(rng, width=20, height=18):

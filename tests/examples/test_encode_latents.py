@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import EXAMPLES, ROOT, tiny_vae
+from helpers import EXAMPLES, ROOT, content_of, tiny_vae
 from processes import run_processes
 
 from diffusers_mp.data.latents import LatentDataset
@@ -38,10 +38,6 @@ def encode(*arguments):
     import encode_latents
 
     encode_latents.main(encode_latents.parse_args(list(map(str, arguments))))
-
-
-def content_of(folder, *without):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in without}
 
 
 def test_two_launched_processes_leave_what_one_leaves(arguments, tmp_path, capsys):
