@@ -1,5 +1,6 @@
 """A folder that is filled: by one process or several, killed or not, from a table or a stream."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -62,14 +63,12 @@ def test_a_shard_that_is_made_again_and_comes_out_otherwise_is_in_the_index(pict
 
 # There is one server for all tests, which must not know this package: see `processes.py`.
 processes = multiprocessing.get_context("forkserver")
-
-
 processes.set_forkserver_preload(PRELOADED)
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """A table of 46 pictures, two of them damaged, and its encoding by one process that was left alone."""
+    """A table of 46 images, two of them damaged."""
     folder, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(8)
     rows = []
     for k in range(46):
@@ -82,7 +81,6 @@ def many(tmp_path_factory):
     table = datasets.Dataset.from_dict({"image": rows, "label": [k % 3 for k in range(46)]}, features=features)
     (folder / "table").mkdir()
     table.to_parquet(folder / "table" / "train.parquet")
-    encode_many(folder, folder / "reference")
     return folder
 
 
@@ -124,19 +122,48 @@ def encode_many(source, folder, *, kill_at=None, kill_after=None, streaming=Fals
     return encode(dataset, folder, vae=vae, id2label=id2label, vae_id="tiny", skip_corrupt=True, **options)
 
 
-def start(*arguments, **options):
-    process = processes.Process(target=encode_many, args=arguments, kwargs=options)
+def fork_for_each(connection, source):
+    """A process that has encoded `reference` and forks itself for what comes: they need not import anything again."""
+    encode_many(source, source / "reference")
+    fork = multiprocessing.get_context("fork")
+    connection.send("ready")
+    while (calls := connection.recv()) is not None:
+        started = [fork.Process(target=encode_many, args=paths, kwargs=options) for paths, options in calls]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(TIMEOUT)
+        connection.send([process.exitcode for process in started])
+
+
+@pytest.fixture(scope="module")
+def host(many):
+    connection, other_end = processes.Pipe()
+    process = processes.Process(target=fork_for_each, args=(other_end, many))
     process.start()
-    return process
+    other_end.close()
+    assert connection.recv() == "ready"
+    yield connection
+    connection.send(None)
+    process.join(TIMEOUT)
 
 
-def finish(*all_started):
-    for process in all_started:
-        process.join(TIMEOUT)
-    assert [process.exitcode for process in all_started] == [0] * len(all_started)
+@pytest.fixture
+def encode_in_processes(host, many):
+    """Runs `encode_many` for the table in processes at once, one for each set of options; their exit codes."""
+
+    def encode_in_processes(folder, *shares, **options):
+        host.send([((many, folder), share | options) for share in shares or [{}]])
+        return host.recv()
+
+    return encode_in_processes
 
 
-def test_the_reference_counts_everything_once(many):
+def shares(num_processes):
+    return [{"num_processes": num_processes, "process_index": k} for k in range(num_processes)]
+
+
+def test_the_reference_counts_everything_once(host, many):
     encoded = LatentDataset(many / "reference")
     assert len(encoded) == 44
     assert encoded.index["skipped"] == ["7.png", "24.png"]
@@ -144,67 +171,59 @@ def test_the_reference_counts_everything_once(many):
     assert encoded.index["num_samples_per_class"] == {"0": 15, "1": 14, "2": 15, "3": 0}  # 16, 15, 15 less 24 and 7
 
 
-def test_killed_at_random_moments_nothing_is_lost_or_repeated(many, tmp_path):
+def test_killed_at_random_moments_nothing_is_lost_or_repeated(encode_in_processes, many, tmp_path):
     num_killed = 0
     while num_killed < 4:
         # After a rename of this process, so that a try goes on from where the last one was killed.
-        process = start(many, tmp_path / "a", kill_after=(random.randint(0, 3), random.uniform(0.001, 0.02)))
-        process.join(TIMEOUT)
-        if process.exitcode == 0:
+        moment = random.randint(0, 3), random.uniform(0.001, 0.02)
+        (code,) = encode_in_processes(tmp_path / "a", kill_after=moment)
+        if code == 0:
             break
-        assert process.exitcode == -signal.SIGPROF
+        assert code == -signal.SIGPROF
         num_killed += 1
     # Of the 26 renames there were, the first two tries made a few.
     assert num_killed > 1
-    finish(start(many, tmp_path / "a"))
+    assert encode_in_processes(tmp_path / "a") == [0]
     assert content_of(tmp_path / "a") == content_of(many / "reference")
 
 
-def test_killed_during_a_save_nothing_is_lost_or_repeated(many, tmp_path):
+def test_killed_during_a_save_nothing_is_lost_or_repeated(encode_in_processes, many, tmp_path):
     # settings, then shard and sidecar in turn, then the index: 26 renames when nothing is interrupted
     for kill_at in (0, 0.5, 1, 1.5, 2, 2.5, 5):
-        process = start(many, tmp_path / "a", kill_at=kill_at)
-        process.join(TIMEOUT)
-        assert process.exitcode == -signal.SIGKILL
+        assert encode_in_processes(tmp_path / "a", kill_at=kill_at) == [-signal.SIGKILL]
         assert not (tmp_path / "a" / "index.json").exists()
     assert list((tmp_path / "a").glob("*.unfinished"))
-    finish(start(many, tmp_path / "a"))
+    assert encode_in_processes(tmp_path / "a") == [0]
     assert content_of(tmp_path / "a") == content_of(many / "reference")
 
 
-def test_finished_shards_are_not_made_again(many, tmp_path):
-    process = start(many, tmp_path / "a", kill_at=9)
-    process.join(TIMEOUT)
+def test_finished_shards_are_not_made_again(encode_in_processes, tmp_path):
+    encode_in_processes(tmp_path / "a", kill_at=9)
     shards = {path: path.stat().st_ino for path in (tmp_path / "a").glob("shard-*.safetensors")}
     assert len(shards) == 4
-    finish(start(many, tmp_path / "a"))
+    assert encode_in_processes(tmp_path / "a") == [0]
     assert {path: path.stat().st_ino for path in shards} == shards
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])
-def test_several_processes_equal_one(many, tmp_path, num_processes):
-    shares = [{"num_processes": num_processes, "process_index": k} for k in range(num_processes)]
-    finish(*(start(many, tmp_path / "a", **share) for share in shares))
+def test_several_processes_equal_one(encode_in_processes, many, tmp_path, num_processes):
+    assert encode_in_processes(tmp_path / "a", *shares(num_processes)) == [0] * num_processes
     assert content_of(tmp_path / "a") == content_of(many / "reference")
 
 
-def test_killed_with_two_processes_and_finished_by_three(many, tmp_path):
-    two = [start(many, tmp_path / "a", num_processes=2, process_index=k, kill_at=4 - k) for k in range(2)]
-    for process in two:
-        process.join(TIMEOUT)
+def test_killed_with_two_processes_and_finished_by_three(encode_in_processes, many, tmp_path):
+    two = [share | {"kill_at": 4 - k} for k, share in enumerate(shares(2))]
+    assert encode_in_processes(tmp_path / "a", *two) == [-signal.SIGKILL] * 2
     assert not (tmp_path / "a" / "index.json").exists()
-    finish(*(start(many, tmp_path / "a", num_processes=3, process_index=k) for k in range(3)))
+    assert encode_in_processes(tmp_path / "a", *shares(3)) == [0] * 3
     assert content_of(tmp_path / "a") == content_of(many / "reference")
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_stream_equals_a_table(many, tmp_path, num_processes):
+def test_a_stream_equals_a_table(encode_in_processes, many, tmp_path, num_processes):
     for kill_at in (3, 4):
-        process = start(many, tmp_path / "a", streaming=True, kill_at=kill_at)
-        process.join(TIMEOUT)
-        assert process.exitcode == -signal.SIGKILL
-    shares = [{"num_processes": num_processes, "process_index": k} for k in range(num_processes)]
-    finish(*(start(many, tmp_path / "a", streaming=True, **share) for share in shares))
+        assert encode_in_processes(tmp_path / "a", streaming=True, kill_at=kill_at) == [-signal.SIGKILL]
+    assert encode_in_processes(tmp_path / "a", *shares(num_processes), streaming=True) == [0] * num_processes
     assert content_of(tmp_path / "a", "settings.json") == content_of(many / "reference", "settings.json")
 
 
@@ -304,28 +323,26 @@ def rows_that_watch(content, measured):
         yield {"image": {"path": None, "bytes": content}}
 
 
-def encode_and_watch(folder, queue):
+def encode_and_watch(folder):
     random_picture(np.random.default_rng(0), 64, 64).save(folder / "a.png")
-    measured = []
+    measured, reading = [], []
     features = datasets.Features({"image": datasets.Image(decode=False)})
     arguments = {"content": (folder / "a.png").read_bytes(), "measured": measured}
     stream = datasets.IterableDataset.from_generator(rows_that_watch, features=features, gen_kwargs=arguments)
     encoded = encode(stream, folder / "encoded", resolution=64, shard_size=100, num_workers=1)
-    reading = []
     for index in range(3000):
         encoded[index]
         if index % 100 == 99:
             reading.append(anonymous_megabytes())
-    queue.put((len(encoded), measured, reading))
+    (folder / "measured.json").write_text(json.dumps([len(encoded), measured, reading]))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads RssAnon of Linux")
 def test_memory_does_not_grow_with_the_data(tmp_path):
-    queue = processes.Queue()
-    process = processes.Process(target=encode_and_watch, args=(tmp_path, queue))
+    process = processes.Process(target=encode_and_watch, args=(tmp_path,))
     process.start()
-    num_samples, encoding, reading = queue.get(timeout=TIMEOUT)
-    finish(process)
+    process.join(TIMEOUT)
+    num_samples, encoding, reading = json.loads((tmp_path / "measured.json").read_text())
     assert num_samples == 3000
     megabytes_of_data = 1500 * 64 * 64 * 3 / 2**20  # between the middles of the two spans compared: 18 MiB
     for measured in (encoding, reading):  # the least, because freed memory returns to the system by fits and starts
