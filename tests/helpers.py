@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_mp import MPDiTTransformer2DModel, get_preset
+from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, PowerFunctionEMA, get_preset, normalize_weights_
+from diffusers_mp.averages.snapshots import save_snapshots
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import prepare_image
 from diffusers_mp.data.settings import EncodingSettings
@@ -169,6 +170,26 @@ def normal_rows(count, size, seed=0, scale=1.0, offset=0.0):
     return (
         torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale + offset
     )
+
+
+def vector(tensors):
+    """All of them as one, float64."""
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+def small_run(directory, num_steps=4, vae=None, stds=(0.05, 0.10), **overrides):
+    """Snapshots of each step of a model whose weights walk at random; its averages and pipeline."""
+    model = tiny_model(**overrides)
+    pipeline = MPDiTPipeline(model, DDPMScheduler(), vae, latents_mean=[0.5] * 4, latents_std=[2.0] * 4)
+    ema = PowerFunctionEMA(model, stds)
+    for step in range(1, num_steps + 1):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+        normalize_weights_(model)
+        ema.update(step)
+        save_snapshots(ema, directory, pipeline)
+    return ema, pipeline
 
 
 def random_picture(rng, width=20, height=18):
