@@ -120,7 +120,7 @@ from diffusers_mp.evaluation.features import load_extractor
 from diffusers_mp.evaluation.frechet import rank_warning
 from diffusers_mp.evaluation.heat_map import draw_heat_map
 from diffusers_mp.evaluation.model import EvaluatedModel
-from diffusers_mp.evaluation.reference import ReferenceStatistics, reference_statistics
+from diffusers_mp.evaluation.reference import Processes, ReferenceStatistics, reference_statistics
 from diffusers_mp.files import read_json, write_json
 from diffusers_mp.publishing.hub import HEAT_MAP_NAME, check_hub_access, publish
 from diffusers_mp.publishing.model_card import write_evaluation, write_model_card
@@ -212,6 +212,9 @@ def load_references(args, accelerator, extractors, resolution, num_channels) -> 
     else:
         with accelerator.main_process_first():
             dataset = open_reference(args)
+        processes = Processes(
+            accelerator.num_processes, accelerator.process_index, gather=lambda part: gather_object([part])
+        )
         references = [
             reference_statistics(
                 dataset,
@@ -221,9 +224,7 @@ def load_references(args, accelerator, extractors, resolution, num_channels) -> 
                 cache_dir=args.output_dir / "reference",
                 image_column=args.image_column,
                 batch_size=args.batch_size,
-                num_processes=accelerator.num_processes,
-                process_index=accelerator.process_index,
-                gather=lambda part: gather_object([part]),
+                processes=processes,
             )
             for extractor in extractors
         ]

@@ -129,6 +129,24 @@ def drawn(num_images: int, num_kept: int) -> list[int]:
     return sorted(np.random.RandomState(0).permutation(num_images)[:num_kept].tolist())
 
 
+@dataclass(frozen=True)
+class Processes:
+    """Those that share a work.
+
+    Attributes:
+        count (int): how many there are.
+        index (int): which one this is.
+        gather (callable): what all of them gave it, in their order, on each of them.
+    """
+
+    count: int = 1
+    index: int = 0
+    gather: Callable[[Any], list[Any]] = lambda part: [part]
+
+
+ALONE = Processes()
+
+
 def reference_statistics(
     dataset: "datasets.Dataset",
     extractor: FeatureExtractor,
@@ -138,9 +156,7 @@ def reference_statistics(
     cache_dir: str | Path,
     image_column: str = "image",
     batch_size: int = 32,
-    num_processes: int = 1,
-    process_index: int = 0,
-    gather: Callable[[Any], list[Any]] = lambda part: [part],
+    processes: Processes = ALONE,
 ) -> ReferenceStatistics:
     """Statistics of real images, from the cache if there are any of the same images by content.
 
@@ -156,8 +172,7 @@ def reference_statistics(
             of all that its content depends on: the bytes of the images in order, extractor, size and colour.
         image_column (str): name of the column.
         batch_size (int): images that the extractor is given at once.
-        num_processes, process_index (int): how many share the work, and which one this is.
-        gather (callable): what all processes gave it, in their order, on each of them.
+        processes (Processes): how many share the work, and which one this is.
     Returns:
         ReferenceStatistics: the same on every process.
     Raises:
@@ -165,7 +180,7 @@ def reference_statistics(
     """
     if len(dataset) < 2:
         raise ValueError(f"the reference must hold at least 2 images, got {len(dataset)}.")
-    own = range(process_index, len(dataset), num_processes)
+    own, gather = range(processes.index, len(dataset), processes.count), processes.gather
     facts = {index: _facts_of(dataset[index][image_column]) for index in own}
     facts = functools.reduce(dict.__or__, gather(facts))
     digests = [facts[index][0] for index in range(len(dataset))]
@@ -184,7 +199,7 @@ def reference_statistics(
     statistics, kept = RunningStatistics(), set(drawn(len(dataset), MAX_FEATURES))
     features = {}
     starts = range(0, len(own), batch_size)
-    for start in tqdm(starts, desc="Reference", unit="batch", disable=process_index != 0):
+    for start in tqdm(starts, desc="Reference", unit="batch", disable=processes.index != 0):
         indices, images = own[start : start + batch_size], []
         for index in indices:
             cell = dataset[index][image_column]
@@ -211,7 +226,7 @@ def reference_statistics(
     }
     rows = torch.from_numpy(np.stack([features[index] for index in sorted(kept)]))
     reference = ReferenceStatistics(description, statistics.mean, statistics.covariance, rows)
-    if process_index == 0:
+    if processes.index == 0:
         reference.save(path)
     return reference
 

@@ -6,11 +6,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2
 from helpers import small_run, tiny_model, tiny_vae, vector
 from training_runs import weights
 
-from diffusers_mp import (
-    MPDiTPipeline,
-    MPDiTTransformer2DModel,
-    PowerFunctionEMA,
-)
+from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, PowerFunctionEMA
 from diffusers_mp.averages.snapshots import discard_snapshots_after, find_snapshots, save_snapshots
 
 

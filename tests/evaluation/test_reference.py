@@ -13,11 +13,15 @@ from PIL import Image
 
 from diffusers_mp.data.images import load_image_dataset, prepare_image
 from diffusers_mp.evaluation import reference as reference_module
-from diffusers_mp.evaluation.features import (
-    FeatureExtractor,
-)
+from diffusers_mp.evaluation.features import FeatureExtractor
 from diffusers_mp.evaluation.frechet import RunningStatistics
-from diffusers_mp.evaluation.reference import ReferenceStatistics, drawn, image_metrics, reference_statistics
+from diffusers_mp.evaluation.reference import (
+    Processes,
+    ReferenceStatistics,
+    drawn,
+    image_metrics,
+    reference_statistics,
+)
 
 
 BLOCKS = FeatureExtractor(means_of_blocks, {"id": "means of blocks"})
@@ -64,8 +68,7 @@ def test_processes_share_the_reference(reference_of, tmp_path):
             barrier.wait(timeout=60)
             return gathered
 
-        options = {"num_processes": 3, "process_index": index, "gather": gather}
-        return reference_of(cache_dir=tmp_path / "shared", **options)
+        return reference_of(cache_dir=tmp_path / "shared", processes=Processes(3, index, gather))
 
     with ThreadPoolExecutor(3) as pool:
         shared = list(pool.map(process, range(3)))
