@@ -5,7 +5,7 @@
         --ema_stds 0.03 0.05 0.075 0.10 --guidance_scales 1 1.25 1.5 2 --num_inference_steps 25 50 --heat_map
 
 The second line sweeps: it measures each combination (widths are rebuilt from the snapshots of the run). Images go
-straight to the measures. Each has a seed of its own, so that any number of processes and any batch size give the same
+straight to the measures. Each has its own seed, so that any number of processes and any batch size give the same
 ones (without accelerators: `ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2`); the output folder must be one that all
 processes see. Killed, it goes on after the last finished cell when started again with the same arguments.
 

@@ -164,7 +164,7 @@ def main(args):
             args.hub_model_id or args.output_dir.name, token=args.hub_token, private=args.hub_private_repo or None
         )
 
-    # 1. The base, and data as it wants them
+    # 1. The base and its data
     source = {"revision": args.revision, "cache_dir": args.cache_dir}
     pipeline = DiTPipeline.from_pretrained(args.pretrained_model_name_or_path, **source)
     if args.swap != "none":
