@@ -60,6 +60,13 @@ def add_source_arguments(add: Callable[..., Any], split_help: str = "split to tr
     add("--skip_corrupt", action="store_true", help="leave damaged images out instead of stopping")
 
 
+def source_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of a source say, as arguments of `load_image_dataset`."""
+    names = ("train_data_dir", "dataset_name", "dataset_config_name", "cache_dir", "image_column", "label_column")
+    names += ("max_train_samples", "seed", "streaming")
+    return {"split": args.dataset_split} | {name: getattr(args, name) for name in names if name in args}
+
+
 def add_encoding_arguments(add: Callable[..., Any]) -> None:
     """What becomes of the images before they are kept, for the scripts that train or encode from scratch."""
     add("--pooled_column", help="column of condition vectors, such as a text encoder's pooled output")
@@ -71,10 +78,19 @@ def add_encoding_arguments(add: Callable[..., Any]) -> None:
     add("--image_channels", type=int, default=3, choices=(1, 3), help="with `--vae none`: grey or RGB")
 
 
-def add_hub_arguments(add: Callable[..., Any]) -> None:
+def encoding_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a script's flags say of the encoding, as arguments of `EncodingSettings`."""
+    names = ("resolution", "random_flip", "pooled_column", "shard_size", "image_column", "label_column")
+    flag_of = {name: name for name in (*names, "skip_corrupt")}
+    flag_of |= {"vae_id": "vae", "num_channels": "image_channels"}
+    flag_of |= {"batch_size": "encode_batch_size", "num_workers": "dataloader_num_workers"}
+    return {name: getattr(args, flag) for name, flag in flag_of.items() if flag in args}
+
+
+def add_hub_arguments(add: Callable[..., Any], default_id: str = "name of output_dir") -> None:
     """Whether and where the result is published."""
     add("--push_to_hub", action="store_true", help="publish the result with a model card at the end")
-    add("--hub_model_id", help="repository, as in user/name [name of output_dir]")
+    add("--hub_model_id", help=f"repository, as in user/name [{default_id}]")
     add("--hub_token", help="better: `hf auth login`, which leaves it out of the process list")
     add("--hub_private_repo", action="store_true", help="make the repository private")
     add("--hub_license", help="licence of the weights, as the Hub names it, for the model card")

@@ -26,6 +26,32 @@ import math
 import pickle
 from pathlib import Path
 
+from diffusers_mp.arguments import at_least
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, required=True, help="file of the original release, .pt")
+    add("--output_dir", type=Path, required=True, help="new folder of the DiTPipeline")
+    add("--vae", default="stabilityai/sd-vae-ft-mse", help="folder or Hub id of the VAE, stored too")
+    add("--id2label", help="JSON file of id and name [for 1000 classes, ImageNet's from the Hub]")
+    add("--num_heads", type=at_least(1), help="attention heads [those of the published width]")
+    add(
+        "--time_features",
+        choices=("original", "diffusers"),
+        default="original",
+        help="those of training, or those of diffusers' plain class, which predicts otherwise",
+    )
+    args = parser.parse_args(argv)
+    if args.output_dir.exists():
+        parser.error(f"--output_dir must be a new folder, got {args.output_dir}, which exists")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports below, which take seconds
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -230,18 +256,18 @@ def largest_difference(
     shape = (config.in_channels, config.sample_size, config.sample_size)
     num_classes = config.num_embeds_ada_norm
     transformer.double()
-    expected, received = [], []
+    expected, predicted = [], []
     for number, timestep in enumerate((0, 1, 37, 250, 613, 999)):
         latents = torch.randn(1, *shape, generator=generator, dtype=torch.float64)
         label = num_classes if number == 3 else int(torch.randint(num_classes, (), generator=generator))
         inputs = latents, torch.tensor([timestep]), torch.tensor([label])
         expected.append(original_prediction(weights, *inputs, config.num_attention_heads, last_frequency))
-        received.append(transformer(inputs[0], timestep=inputs[1], class_labels=inputs[2]).sample)
+        predicted.append(transformer(inputs[0], timestep=inputs[1], class_labels=inputs[2]).sample)
     transformer.float()
-    expected, received = torch.cat(expected), torch.cat(received)
+    expected, predicted = torch.cat(expected), torch.cat(predicted)
     # A DiT that was never trained predicts zeros.
     size = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
-    return ((received - expected).abs().max() / size).item()
+    return ((predicted - expected).abs().max() / size).item()
 
 
 def read_names(path: str | None, num_classes: int) -> dict[int, str] | None:
@@ -272,25 +298,6 @@ def read_names(path: str | None, num_classes: int) -> dict[int, str] | None:
     if sorted(names) != list(range(num_classes)):
         raise ValueError(f"`id2label` must name the ids 0 to {num_classes - 1}, got {len(names)} ids.")
     return names
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint_path", type=Path, required=True, help="file of the original release, .pt")
-    parser.add_argument("--output_dir", type=Path, required=True, help="new folder of the DiTPipeline")
-    parser.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="folder or Hub id of the VAE, stored too")
-    parser.add_argument("--id2label", help="JSON file of id and name [for 1000 classes, ImageNet's from the Hub]")
-    parser.add_argument("--num_heads", type=int, help="attention heads [those of the published width]")
-    parser.add_argument(
-        "--time_features",
-        choices=("original", "diffusers"),
-        default="original",
-        help="those of training, or those of diffusers' plain class, which predicts otherwise",
-    )
-    args = parser.parse_args(argv)
-    if args.output_dir.exists():
-        parser.error(f"--output_dir must be a new folder, got {args.output_dir}, which exists")
-    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -333,4 +340,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

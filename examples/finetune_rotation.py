@@ -30,24 +30,103 @@ import json
 import math
 from pathlib import Path
 
+from diffusers_mp.arguments import (
+    LR_SCHEDULERS,
+    HelpFormatter,
+    add_hub_arguments,
+    add_source_arguments,
+    at_least,
+    encoding_of,
+    positive,
+    share,
+    source_of,
+)
+
+
+SUBLAYERS = ("attention", "mlp", "final")
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="folder or Hub id of a DiTPipeline")
+    add("--revision", help="branch, tag or commit of it")
+    add("--swap", choices=("none", "drop", "mean", "anneal"), default="mean", help="what takes the shifts' places")
+    add("--anneal_steps", type=at_least(1), help="updates until the shifts are gone [half of max_train_steps]")
+    add("--distillation", action="store_true", help="learn the untouched model's predictions instead of the data")
+    add("--train", choices=("all", "modulation", "rotation"), default="all", help="which parameters are trained")
+    add("--rank", type=at_least(1), help="rotation heads through a bottleneck of this width [full]")
+    add("--sublayers", nargs="+", choices=SUBLAYERS, default=list(SUBLAYERS), help="whose shifts are swapped")
+    add("--num_calibration_samples", type=at_least(1), default=512, help="training samples for the mean of the shifts")
+    add("--save", choices=("model", "adapter"), default="model", help="a whole pipeline, or what the swap added")
+    add_source_arguments(add)
+    add("--latents_dir", help="where encoded images are kept and found again [OUTPUT_DIR/latents]")
+    add("--random_flip", action="store_true", help="mirror half of the samples")
+    add("--encode_batch_size", type=at_least(1), default=32, help="images per forward pass of the VAE")
+    add("--dataloader_num_workers", type=at_least(0), default=0, help="processes that prepare batches")
+    add("--output_dir", type=Path, default=Path("dit-rotation"), help="new or empty folder for the result")
+    add("--seed", type=at_least(0), default=0, help="seed of every training sample")
+    add("--class_dropout_prob", type=share, default=0.1, help="share of labels replaced by the null class")
+    add("--train_batch_size", type=at_least(1), default=16, help="samples per process and micro batch")
+    add("--gradient_accumulation_steps", type=at_least(1), default=1, help="micro batches per update")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="[as `accelerate config` says]")
+    add("--max_train_steps", type=at_least(0), default=1000, help="number of updates")
+    add("--learning_rate", type=at_least(0, float), default=1e-4, help="of AdamW, after warm-up")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup", help="how the rate goes on after it")
+    add("--lr_warmup_steps", type=at_least(0), default=0, help="updates of linear warm-up")
+    add("--adam_weight_decay", type=at_least(0, float), default=0.0, help="AdamW's weight decay")
+    add("--max_grad_norm", type=positive, default=1.0, help="clip gradients to this norm")
+    add("--validation_steps", type=at_least(0), default=100, help="updates between validations; 0 for none")
+    add("--num_validation_images", type=at_least(1), help="images held out of training [256, at most one in 20]")
+    add("--num_validation_levels", type=at_least(1), default=8, help="noise levels of the validation loss")
+    add("--logging_steps", type=at_least(1), default=10, help="updates between log entries")
+    add("--report_to", default="none", help="tensorboard, wandb, … or none; metrics.jsonl is always kept")
+    add_hub_arguments(add)
+    return parser
+
+
+def parse_args(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        parser.error("give one of --train_data_dir and --dataset_name")
+    if args.swap == "none" and (args.train == "rotation" or args.save == "adapter"):
+        parser.error("--swap none has no rotations for --train rotation or --save adapter")
+    if args.save == "adapter" and args.train == "all":
+        parser.error("--save adapter does not hold the whole model: use --train rotation or --train modulation")
+    if args.anneal_steps is not None and args.swap != "anneal":
+        parser.error(f"--anneal_steps has no meaning for --swap {args.swap}")
+    if args.swap == "anneal":
+        args.anneal_steps = max(1, args.max_train_steps // 2) if args.anneal_steps is None else args.anneal_steps
+        if args.anneal_steps > max(1, args.max_train_steps):
+            parser.error(f"--anneal_steps must be from 1 to --max_train_steps, got {args.anneal_steps}")
+    if args.output_dir.is_dir() and {path.name for path in args.output_dir.iterdir()} - {"latents"}:
+        parser.error(f"--output_dir must be new or empty, {args.output_dir} is not")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports below, which take seconds
+
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler, DiTPipeline
 from diffusers.models.embeddings import LabelEmbedding
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffusers_mp import drop_shift_, save_rotation_adapter, set_shift_scale, swap_adaln_for_rotation
-from diffusers_mp.arguments import HelpFormatter
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
+from diffusers_mp.data.settings import EncodingSettings
 from diffusers_mp.publishing.hub import check_hub_access, check_trackers, public_arguments, publish
 from diffusers_mp.publishing.rotation_card import write_rotation_card
 from diffusers_mp.rotation_swap.checks import check_model, check_sites
-from diffusers_mp.rotation_swap.sites import SUBLAYERS, find_sites
+from diffusers_mp.rotation_swap.sites import find_sites
 from diffusers_mp.training import (
     DDPMObjective,
     JSONLinesTracker,
@@ -62,19 +141,11 @@ from diffusers_mp.training import (
 from diffusers_mp.training.engine import check_engine
 
 
-AT_LEAST_1 = (
-    "encode_batch_size",
-    "gradient_accumulation_steps",
-    "logging_steps",
-    "num_calibration_samples",
-    "num_validation_images",
-    "num_validation_levels",
-    "rank",
-    "train_batch_size",
-)
-
-
 def main(args):
+    try:
+        check_trackers(args.report_to, args.hub_token)
+    except ValueError as error:
+        make_parser().error(str(error))
     logging_dir = args.output_dir / "logs"
     curve = JSONLinesTracker(logging_dir)
     accelerator = Accelerator(
@@ -93,7 +164,7 @@ def main(args):
             args.hub_model_id or args.output_dir.name, token=args.hub_token, private=args.hub_private_repo or None
         )
 
-    # 1. The base, and data as it wants them
+    # 1. The base and its data
     source = {"revision": args.revision, "cache_dir": args.cache_dir}
     pipeline = DiTPipeline.from_pretrained(args.pretrained_model_name_or_path, **source)
     if args.swap != "none":
@@ -106,7 +177,7 @@ def main(args):
     if num_held_out is None:
         num_held_out = max(1, min(256, len(latents) // 20))
     train_indices, validation_indices = split_validation(len(latents), num_held_out, args.seed)
-    options = {"seed": args.seed, "num_classes": transformer.config.num_embeds_ada_norm}
+    options = {"seed": args.seed, **sample_options(pipeline)}
     held_out = HeldOut(args, TrainingSamples(latents, **options, indices=validation_indices), objective)
     options |= {"class_dropout_prob": args.class_dropout_prob, "random_flip": args.random_flip}
     samples = TrainingSamples(latents, **options, indices=train_indices)
@@ -254,18 +325,8 @@ def training_objective(pipeline):
 
 
 def load_latents(args, pipeline, accelerator):
-    """The data, encoded once by the base's VAE, to be read as the base was trained on them."""
-    dataset, id2label = load_image_dataset(
-        args.train_data_dir,
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        split=args.dataset_split,
-        cache_dir=args.cache_dir,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        max_train_samples=args.max_train_samples,
-        seed=args.seed,
-    )
+    """The data, encoded once by the base's VAE."""
+    dataset, id2label = load_image_dataset(**source_of(args))
     if id2label is None:
         raise ValueError("the data must have labels: a DiT generates images of a class.")
     vae, config = pipeline.vae.to(accelerator.device).eval(), pipeline.transformer.config
@@ -275,25 +336,20 @@ def load_latents(args, pipeline, accelerator):
             f"{max(id2label)}."
         )
     processes = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
-    latents = encode_dataset(
-        dataset,
-        args.latents_dir or args.output_dir / "latents",
-        vae=vae,
-        resolution=config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1),
-        id2label=id2label,
-        random_flip=args.random_flip,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        batch_size=args.encode_batch_size,
-        num_workers=args.dataloader_num_workers,
-        skip_corrupt=args.skip_corrupt,
-        **processes,
-    )
+    resolution = config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    settings = EncodingSettings(resolution, **encoding_of(args))
+    folder = args.latents_dir or args.output_dir / "latents"
+    latents = encode_dataset(dataset, folder, settings, vae=vae, id2label=id2label, **processes)
     latents.verify(**processes)
-    # Samples are (z - mean) / std. What a DiT has learned, and its pipeline undoes, is z · scaling_factor.
-    latents.latents_mean = [0.0] * config.in_channels
-    latents.latents_std = [1 / vae.config.scaling_factor] * config.in_channels
     return latents
+
+
+def sample_options(pipeline):
+    """The base's classes, and the units of latents that it has learned and its pipeline undoes: z · scaling_factor."""
+    config = pipeline.transformer.config
+    std = 1 / pipeline.vae.config.scaling_factor  # samples are (z - mean) / std
+    units = {"latents_mean": [0.0] * config.in_channels, "latents_std": [std] * config.in_channels}
+    return {"num_classes": config.num_embeds_ada_norm, **units}
 
 
 def set_training_mode(model):
@@ -364,83 +420,5 @@ def save(args, pipeline, id2label, repo_id, record):
         print(f"Published: {url}")
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="folder or Hub id of a DiTPipeline")
-    add("--revision", help="branch, tag or commit of it")
-    add("--swap", choices=("none", "drop", "mean", "anneal"), default="mean", help="what takes the shifts' places")
-    add("--anneal_steps", type=int, help="updates until the shifts are gone [half of max_train_steps]")
-    add("--distillation", action="store_true", help="learn the untouched model's predictions instead of the data")
-    add("--train", choices=("all", "modulation", "rotation"), default="all", help="which parameters are trained")
-    add("--rank", type=int, help="rotation heads through a bottleneck of this width [full]")
-    add("--sublayers", nargs="+", choices=SUBLAYERS, default=list(SUBLAYERS), help="whose shifts are swapped")
-    add("--num_calibration_samples", type=int, default=512, help="training samples for the mean of the shifts")
-    add("--save", choices=("model", "adapter"), default="model", help="a whole pipeline, or what the swap added")
-    add("--train_data_dir", help="folder of images, one sub-folder for each class")
-    add("--dataset_name", help="data set on the Hub, or a path `datasets.load_dataset` understands")
-    add("--dataset_config_name", help="configuration of the data set")
-    add("--dataset_split", default="train", help="split to train on")
-    add("--image_column", default="image", help="column of the images")
-    add("--label_column", default="label", help="column of the class labels")
-    add("--cache_dir", help="where `datasets` and the Hub client keep their files")
-    add("--latents_dir", help="where encoded images are kept and found again [OUTPUT_DIR/latents]")
-    add("--max_train_samples", type=int, help="use this many samples only, chosen by the seed")
-    add("--skip_corrupt", action="store_true", help="leave damaged images out instead of stopping")
-    add("--random_flip", action="store_true", help="mirror half of the samples")
-    add("--encode_batch_size", type=int, default=32, help="images per forward pass of the VAE")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that prepare batches")
-    add("--output_dir", type=Path, default=Path("dit-rotation"), help="new or empty folder for the result")
-    add("--seed", type=int, default=0, help="seed of every training sample")
-    add("--class_dropout_prob", type=float, default=0.1, help="share of labels replaced by the null class")
-    add("--train_batch_size", type=int, default=16, help="samples per process and micro batch")
-    add("--gradient_accumulation_steps", type=int, default=1, help="micro batches per update")
-    add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="[as `accelerate config` says]")
-    add("--max_train_steps", type=int, default=1000, help="number of updates")
-    add("--learning_rate", type=float, default=1e-4, help="of AdamW, after warm-up")
-    schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
-    add("--lr_scheduler", choices=schedules, default="constant_with_warmup", help="how the rate goes on from there")
-    add("--lr_warmup_steps", type=int, default=0, help="updates of linear warm-up")
-    add("--adam_weight_decay", type=float, default=0.0, help="AdamW's weight decay")
-    add("--max_grad_norm", type=float, default=1.0, help="clip gradients to this norm")
-    add("--validation_steps", type=int, default=100, help="updates between validations; 0 for none")
-    add("--num_validation_images", type=int, help="images held out of training [256, at most one in 20]")
-    add("--num_validation_levels", type=int, default=8, help="noise levels of the validation loss")
-    add("--logging_steps", type=int, default=10, help="updates between log entries")
-    add("--report_to", default="none", help="tensorboard, wandb, … or none; metrics.jsonl is always kept")
-    add("--push_to_hub", action="store_true", help="publish the result with a model card")
-    add("--hub_model_id", help="repository, as in user/name [name of output_dir]")
-    add("--hub_token", help="better: `hf auth login`, which leaves it out of the process list")
-    add("--hub_private_repo", action="store_true", help="make the repository private")
-    add("--hub_license", help="licence of the weights, for the model card; it has to suit the base model's")
-    args = parser.parse_args(argv)
-
-    if (args.train_data_dir is None) == (args.dataset_name is None):
-        parser.error("give one of --train_data_dir and --dataset_name")
-    if args.swap == "none" and (args.train == "rotation" or args.save == "adapter"):
-        parser.error("--swap none has no rotations for --train rotation or --save adapter")
-    if args.save == "adapter" and args.train == "all":
-        parser.error("--save adapter does not hold the whole model: use --train rotation or --train modulation")
-    if args.anneal_steps is not None and args.swap != "anneal":
-        parser.error(f"--anneal_steps has no meaning for --swap {args.swap}")
-    if args.swap == "anneal":
-        args.anneal_steps = max(1, args.max_train_steps // 2) if args.anneal_steps is None else args.anneal_steps
-        if not 1 <= args.anneal_steps <= max(1, args.max_train_steps):
-            parser.error(f"--anneal_steps must be from 1 to --max_train_steps, got {args.anneal_steps}")
-    for name in AT_LEAST_1:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.max_train_steps < 0:
-        parser.error(f"--max_train_steps must not be negative, got {args.max_train_steps}")
-    if args.output_dir.is_dir() and {path.name for path in args.output_dir.iterdir()} - {"latents"}:
-        parser.error(f"--output_dir must be new or empty, {args.output_dir} is not")
-    try:
-        check_trackers(args.report_to, args.hub_token)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

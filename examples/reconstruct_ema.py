@@ -11,32 +11,43 @@ The second line says how well each width can be rebuilt and writes nothing. The 
 import argparse
 from pathlib import Path
 
+from diffusers_mp.arguments import HelpFormatter, at_least, ema_width
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Rebuild averages of other widths from the snapshots of a run.", formatter_class=HelpFormatter
+    )
+    add = parser.add_argument
+    add("snapshots_dir", type=Path, help="ema_snapshots of a run")
+    add("--ema_stds", type=ema_width, nargs="+", required=True, help="wanted widths, between 0 and 0.2887")
+    add("--step", type=at_least(1), help="step of the average [that of the last snapshot]")
+    add("--output_dir", type=Path, help="new folder of the pipeline; without it, the fit is shown only")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    args = make_parser().parse_args(argv)
+    if args.output_dir is not None and len(args.ema_stds) > 1:
+        make_parser().error(f"--output_dir takes one pipeline, hence one of --ema_stds, got {args.ema_stds}")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports below, which take seconds
+
 from diffusers_mp import reconstruct_ema
 from diffusers_mp.averages.reconstruction import plan_reconstruction
 from diffusers_mp.averages.snapshots import find_snapshots
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Rebuild averages of other widths from the snapshots of a run.")
-    parser.add_argument("snapshots_dir", type=Path, help="ema_snapshots of a run")
-    parser.add_argument("--ema_stds", type=float, nargs="+", required=True, help="wanted widths, between 0 and 0.2887")
-    parser.add_argument("--step", type=int, help="step of the average [that of the last snapshot]")
-    parser.add_argument(
-        "--output_dir", type=Path, help="new folder of the pipeline; without it, the fit is shown only"
-    )
-    args = parser.parse_args(argv)
-    if args.output_dir is not None and len(args.ema_stds) > 1:
-        parser.error(f"--output_dir takes one pipeline, hence one of --ema_stds, got {args.ema_stds}")
-    if not find_snapshots(args.snapshots_dir):
-        parser.error(
+def main(args: argparse.Namespace) -> None:
+    snapshots = find_snapshots(args.snapshots_dir)
+    if not snapshots:
+        make_parser().error(
             "snapshots_dir must hold folders like step-0001000_std-0.05, as ema_snapshots of a run with "
             f"--ema_snapshot_steps does, got {args.snapshots_dir}"
         )
-    return args
-
-
-def main(args: argparse.Namespace) -> None:
-    snapshots = find_snapshots(args.snapshots_dir)
     print(f"{len(snapshots)} snapshots in {args.snapshots_dir}")
     for std in args.ema_stds:
         if args.output_dir is None:
@@ -53,4 +64,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

@@ -36,10 +36,12 @@ from diffusers_mp import (
     training,
     trust_rows_,
 )
+from diffusers_mp.arguments import encoding_of, source_of
 from diffusers_mp.averages.snapshots import save_snapshots
 from diffusers_mp.data.encoding import encode_dataset, load_vae
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.latents import LatentDataset
+from diffusers_mp.data.settings import EncodingSettings
 from diffusers_mp.optimization import check_optimizer, inverse_sqrt_schedule
 from diffusers_mp.publishing.hub import check_hub_access, publish
 from diffusers_mp.publishing.model_card import write_model_card
@@ -122,39 +124,13 @@ def load_latents(args, vae, accelerator, pretrained=None) -> LatentDataset:
         latents = LatentDataset(folder)
     else:
         check_model(args, vae, pretrained)
-        dataset, id2label = load_image_dataset(
-            args.train_data_dir,
-            dataset_name=args.dataset_name,
-            dataset_config_name=args.dataset_config_name,
-            split=args.dataset_split,
-            cache_dir=args.cache_dir,
-            image_column=args.image_column,
-            label_column=args.label_column,
-            max_train_samples=args.max_train_samples,
-            seed=args.seed,
-            streaming=args.streaming,
-        )
+        dataset, id2label = load_image_dataset(**source_of(args))
         if vae is not None:
             vae.to(accelerator.device).eval()
         # Encodes what is missing, damaged shards that were deleted among it, and refuses a folder of other data. No
         # barriers here: they time out long before a large data set is downloaded and encoded.
-        latents = encode_dataset(
-            dataset,
-            folder,
-            vae=vae,
-            resolution=args.resolution,
-            id2label=id2label,
-            vae_id=args.vae,
-            random_flip=args.random_flip,
-            num_channels=args.image_channels,
-            image_column=args.image_column,
-            label_column=args.label_column,
-            pooled_column=args.pooled_column,
-            batch_size=args.encode_batch_size,
-            num_workers=args.dataloader_num_workers,
-            skip_corrupt=args.skip_corrupt,
-            **processes,
-        )
+        settings = EncodingSettings(**encoding_of(args))
+        latents = encode_dataset(dataset, folder, settings, vae=vae, id2label=id2label, **processes)
         if vae is not None:
             vae.to("cpu")  # where the pipeline has it between validations, and other processes never need it
     latents.validate(vae=vae, resolution=args.resolution, random_flip=args.random_flip)

@@ -40,6 +40,7 @@ LONGEST_FIRST = (
         "test_train_failures",
         "test_train_resume",
         "test_transformer_in_torch",
+        "test_encoding",
     ),
 )
 

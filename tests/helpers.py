@@ -6,12 +6,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from diffusers_mp import MPDiTTransformer2DModel, MPLinear, MPSiLU, get_preset, presets
+from diffusers_mp import (
+    MPDiTPipeline,
+    MPDiTTransformer2DModel,
+    MPLinear,
+    MPSiLU,
+    PowerFunctionEMA,
+    get_preset,
+    normalize_weights_,
+    presets,
+)
+from diffusers_mp.averages.snapshots import save_snapshots
+from diffusers_mp.data.encoding import encode_dataset
+from diffusers_mp.data.images import prepare_image
+from diffusers_mp.data.settings import EncodingSettings
 
 
 ROOT = Path(__file__).parents[1]
@@ -185,6 +198,59 @@ def tiny_vae(in_channels=3, latent_channels=4, seed=0):
         norm_num_groups=4,
         latent_channels=latent_channels,
     ).eval()
+
+
+def encode(dataset, folder, *, vae=None, id2label=None, num_processes=1, process_index=0, resolution=16, **settings):
+    """`encode_dataset`, of pixels if there is no VAE."""
+    processes = {"num_processes": num_processes, "process_index": process_index}
+    settings = EncodingSettings(resolution, **settings)
+    return encode_dataset(dataset, folder, settings, vae=vae, id2label=id2label, **processes)
+
+
+def pixels_of(dataset, num_channels=3):
+    """A data set as `encode` takes it in: 16x16, in [-1, 1]."""
+    prepared = []
+    for row in dataset:
+        with Image.open(row["image"]["path"]) as image:
+            prepared.append(prepare_image(image, 16, num_channels))
+    return torch.stack(prepared).float() / 127.5 - 1
+
+
+def content_of(folder, *without):
+    """What the files of a folder hold, by their names."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in without}
+
+
+def means_of_blocks(images):
+    """Features of a function of one's own: 48 for RGB."""
+    return torch.nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1) / 255
+
+
+def normal_rows(count, size, seed=0, scale=1.0, offset=0.0):
+    """Points of a normal distribution, float64."""
+    return (
+        torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale + offset
+    )
+
+
+def vector(tensors):
+    """All of them as one, float64."""
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+def small_run(directory, num_steps=4, vae=None, stds=(0.05, 0.10), **overrides):
+    """Snapshots of each step of a model whose weights walk at random; its averages and pipeline."""
+    model = tiny_model(**overrides)
+    pipeline = MPDiTPipeline(model, DDPMScheduler(), vae, latents_mean=[0.5] * 4, latents_std=[2.0] * 4)
+    ema = PowerFunctionEMA(model, stds)
+    for step in range(1, num_steps + 1):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+        normalize_weights_(model)
+        ema.update(step)
+        save_snapshots(ema, directory, pipeline)
+    return ema, pipeline
 
 
 def random_picture(rng, width=20, height=18):

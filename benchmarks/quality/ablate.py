@@ -40,6 +40,7 @@ from diffusers_mp import MPDiTPipeline, get_preset
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.latents import LatentDataset
+from diffusers_mp.data.settings import EncodingSettings
 from diffusers_mp.diagnostics.history import load_history
 from diffusers_mp.evaluation.generation import NonFiniteImageError, generate_images
 from diffusers_mp.files import read_json, sha256_of_file, whole_file, write_json
@@ -260,14 +261,8 @@ def prepare(args):
             dataset, id2label = load_image_dataset(
                 args.output_dir / "digits", cache_dir=str(args.output_dir / "cache")
             )
-            encode_dataset(
-                dataset,
-                args.output_dir / "latents",
-                vae=None,
-                resolution=demo.SCAN_SIZE,
-                id2label=id2label,
-                num_channels=1,
-            )
+            settings = EncodingSettings(demo.SCAN_SIZE, num_channels=1)
+            encode_dataset(dataset, args.output_dir / "latents", settings, vae=None, id2label=id2label)
             images = np.stack([np.asarray(scaled[number]) for number in judged])
             judge = fit_judge(torch.tensor(images)[:, None], torch.tensor(scans.target[judged]), JUDGE_STEPS)
             save_file(judge.state_dict(), args.output_dir / "judge.safetensors")

@@ -42,6 +42,7 @@ from diffusers_mp import (
     trust_rows_,
 )
 from diffusers_mp.data.encoding import encode_dataset
+from diffusers_mp.data.settings import EncodingSettings
 from diffusers_mp.training import StreamBatchSampler, TrainingSamples
 
 
@@ -280,7 +281,7 @@ def measure_loading(num_images: int, sample_size: int, batch_size: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         table = datasets.concatenate_datasets([table] * (num_images // 64))
         names = dict(enumerate(map(str, range(64))))
-        latents = encode_dataset(table, folder, vae=vae, resolution=resolution, id2label=names)
+        latents = encode_dataset(table, folder, EncodingSettings(resolution), vae=vae, id2label=names)
         samples = TrainingSamples(latents, seed=0, num_classes=NUM_CLASSES, class_dropout_prob=0.1)
 
         def epoch():

@@ -1,4 +1,4 @@
-"""From pictures to a data set of VAE posteriors: encoded once, in a folder that `latents.py` reads.
+"""From images to a data set of VAE posteriors: encoded once, in a folder that `latents.py` reads.
 
     folder/settings.json             written first: what is encoded, and how
     folder/shard-00000.safetensors   mean, std, flipped_mean, flipped_std (float32); or pixels (uint8)
@@ -15,15 +15,12 @@ Processes wait for each other by looking for these files. Nothing is waited for 
 give up after minutes, while encoding takes hours.
 """
 
-import hashlib
 import itertools
-import json
 import logging
-import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,13 +28,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..files import UNFINISHED, read_json, sha256_of_file, whole_file
-from .images import read_picture
-from .latents import FORMAT_VERSION, INDEX_NAME, LatentDataset, content_hash, to_unit_range, vae_fingerprint
+from ..files import UNFINISHED, read_json
+from .latents import FORMAT_VERSION, INDEX_NAME, LatentDataset, content_hash
+from .settings import EncodingSettings, differences
+from .shards import (
+    ChannelStatistics,
+    ShardRows,
+    finished_sidecar,
+    is_whole,
+    make_shard,
+    shard_name,
+    write_json,
+)
 
 
 if TYPE_CHECKING:
@@ -48,57 +52,6 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = "settings.json"
 POLL_SECONDS = 0.5
-
-
-class _ChannelStatistics:
-    """Mean and std per channel of what training draws, std² = Var[mean] + E[std²], summed in float64.
-
-    Summed by NumPy, in one thread: PyTorch's order of summation depends on the number of threads.
-    """
-
-    def __init__(self):
-        self.count, self.sum, self.sum_of_squares = 0, 0.0, 0.0
-
-    def update(self, mean: torch.Tensor, std: torch.Tensor | None = None) -> None:
-        mean = mean.double().numpy()
-        self.count += mean[:, 0].size
-        self.sum += mean.sum((0, 2, 3))
-        self.sum_of_squares += (mean**2).sum((0, 2, 3))
-        if std is not None:
-            self.sum_of_squares += (std.double().numpy() ** 2).sum((0, 2, 3))
-
-    def state(self) -> dict[str, Any]:
-        """The sums as JSON has them, which loses no bit of a float64."""
-        return {"count": self.count, "sum": self.sum.tolist(), "sum_of_squares": self.sum_of_squares.tolist()}
-
-    def add(self, state: Mapping[str, Any]) -> None:
-        self.count += state["count"]
-        self.sum += torch.tensor(state["sum"], dtype=torch.float64)
-        self.sum_of_squares += torch.tensor(state["sum_of_squares"], dtype=torch.float64)
-
-    def result(self) -> tuple[list[float], list[float]]:
-        mean = self.sum / self.count
-        std = (self.sum_of_squares / self.count - mean.square()).clamp(min=0).sqrt()
-        # A constant leaves a rounding error of about 1e-8 of its value, not an exact 0; NaN fails here as well.
-        wrong = (~(std > 1e-6 * mean.abs().clamp(min=1))).nonzero().flatten().tolist()
-        if wrong:
-            raise ValueError(
-                f"Every channel must vary over the data, channels {wrong} have std {std[wrong].tolist()}."
-            )
-        return mean.tolist(), std.tolist()
-
-
-def _encode_batch(pixels, vae, random_flip, statistics) -> dict[str, torch.Tensor]:
-    if vae is None:
-        statistics.update(to_unit_range(pixels))
-        return {"pixels": pixels}
-    tensors = {}
-    for prefix, variant in [("", pixels), ("flipped_", pixels.flip(-1))][: 1 + random_flip]:
-        posterior = vae.encode(to_unit_range(variant.to(vae.device))).latent_dist
-        mean, std = posterior.mean.cpu().contiguous(), posterior.std.cpu().contiguous()
-        statistics.update(mean, std)
-        tensors |= {prefix + "mean": mean, prefix + "std": std}
-    return tensors
 
 
 def load_vae(name_or_path: str, cache_dir: str | None = None) -> "AutoencoderKL | None":
@@ -133,50 +86,18 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> "AutoencoderKL 
     ) from failures[0]
 
 
-def check_encoding(
-    vae: "AutoencoderKL | None", resolution: int, num_channels: int = 3, batch_size: int = 32, shard_size: int = 2048
-) -> None:
-    """Check the settings of `encode_dataset`, before a data set is opened.
-
-    Args:
-        vae, resolution, num_channels, batch_size, shard_size: as in `encode_dataset`.
-    Raises:
-        ValueError: if a number is less than 1, the resolution does not suit the VAE, or pictures are neither grey nor
-            RGB.
-    """
-    for name, value in (("resolution", resolution), ("batch_size", batch_size), ("shard_size", shard_size)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    if vae is not None:
-        num_channels, factor = vae.config.in_channels, 2 ** (len(vae.config.block_out_channels) - 1)
-        if resolution % factor:
-            raise ValueError(f"`resolution` must be a multiple of the VAE's factor {factor}, got {resolution}.")
-    if num_channels not in (1, 3):
-        raise ValueError(f"Pictures have 1 (grey) or 3 (RGB) channels, `vae` or `num_channels` wants {num_channels}.")
-
-
 @torch.no_grad()
 def encode_dataset(
     dataset: "datasets.Dataset | datasets.IterableDataset",
     folder: str | os.PathLike,
+    settings: EncodingSettings,
     *,
     vae: "AutoencoderKL | None",
-    resolution: int,
     id2label: Mapping[int, str] | None = None,
-    vae_id: str | None = None,
-    random_flip: bool = False,
-    num_channels: int = 3,
-    image_column: str = "image",
-    label_column: str = "label",
-    pooled_column: str | None = None,
-    batch_size: int = 32,
-    shard_size: int = 2048,
-    num_workers: int = 0,
-    skip_corrupt: bool = False,
     num_processes: int = 1,
     process_index: int = 0,
 ) -> LatentDataset:
-    """Encodes every picture once, on the VAE's device, and opens the result; goes on where an earlier call stopped.
+    """Encodes every image once, on the VAE's device, and opens the result; goes on where an earlier call stopped.
 
     Called by all processes with the same arguments and a folder that all see, it shares the shards among them, and
     returns in each when all are done. On one kind of device the result has the same bits for any number of processes
@@ -187,93 +108,59 @@ def encode_dataset(
             names, no labels. Of a stream every process reads all, and decodes its own shards.
         folder (str): where to write. It may hold an unfinished encoding with the same settings and data, which goes
             on, or a finished one, whose settings are compared and which is opened as it is. Without `skip_corrupt`
-            it is said if that one lacks pictures.
+            it is said if that one lacks images.
+        settings (EncodingSettings): what images are encoded to, and how.
         vae (AutoencoderKL): in float32. `None` stores the pixels themselves, as bytes.
-        resolution (int): side of the pictures, a multiple of the VAE's downsampling factor.
-        vae_id (str): name kept for people; by default where the VAE was loaded from.
-        random_flip (bool): store the posterior of the mirrored picture too. Pixels are mirrored on reading instead.
-        num_channels (int): of the pictures when `vae` is None (1 or 3); a VAE brings its own.
-        image_column, label_column (str): names of the columns.
-        pooled_column (str, optional): column of condition vectors, such as a text encoder's pooled output: lists of
-            numbers, all of one length.
-        batch_size, shard_size (int): pictures per forward pass and per file.
-        num_workers (int): threads that decode pictures ahead.
-        skip_corrupt (bool): leave damaged pictures out, with a warning, instead of raising. Files that are missing
-            or cannot be read raise all the same.
         num_processes, process_index (int): how many share the work, and which one this is.
     Returns:
         LatentDataset: the encoded data.
     Raises:
         OSError: for a file that is missing or cannot be read.
-        ValueError: for a picture that is damaged, a wrong label, a constant channel, a VAE that cannot encode these
-            pictures, or a folder begun with other settings or data.
+        ValueError: for an image that is damaged, a wrong label, a constant channel, a VAE that cannot encode these
+            images, or a folder begun with other settings or data.
     """
-    folder, fingerprint = Path(folder), None
-    check_encoding(vae, resolution, num_channels, batch_size, shard_size)
-    if vae is not None:
-        num_channels = vae.config.in_channels
-        fingerprint = {"id": vae_id or vae.config.get("_name_or_path"), **vae_fingerprint(vae)}
+    folder, settings = Path(folder), settings.for_vae(vae)
     if not 0 <= process_index < num_processes:
         raise ValueError(f"`process_index` must be in [0, {num_processes}), got {process_index}.")
-
     num_rows = len(dataset) if hasattr(dataset, "__len__") else None
-    settings = {
-        "format_version": FORMAT_VERSION,
-        "vae": fingerprint,
-        "resolution": resolution,
-        "num_channels": num_channels,
-        "random_flip": random_flip,
-        "shard_size": shard_size,
-        "id2label": None if id2label is None else {str(id_): name for id_, name in id2label.items()},
-        "pooled_column": pooled_column,
-        "num_rows": num_rows,
-    }
-    settings = _claim(folder, settings, process_index)
+    record = _claim(folder, settings.record(vae, id2label, num_rows), process_index)
     index = read_json(folder / INDEX_NAME)
-    is_finished = index is not None and all(_is_whole(folder, shard) for shard in index["shards"])
+    is_finished = index is not None and all(is_whole(folder, shard) for shard in index["shards"])
     if is_finished and num_rows is None:
         # A stream would have to be read to its end to be compared.
-        return _open(folder, skip_corrupt, process_index)
+        return _open(folder, settings.skip_corrupt, process_index)
     if not is_finished and process_index == 0:
         (folder / INDEX_NAME).unlink(missing_ok=True)
 
-    columns = {"picture": image_column}
+    # The rows, without columns that nobody needs, and how many of them are this process's
+    columns = {"cell": settings.image_column}
     if id2label is not None:
-        columns["label"] = label_column
-    if pooled_column is not None:
-        columns["pooled_projections"] = pooled_column
+        columns["label"] = settings.label_column
+    if settings.pooled_column is not None:
+        columns["pooled_projections"] = settings.pooled_column
     dataset = dataset.select_columns(list(columns.values()))
-    Image.init()  # threads that meet an unusual format at the same moment would race for its plugin
-    own_rows = None
+    shard_size, own_rows = settings.shard_size, None
     if num_rows is not None:
         starts = range(process_index * shard_size, num_rows, num_processes * shard_size)
         own_rows = sum(min(shard_size, num_rows - start) for start in starts)
-    num_shards = 0
+
+    # Its shards, then the index of all
+    Image.init()  # threads that meet an unusual format at the same moment would race for its plugin
+    num_shards, num_workers = 0, settings.num_workers
     with (
         ThreadPoolExecutor(num_workers) if num_workers else nullcontext() as pool,
-        tqdm(total=own_rows, desc="Encoding pictures", unit="img", disable=process_index > 0) as progress_bar,
+        tqdm(total=own_rows, desc="Encoding images", unit="img", disable=process_index > 0) as progress_bar,
     ):
         for number, rows in enumerate(_cut(dataset, shard_size)):
             num_shards = number + 1
-            if number % num_processes != process_index:
-                continue
-            pictures = _Pictures(rows, number * shard_size, columns, resolution, num_channels, progress_bar)
-            _check_or_encode(
-                folder,
-                number,
-                pictures,
-                pool,
-                vae=vae,
-                random_flip=random_flip,
-                batch_size=batch_size,
-                skip_corrupt=skip_corrupt,
-                id2label=id2label,
-            )
-    _complete(folder, settings, num_shards, process_index)
-    return _open(folder, skip_corrupt, process_index)
+            if number % num_processes == process_index:
+                shard = ShardRows(rows, number * shard_size, columns, settings, progress_bar)
+                make_shard(folder, number, shard, pool, vae, id2label)
+    _complete(folder, record, num_shards, process_index)
+    return _open(folder, settings.skip_corrupt, process_index)
 
 
-def _claim(folder: Path, settings: dict[str, Any], process_index: int) -> dict[str, Any]:
+def _claim(folder: Path, record: dict[str, Any], process_index: int) -> dict[str, Any]:
     """Leaves the settings in the folder, or refuses to go on with others; returns those there."""
     path = folder / SETTINGS_NAME
     if not path.is_file():
@@ -283,19 +170,10 @@ def _claim(folder: Path, settings: dict[str, Any], process_index: int) -> dict[s
             raise ValueError(f"`folder` must be new or hold {SETTINGS_NAME} beside its shards, got {folder}.")
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_json(path, settings)
-    stored, wanted = read_json(path), dict(settings)
-    if stored.get("num_rows") is None or wanted["num_rows"] is None:  # the rows of a stream are counted by reading it
-        wanted["num_rows"] = stored.get("num_rows")
-    if stored.get("vae") and wanted["vae"]:  # the same VAE under another name is the same
-        wanted["vae"] = wanted["vae"] | {"id": stored["vae"]["id"]}
-    differences = [
-        f"{key} {_shortened(stored.get(key))} (now {_shortened(value)})"
-        for key, value in wanted.items()
-        if stored.get(key) != value
-    ]
-    if differences:
-        raise ValueError(f"{folder} holds an encoding with {', '.join(differences)}. Take another folder.")
+            write_json(path, record)
+    stored = read_json(path)
+    if different := differences(stored, record):
+        raise ValueError(f"{folder} holds an encoding with {', '.join(different)}. Take another folder.")
     return stored
 
 
@@ -304,17 +182,12 @@ def _open(folder: Path, skip_corrupt: bool, process_index: int) -> LatentDataset
     skipped = dataset.index["skipped"]
     if skipped and not skip_corrupt and process_index == 0:
         logger.warning(
-            "%s lacks pictures that could not be read when it was encoded: %d of them, such as %s",
+            "%s lacks images that could not be read when it was encoded: %d of them, such as %s",
             folder,
             len(skipped),
             skipped[0],
         )
     return dataset
-
-
-def _shortened(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 300 else text[:300] + "…"
 
 
 def _cut(dataset: "datasets.Dataset | datasets.IterableDataset", shard_size: int) -> Iterator[Iterator[dict]]:
@@ -330,174 +203,48 @@ def _cut(dataset: "datasets.Dataset | datasets.IterableDataset", shard_size: int
         deque(rows, maxlen=0)
 
 
-class _Pictures:
-    """The rows of one shard: prepared in order by threads, and summed up in a digest that tells other data apart.
-
-    The digest is over names without their folders, sizes and labels, which cost no decoding and survive a move.
-    """
-
-    def __init__(self, rows, first_row, columns, resolution, num_channels, progress_bar):
-        self.rows, self.first_row, self.columns = rows, first_row, columns
-        self.resolution, self.num_channels, self.progress_bar = resolution, num_channels, progress_bar
-        self.num_rows, self.digest = 0, hashlib.sha256()
-
-    def _counted(self) -> Iterator[tuple[str, dict | None, Any]]:
-        for row in self.rows:
-            conditions = {role: row[column] for role, column in self.columns.items()}
-            picture = conditions.pop("picture")
-            path, content = (picture or {}).get("path"), (picture or {}).get("bytes")
-            num_bytes = None if content is None else len(content)
-            if content is None and path is not None and os.path.isfile(path):
-                num_bytes = os.path.getsize(path)
-            self.digest.update(json.dumps([path and os.path.basename(path), num_bytes, *conditions.values()]).encode())
-            name = path or f"row {self.first_row + self.num_rows}"
-            self.num_rows += 1
-            self.progress_bar.update()
-            yield name, picture, conditions
-
-    def digest_of_all(self) -> str:
-        deque(self._counted(), maxlen=0)
-        return self.digest.hexdigest()
-
-    def _prepare(self, name, picture, conditions):
-        return name, *read_picture(picture, self.resolution, self.num_channels), conditions
-
-    def prepared(self, pool: ThreadPoolExecutor | None, num_ahead: int) -> Iterator[tuple]:
-        """(name, pixels, error, conditions), with at most `num_ahead` pictures waiting to be taken."""
-        if pool is None:
-            yield from itertools.starmap(self._prepare, self._counted())
-            return
-        pending = deque()
-        for row in self._counted():
-            pending.append(pool.submit(self._prepare, *row))
-            if len(pending) > num_ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def _check_or_encode(
-    folder: Path, number: int, pictures: _Pictures, pool: ThreadPoolExecutor | None, *, batch_size: int, **options
-) -> None:
-    """Makes a shard and its sidecar; of a shard that is finished, compares the rows it was made from."""
-    sidecar = _finished(folder, number)
-    if sidecar is not None:
-        if pictures.digest_of_all() != sidecar["rows_sha256"]:
-            raise ValueError(
-                f"`folder` must have been begun with the same data: other names, sizes or labels of pictures "
-                f"were encoded in {folder / _shard_name(number)}. Take another folder."
-            )
-        return
-    (folder / _sidecar_name(number)).unlink(missing_ok=True)
-    prepared = pictures.prepared(pool, num_ahead=2 * batch_size)
-    sidecar = _encode_shard(folder / _shard_name(number), prepared, batch_size=batch_size, **options)
-    sidecar |= {"num_rows": pictures.num_rows, "rows_sha256": pictures.digest.hexdigest()}
-    _write_json(folder / _sidecar_name(number), sidecar)
-
-
-def _encode_shard(
-    path: Path, pictures: Iterable[tuple], *, vae, random_flip, batch_size, skip_corrupt, id2label
-) -> dict[str, Any]:
-    """Writes one shard, unless none of its pictures can be read, and returns what its sidecar says of it."""
-    statistics, parts, skipped, pooled_dim = _ChannelStatistics(), [], [], None
-    pictures = iter(pictures)
-    while rows := list(itertools.islice(pictures, batch_size)):
-        batch, names = [], []
-        for name, pixels, error, conditions in rows:
-            if error is not None and not skip_corrupt:
-                raise ValueError(f"Cannot read {name}: {error}. `--skip_corrupt` leaves such pictures out.")
-            if error is not None:
-                logger.warning("Left out %s, which cannot be read: %s", name, error)
-                skipped.append(name)
-                continue
-            label = conditions.get("label")
-            if id2label is not None and (
-                not isinstance(label, int) or label < 0 or id2label and label not in id2label
-            ):
-                raise ValueError(f"Labels must be ids of `id2label`, {name} has {label!r}.")
-            if "pooled_projections" in conditions:
-                vector = _vector(name, conditions["pooled_projections"], pooled_dim)
-                conditions["pooled_projections"], pooled_dim = vector, len(vector)
-            batch.append((pixels, conditions))
-            names.append(name)
-        if batch:
-            parts.append(_encode_batch(torch.stack([pixels for pixels, _ in batch]), vae, random_flip, statistics))
-            finite = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in parts[-1].values()]).all(0)
-            if not finite.all():
-                name = names[finite.tolist().index(False)]
-                raise ValueError(f"`vae` must make finite latents, in {vae.dtype} those of {name} are not.")
-            for role in batch[0][1]:
-                parts[-1][role] = torch.tensor([conditions[role] for _, conditions in batch])
-    if not parts:
-        return {"num_samples": 0, "skipped": skipped}
-    tensors = {key: torch.cat([part.pop(key) for part in parts]) for key in list(parts[0])}
-    sha256 = _replace(path, lambda temporary: save_file(tensors, temporary))
-    labels = tensors["label"].tolist() if id2label is not None else []
-    first = next(iter(tensors.values()))
-    return {
-        "name": path.name,
-        "num_samples": len(first),
-        "num_bytes": path.stat().st_size,
-        "sha256": sha256,
-        "latent_shape": list(first.shape[1:]),
-        "pooled_projection_dim": pooled_dim,
-        "statistics": statistics.state(),
-        "num_samples_per_class": {str(id_): count for id_, count in sorted(Counter(labels).items())},
-        "skipped": skipped,
-    }
-
-
-def _vector(name: str, values: Any, dim: int | None) -> list[float]:
-    is_vector = isinstance(values, (list, tuple)) and len(values) and all(isinstance(v, (int, float)) for v in values)
-    if not is_vector or not all(math.isfinite(value) for value in values) or len(values) != (dim or len(values)):
-        raise ValueError(
-            f"Condition vectors must be lists of finite numbers, all of one length, {name} has {_shortened(values)}."
-        )
-    return [float(value) for value in values]
-
-
-def _complete(folder: Path, settings: dict[str, Any], num_shards: int, process_index: int) -> None:
+def _complete(folder: Path, record: dict[str, Any], num_shards: int, process_index: int) -> None:
     """Waits for the shards of all processes, and then for the index, which the first one writes."""
     surplus = [path for path in folder.glob("shard-*.json") if int(path.stem.removeprefix("shard-")) >= num_shards]
     if surplus:
         raise ValueError(f"`folder` must have been begun with the same data: these end before {min(surplus)}.")
     for number in range(num_shards):
-        _wait_until(lambda number=number: _finished(folder, number) is not None, folder / _shard_name(number))
-    index = _assemble(settings, [_finished(folder, number) for number in range(num_shards)])
+        _wait_until(lambda number=number: finished_sidecar(folder, number) is not None, folder / shard_name(number))
+    index = _assemble(record, [finished_sidecar(folder, number) for number in range(num_shards)])
     if process_index == 0:
         # What killed processes left; safetensors has temporary files too.
         for path in (*folder.glob(f"*{UNFINISHED}"), *folder.glob(".tmp*")):
             path.unlink(missing_ok=True)
         if read_json(folder / INDEX_NAME) != index:
-            _write_json(folder / INDEX_NAME, index)
+            write_json(folder / INDEX_NAME, index)
     # Its content, not its presence: it could be the one of before a repair, about to be replaced.
     _wait_until(lambda: read_json(folder / INDEX_NAME) == index, folder / INDEX_NAME)
 
 
-def _assemble(settings: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[str, Any]:
+def _assemble(record: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[str, Any]:
     shards = [sidecar for sidecar in sidecars if sidecar["num_samples"]]
     if not shards:
-        raise ValueError(f"None of the {sum(sidecar['num_rows'] for sidecar in sidecars)} pictures could be read.")
+        raise ValueError(f"None of the {sum(sidecar['num_rows'] for sidecar in sidecars)} images could be read.")
     dims = {shard["pooled_projection_dim"] for shard in shards}
     if len(dims) > 1:
         raise ValueError(f"Condition vectors must be of one length, the shards have {sorted(dims)}.")
-    statistics, counts = _ChannelStatistics(), Counter()
+    statistics, counts = ChannelStatistics(), Counter()
     for shard in shards:
         statistics.add(shard["statistics"])
         counts.update(shard["num_samples_per_class"])
     latents_mean, latents_std = statistics.result()
-    id2label = settings["id2label"]
+    id2label = record["id2label"]
     if id2label == {}:  # a stream of bare ids
         highest, num_samples = max(map(int, counts)), sum(counts.values())
         if highest >= num_samples:
-            raise ValueError(f"Ids must run from 0 without a gap, {num_samples} pictures have ids up to {highest}.")
+            raise ValueError(f"Ids must run from 0 without a gap, {num_samples} images have ids up to {highest}.")
         id2label = {str(id_): str(id_) for id_ in range(highest + 1)}
     index = {
         "format_version": FORMAT_VERSION,
-        "vae": settings["vae"],
-        "resolution": settings["resolution"],
+        "vae": record["vae"],
+        "resolution": record["resolution"],
         "latent_shape": shards[0]["latent_shape"],
-        "random_flip": settings["random_flip"],
+        "random_flip": record["random_flip"],
         "pooled_projection_dim": dims.pop(),
         "num_samples": sum(shard["num_samples"] for shard in shards),
         "latents_mean": latents_mean,
@@ -510,25 +257,6 @@ def _assemble(settings: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[
     return index | {"content_hash": content_hash(index)}
 
 
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
-
-
-def _sidecar_name(number: int) -> str:
-    return f"shard-{number:05d}.json"
-
-
-def _finished(folder: Path, number: int) -> dict[str, Any] | None:
-    """The sidecar of a shard, None if the shard has to be made (again)."""
-    sidecar = read_json(folder / _sidecar_name(number))
-    return sidecar if sidecar is not None and (not sidecar["num_samples"] or _is_whole(folder, sidecar)) else None
-
-
-def _is_whole(folder: Path, shard: dict[str, Any]) -> bool:
-    path = folder / shard["name"]
-    return path.is_file() and path.stat().st_size == shard["num_bytes"]
-
-
 def _wait_until(ready: Callable[[], bool], path: Path) -> None:
     """Looks for what another process writes, without a limit: a launcher stops all when one has failed."""
     last_said = time.monotonic()
@@ -537,19 +265,3 @@ def _wait_until(ready: Callable[[], bool], path: Path) -> None:
         if time.monotonic() - last_said > 60:
             logger.warning("Waiting for another process to write %s; all must see the same folder", path)
             last_said = time.monotonic()
-
-
-def _write_json(path: Path, content: Any) -> None:
-    _replace(path, lambda unfinished: unfinished.write_text(json.dumps(content, indent=1)))
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> str:
-    """Writes beside `path` and renames, so that a kill leaves the old file or none, never half of one; its SHA-256."""
-    try:
-        with whole_file(path) as unfinished:
-            write(unfinished)
-            sha256 = sha256_of_file(unfinished)
-    except (FileNotFoundError, SafetensorError):
-        # A second encoder in this folder had all files before, this one among them, and has swept.
-        return sha256_of_file(path)
-    return sha256

@@ -1,4 +1,4 @@
-"""Pictures from a folder or a data set, without torchvision: names of the classes, decoding, cropping."""
+"""Images from a folder or a data set, without torchvision: names of the classes, decoding, cropping."""
 
 import glob
 import io
@@ -30,10 +30,10 @@ def load_image_dataset(
     seed: int = 0,
     streaming: bool = False,
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, dict[int, str] | None]:
-    """Opens a folder of pictures, or a data set known to `datasets`, without decoding a picture.
+    """Opens a folder of images, or a data set known to `datasets`, without decoding an image.
 
     Args:
-        train_data_dir (str): folder of pictures, all that lie under it, but for names that begin with "." or "__",
+        train_data_dir (str): folder of images, all that lie under it, but for names that begin with "." or "__",
             which `datasets` passes over. Sub-folders are classes, ids in the order of their names; without
             sub-folders, or with a single one, the data are unlabelled.
         dataset_name, dataset_config_name, split (str): what `datasets.load_dataset` is asked for instead.
@@ -41,7 +41,7 @@ def load_image_dataset(
         image_column, label_column (str): names of the columns. The default `label` may be missing: unlabelled data.
             With None, labels are neither looked for nor checked.
         max_train_samples (int): keep only so many, drawn with `seed`, because sources are often sorted by class. A
-            stream is drawn from `SHUFFLE_BUFFER_SIZE` pictures at a time.
+            stream is drawn from `SHUFFLE_BUFFER_SIZE` images at a time.
         seed (int): of that choice.
         streaming (bool): read the source as it comes instead of keeping a copy of it in `cache_dir`.
     Returns:
@@ -58,7 +58,7 @@ def load_image_dataset(
     if train_data_dir is None:
         dataset = datasets.load_dataset(dataset_name, dataset_config_name, **options)
     elif not Path(train_data_dir).is_dir():
-        raise ValueError(f"`train_data_dir` must be a folder of pictures, got {str(train_data_dir)!r}.")
+        raise ValueError(f"`train_data_dir` must be a folder of images, got {str(train_data_dir)!r}.")
     else:
         _check_links(train_data_dir)
         dataset = _load_image_folder(train_data_dir, options)
@@ -68,7 +68,7 @@ def load_image_dataset(
     columns = dataset.column_names
     if columns is None:
         raise ValueError(
-            "`streaming=True` needs a source that tells its columns beforehand, as pictures in folders, parquet and "
+            "`streaming=True` needs a source that tells its columns beforehand, as images in folders, parquet and "
             f"JSON lines do; {dataset_name} does not."
         )
     if image_column not in columns:
@@ -77,7 +77,7 @@ def load_image_dataset(
         raise ValueError(f"`label_column` must be one of {columns}, got {label_column!r}.")
     kind = dataset.features[image_column]
     if not isinstance(kind, datasets.Image) and kind not in STRINGS:
-        raise ValueError(f"`image_column` must hold pictures or their paths, {image_column!r} holds {kind}.")
+        raise ValueError(f"`image_column` must hold images or their paths, {image_column!r} holds {kind}.")
     dataset = dataset.cast_column(image_column, datasets.Image(decode=False))  # decoded here, to name damaged files
 
     id2label = None
@@ -107,7 +107,7 @@ def _load_image_folder(
         if any(path.suffix.lower() in Image.registered_extensions() for path in Path(train_data_dir).rglob("*")):
             raise
         raise ValueError(
-            f"`train_data_dir` must be a folder of pictures, {str(train_data_dir)!r} holds none."
+            f"`train_data_dir` must be a folder of images, {str(train_data_dir)!r} holds none."
         ) from error
 
 
@@ -123,19 +123,19 @@ def _check_links(train_data_dir: str | os.PathLike) -> None:
 
 
 def _check_one_folder(dataset: datasets.Dataset, train_data_dir: str | os.PathLike) -> None:
-    # `datasets` takes no labels from folders of unequal depth, and says nothing: one stray picture beside the class
+    # `datasets` takes no labels from folders of unequal depth, and says nothing: one stray image beside the class
     # folders would train an unconditional model.
     folders = {Path(row["image"]["path"]).parent for row in dataset.cast_column("image", datasets.Image(decode=False))}
     if len(folders) > 1 and len({len(path.parts) for path in folders}) == 1:
         raise ValueError(
             "`train_data_dir` must have a column `label` in its metadata file, beside which `datasets` takes no "
-            f"labels from folders; {str(train_data_dir)!r} has pictures in {len(folders)} folders."
+            f"labels from folders; {str(train_data_dir)!r} has images in {len(folders)} folders."
         )
     if len(folders) > 1:
         shallow, deep = min(folders, key=lambda path: len(path.parts)), max(folders, key=lambda path: len(path.parts))
         raise ValueError(
-            "`train_data_dir` must hold pictures in class folders of one depth, or, unlabelled, in a single folder; "
-            f"{str(train_data_dir)!r} has pictures in {str(shallow)!r} and in {str(deep)!r}."
+            "`train_data_dir` must hold images in class folders of one depth, or, unlabelled, in a single folder; "
+            f"{str(train_data_dir)!r} has images in {str(shallow)!r} and in {str(deep)!r}."
         )
 
 
@@ -165,7 +165,7 @@ def _class_names_of_stream(dataset: datasets.IterableDataset, label_column: str)
 
 
 def prepare_image(image: Image.Image, resolution: int, num_channels: int) -> torch.Tensor:
-    """A square picture as bytes: upright, shorter side resized to `resolution`, centre cropped.
+    """A square image as bytes: upright, shorter side resized to `resolution`, centre cropped.
 
     Halved by box averages while at least twice too large, then bicubic.
 
@@ -176,11 +176,11 @@ def prepare_image(image: Image.Image, resolution: int, num_channels: int) -> tor
     Returns:
         torch.Tensor: uint8, shape (num_channels, resolution, resolution); `/ 127.5 - 1` is what a VAE takes.
     Raises:
-        ValueError: if the mode has no fixed range (32-bit pictures).
+        ValueError: if the mode has no fixed range (32-bit images).
     """
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
-        raise ValueError(f"a picture must have 8 or 16 bits per channel, got mode {image.mode!r}")
+        raise ValueError(f"an image must have 8 or 16 bits per channel, got mode {image.mode!r}")
     if image.mode.startswith("I;16"):  # PIL's own conversion clips everything above 255 to white
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if "transparency" in image.info:
@@ -196,22 +196,20 @@ def prepare_image(image: Image.Image, resolution: int, num_channels: int) -> tor
     return torch.from_numpy(pixels).reshape(resolution, resolution, num_channels).permute(2, 0, 1).contiguous()
 
 
-def read_picture(
-    picture: dict | None, resolution: int, num_channels: int
-) -> tuple[torch.Tensor, None] | tuple[None, str]:
+def read_image(cell: dict | None, resolution: int, num_channels: int) -> tuple[torch.Tensor, None] | tuple[None, str]:
     """What `prepare_image` makes of a cell of an undecoded image column, or the reason why it cannot be read.
 
     Args:
-        picture (dict): `bytes`, or None and a `path` or an address that fsspec opens.
+        cell (dict): `bytes`, or None and a `path` or an address that fsspec opens.
         resolution, num_channels (int): as in `prepare_image`.
     Returns:
-        tuple: pixels and None, or None and the error in words: the caller decides what a damaged picture means.
+        tuple: pixels and None, or None and the error in words: the caller decides what a damaged image means.
     Raises:
         OSError: if a file cannot be read at all, missing ones among them.
     """
-    content, path = (picture or {}).get("bytes"), (picture or {}).get("path")
+    content, path = (cell or {}).get("bytes"), (cell or {}).get("path")
     if content is None and path is not None:
-        # Trouble of a disk or a network is no damage of a picture: it would be left out for good.
+        # Trouble of a disk or a network is no damage of an image: it would be left out for good.
         with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
             content = file.read()
     try:

@@ -1,4 +1,4 @@
-"""Pictures as VAE posteriors, read memory-mapped and drawn anew at every epoch; `encoding.py` writes them.
+"""Images as VAE posteriors, read memory-mapped and drawn anew at every epoch; `encoding.py` writes them.
 
     folder/shard-00000.safetensors   mean, std, flipped_mean, flipped_std (float32); or pixels (uint8)
                                      label, pooled_projections (float32), if there are any
@@ -68,7 +68,7 @@ def content_hash(index: dict[str, Any]) -> str:
 
 
 class LatentDataset(Dataset):
-    """Encoded pictures, read from memory-mapped shards: memory does not grow with the data, and it can be pickled.
+    """Encoded images, read from memory-mapped shards: memory does not grow with the data, and it can be pickled.
 
     Args:
         folder (str): what `encode_dataset` wrote.
@@ -118,7 +118,7 @@ class LatentDataset(Dataset):
         return self.read(index)
 
     def read(self, index: int, flip: bool = False) -> dict[str, Any]:
-        """The posterior of one picture, or of its mirror image.
+        """The posterior of one image, or of its mirror image.
 
         Args:
             index (int): in [0, number of samples).
@@ -184,8 +184,8 @@ class LatentDataset(Dataset):
 
         Args:
             vae (AutoencoderKL): in float32; compared by configuration and weights, not by name. None for pixels.
-            resolution (int): side of the pictures.
-            random_flip (bool): whether training mirrors pictures.
+            resolution (int): side of the images.
+            random_flip (bool): whether training mirrors images.
         Raises:
             ValueError: naming each difference.
         """

@@ -1,6 +1,6 @@
-"""Features of pictures, from a declared model: what the distances of an evaluation are measured in.
+"""Features of images, from a declared model: what the distances of an evaluation are measured in.
 
-A distance means something only together with the model, its weights and the way pictures are brought to its size. Each
+A distance means something only together with the model, its weights and the way images are brought to its size. Each
 extractor therefore has a description of all three, which goes into every result.
 """
 
@@ -28,10 +28,10 @@ _CONTENTS = ("weights_sha256", "source_sha256")
 
 
 class FeatureExtractor:
-    """A function from pictures to features, with the description that results are labelled by.
+    """A function from images to features, with the description that results are labelled by.
 
     Args:
-        function (callable): from pictures, uint8 of shape (B, 3, H, W), to features of shape (B, D), or to a tuple of
+        function (callable): from images, uint8 of shape (B, 3, H, W), to features of shape (B, D), or to a tuple of
             features and logits of classes, shape (B, K), where an Inception score is wanted.
         description (mapping): at least `id`, its name; anything that JSON knows. Change it when the function changes:
             statistics are cached under it.
@@ -55,20 +55,20 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Features of pictures, checked.
+        """Features of images, checked.
 
         Args:
             images (torch.Tensor): uint8, shape (B, 1 or 3, H, W); grey ones are given to the function as RGB.
         Returns:
             tuple: features, float32 on the CPU, shape (B, D), and logits likewise, or None.
         Raises:
-            ValueError: if pictures are of another kind, or features of another shape or not finite.
+            ValueError: if images are of another kind, or features of another shape or not finite.
         """
         if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
             is_tensor = isinstance(images, torch.Tensor)
             kind = f"{images.dtype} of shape {tuple(images.shape)}" if is_tensor else type(images).__name__
             raise ValueError(
-                "`images` must be one uint8 tensor of shape (B, 1 or 3, H, W), pictures of one size (`prepare_image` "
+                "`images` must be one uint8 tensor of shape (B, 1 or 3, H, W), all of one size (`prepare_image` "
                 f"makes them so), got {kind}."
             )
         if images.shape[1] not in (1, 3):
@@ -98,11 +98,11 @@ def load_extractor(
 
     Args:
         name (str): a vision model of `transformers` by id or path; "module:function", something importable that takes
-            pictures as in `FeatureExtractor`; or "torch-fidelity", the Inception network of FID. A function is known
+            images as in `FeatureExtractor`; or "torch-fidelity", the Inception network of FID. A function is known
             by the source of its module; what else it depends on, such as a file of weights, it must tell in a mapping
             `description` of its own (`function.description = {"weights_sha256": ...}`).
         revision, output, cache_dir: as in `transformers_extractor`.
-        device (str or torch.device): where it computes, and where a function of one's own gets pictures.
+        device (str or torch.device): where it computes, and where a function of one's own gets images.
     Returns:
         FeatureExtractor: with its description.
     Raises:
@@ -136,7 +136,7 @@ def transformers_extractor(
 ) -> FeatureExtractor:
     """A vision model of `transformers` in float32.
 
-    Pictures are resized as a whole to the side that the model was trained on, by PIL with the filter that the image
+    Images are resized as a whole to the side that the model was trained on, by PIL with the filter that the image
     processor names (PIL filters without aliasing), and normalised by the processor's mean and standard deviation. The
     processor itself is not used: many resize to more than that side and cut the borders off, where defects would go
     unseen, and some compute otherwise where torchvision is installed.
@@ -144,7 +144,7 @@ def transformers_extractor(
     Args:
         name (str): id on the Hub, or a folder with the model (safetensors) and its `preprocessor_config.json`.
         revision (str, optional): of the repository.
-        output (str): the field of the model's output that is taken, one vector for each picture. For DINOv2
+        output (str): the field of the model's output that is taken, one vector for each image. For DINOv2
             `pooler_output` is the class token after the last normalisation, as in arXiv 2306.04675.
         device (str or torch.device): where it computes.
         cache_dir (str, optional): where files of the Hub are kept.
@@ -216,7 +216,7 @@ def _preprocessing(name: str, processor: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare_pixels(images: torch.Tensor, preprocessing: Mapping[str, Any]) -> torch.Tensor:
-    """Pictures as a model takes them.
+    """Images as a model takes them.
 
     Args:
         images (torch.Tensor): uint8, shape (B, 3, H, W).
@@ -226,8 +226,8 @@ def prepare_pixels(images: torch.Tensor, preprocessing: Mapping[str, Any]) -> to
     """
     height, width = preprocessing["size"]
     resample = Image.Resampling[preprocessing["resample"].upper()]
-    pictures = [Image.fromarray(picture) for picture in images.permute(0, 2, 3, 1).cpu().numpy()]
-    resized = np.stack([np.asarray(picture.resize((width, height), resample)) for picture in pictures])
+    images = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+    resized = np.stack([np.asarray(image.resize((width, height), resample)) for image in images])
     pixels = torch.from_numpy(resized).permute(0, 3, 1, 2).float() * preprocessing["rescale_factor"]
     mean, std = (torch.tensor(preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
     return (pixels - mean) / std

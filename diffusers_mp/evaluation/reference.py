@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..data.images import read_picture
+from ..data.images import read_image
 from ..files import whole_file
 from .features import FeatureExtractor
 from .frechet import RunningStatistics, frechet_distance, rank_warning
@@ -129,6 +129,24 @@ def drawn(num_images: int, num_kept: int) -> list[int]:
     return sorted(np.random.RandomState(0).permutation(num_images)[:num_kept].tolist())
 
 
+@dataclass(frozen=True)
+class Processes:
+    """Those that share a work.
+
+    Attributes:
+        count (int): how many there are.
+        index (int): which one this is.
+        gather (callable): what all of them gave it, in their order, on each of them.
+    """
+
+    count: int = 1
+    index: int = 0
+    gather: Callable[[Any], list[Any]] = lambda part: [part]
+
+
+ALONE = Processes()
+
+
 def reference_statistics(
     dataset: "datasets.Dataset",
     extractor: FeatureExtractor,
@@ -138,9 +156,7 @@ def reference_statistics(
     cache_dir: str | Path,
     image_column: str = "image",
     batch_size: int = 32,
-    num_processes: int = 1,
-    process_index: int = 0,
-    gather: Callable[[Any], list[Any]] = lambda part: [part],
+    processes: Processes = ALONE,
 ) -> ReferenceStatistics:
     """Statistics of real images, from the cache if there are any of the same images by content.
 
@@ -153,11 +169,10 @@ def reference_statistics(
         resolution (int): side in pixels of the generated images.
         num_channels (int): 1 for grey, 3 for RGB.
         cache_dir (str or Path): folder of the statistics, shared by all processes. The name of a file is the SHA-256
-            of all that its content depends on: the bytes of the pictures in order, extractor, size and colour.
+            of all that its content depends on: the bytes of the images in order, extractor, size and colour.
         image_column (str): name of the column.
         batch_size (int): images that the extractor is given at once.
-        num_processes, process_index (int): how many share the work, and which one this is.
-        gather (callable): what all processes gave it, in their order, on each of them.
+        processes (Processes): how many share the work, and which one this is.
     Returns:
         ReferenceStatistics: the same on every process.
     Raises:
@@ -165,10 +180,10 @@ def reference_statistics(
     """
     if len(dataset) < 2:
         raise ValueError(f"the reference must hold at least 2 images, got {len(dataset)}.")
-    own = range(process_index, len(dataset), num_processes)
-    pictures = {index: _picture_facts(dataset[index][image_column]) for index in own}
-    pictures = functools.reduce(dict.__or__, gather(pictures))
-    digests = [pictures[index][0] for index in range(len(dataset))]
+    own, gather = range(processes.index, len(dataset), processes.count), processes.gather
+    facts = {index: _facts_of(dataset[index][image_column]) for index in own}
+    facts = functools.reduce(dict.__or__, gather(facts))
+    digests = [facts[index][0] for index in range(len(dataset))]
     identity = {
         "format_version": _FORMAT_VERSION,
         "fingerprint": extractor.fingerprint,
@@ -184,11 +199,11 @@ def reference_statistics(
     statistics, kept = RunningStatistics(), set(drawn(len(dataset), MAX_FEATURES))
     features = {}
     starts = range(0, len(own), batch_size)
-    for start in tqdm(starts, desc="Reference", unit="batch", disable=process_index != 0):
+    for start in tqdm(starts, desc="Reference", unit="batch", disable=processes.index != 0):
         indices, images = own[start : start + batch_size], []
         for index in indices:
             cell = dataset[index][image_column]
-            pixels, reason = read_picture(cell, resolution, num_channels)
+            pixels, reason = read_image(cell, resolution, num_channels)
             if pixels is None:
                 raise ValueError(f"every reference image must be readable, {_name_of(cell, index)} is not: {reason}")
             images.append(pixels)
@@ -201,7 +216,7 @@ def reference_statistics(
     features = functools.reduce(dict.__or__, (part for _, part in parts))
 
     warnings = [rank_warning(len(dataset), len(statistics.mean), "reference images")]
-    warnings += _preparation_warnings([facts[1:] for facts in pictures.values()], resolution, num_channels)
+    warnings += _preparation_warnings([of_one[1:] for of_one in facts.values()], resolution, num_channels)
     description = {
         **identity,
         "extractor": extractor.description,
@@ -211,13 +226,13 @@ def reference_statistics(
     }
     rows = torch.from_numpy(np.stack([features[index] for index in sorted(kept)]))
     reference = ReferenceStatistics(description, statistics.mean, statistics.covariance, rows)
-    if process_index == 0:
+    if processes.index == 0:
         reference.save(path)
     return reference
 
 
-def _picture_facts(cell: dict[str, Any] | None) -> tuple[str, tuple[int, int] | None, str | None]:
-    """SHA-256 of a picture's file, its size and its mode; what cannot be read is for `read_picture` to tell."""
+def _facts_of(cell: dict[str, Any] | None) -> tuple[str, tuple[int, int] | None, str | None]:
+    """SHA-256 of an image's file, its size and its mode; what cannot be read is for `read_image` to tell."""
     cell = cell or {"bytes": b""}
     content = cell["bytes"]
     if content is None:
@@ -227,7 +242,7 @@ def _picture_facts(cell: dict[str, Any] | None) -> tuple[str, tuple[int, int] | 
     try:
         with Image.open(io.BytesIO(content)) as image:
             return digest, image.size, image.mode
-    except Exception:  # any, of whichever parser; the picture is read again, and refused, where its pixels are needed
+    except Exception:  # any, of whichever parser; the image is read again, and refused, where its pixels are needed
         return digest, None, None
 
 

@@ -245,7 +245,7 @@ def _check_model(args, parser):
         try:
             get_preset(args.preset, args.configuration, args.modulation)
         except ValueError as error:
-            parser.error(str(error))
+            parser.error(str(error).replace("`size`", "--preset").replace("`configuration`", "--configuration"))
     is_guided = args.validation_steps and args.validation_guidance_scale not in (None, 1)
     if is_guided and args.class_dropout_prob == 0:
         parser.error("--validation_guidance_scale needs dropped conditions in training, not --class_dropout_prob 0")

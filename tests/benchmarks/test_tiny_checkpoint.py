@@ -16,6 +16,7 @@ from shared import demo, held_out_losses, train_mpdit
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, normalize_weights_
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
+from diffusers_mp.data.settings import EncodingSettings
 
 
 TINY = ROOT / "docs" / "tiny"
@@ -39,8 +40,8 @@ def latents(splits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     demo.write_image_folder(folder / "digits", splits["train"])
     dataset, id2label = load_image_dataset(folder / "digits", cache_dir=str(folder / "cache"))
-    settings = {"vae": None, "resolution": demo.SCAN_SIZE, "num_channels": 1, "id2label": id2label}
-    return encode_dataset(dataset, folder / "latents", **settings)
+    settings = EncodingSettings(demo.SCAN_SIZE, num_channels=1)
+    return encode_dataset(dataset, folder / "latents", settings, vae=None, id2label=id2label)
 
 
 def logged(name):

@@ -11,7 +11,7 @@ import torch
 from helpers import random_picture
 from PIL import Image
 
-from diffusers_mp.data.images import load_image_dataset, prepare_image, read_picture
+from diffusers_mp.data.images import load_image_dataset, prepare_image, read_image
 
 
 def test_an_image_folder_brings_its_classes(pictures, picture_folder):
@@ -22,12 +22,12 @@ def test_an_image_folder_brings_its_classes(pictures, picture_folder):
         assert os.path.basename(os.path.dirname(row["image"]["path"])) == id2label[row["label"]]
 
 
-def test_a_stray_picture_does_not_silently_remove_the_labels(picture_folder, tmp_path):
+def test_a_stray_image_does_not_silently_remove_the_labels(picture_folder, tmp_path):
     for path in sorted(picture_folder.rglob("*.png")):
         (tmp_path / "mixed" / path.parent.name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "mixed" / path.parent.name / path.name).write_bytes(path.read_bytes())
     random_picture(np.random.default_rng(0)).save(tmp_path / "mixed" / "stray.png")
-    with pytest.raises(ValueError, match="class folders of one depth.*pictures in .*mixed' and in '.*mixed/"):
+    with pytest.raises(ValueError, match="class folders of one depth.*images in .*mixed' and in '.*mixed/"):
         load_image_dataset(tmp_path / "mixed", cache_dir=str(tmp_path / "cache"))
 
 
@@ -39,15 +39,15 @@ def save_table(folder, columns, **features):
     return {"dataset_name": str(folder), "cache_dir": str(folder.parent / "cache")}
 
 
-def three_pictures():
+def three_images():
     rng = np.random.default_rng(2)
     return [random_picture(rng) for _ in range(3)]
 
 
 def test_integer_and_string_labels(tmp_path):
-    integers = save_table(tmp_path / "a", {"image": three_pictures(), "kind": [1, 0, 1]})
+    integers = save_table(tmp_path / "a", {"image": three_images(), "kind": [1, 0, 1]})
     assert load_image_dataset(**integers, label_column="kind")[1] == {0: "0", 1: "1"}
-    strings = save_table(tmp_path / "b", {"image": three_pictures(), "label": ["owl", "elk", "owl"]})
+    strings = save_table(tmp_path / "b", {"image": three_images(), "label": ["owl", "elk", "owl"]})
     dataset, id2label = load_image_dataset(**strings)
     assert id2label == {0: "elk", 1: "owl"}
     assert dataset["label"][:] == [1, 0, 1]
@@ -64,42 +64,42 @@ def test_integer_and_string_labels(tmp_path):
     ],
 )
 def test_wrong_ids_are_refused(tmp_path, ids, message):
-    source = save_table(tmp_path / "a", {"image": three_pictures(), "label": ids})
+    source = save_table(tmp_path / "a", {"image": three_images(), "label": ids})
     with pytest.raises(ValueError, match=message):
         load_image_dataset(**source)
 
 
 def test_missing_columns_are_named_with_those_there(tmp_path):
-    source = save_table(tmp_path / "a", {"image": three_pictures(), "label": [0, 1, 0]})
+    source = save_table(tmp_path / "a", {"image": three_images(), "label": [0, 1, 0]})
     with pytest.raises(ValueError, match=r"`image_column` must be one of \['image', 'label'\], got 'img'"):
         load_image_dataset(**source, image_column="img")
     with pytest.raises(ValueError, match=r"`label_column` must be one of \['image', 'label'\], got 'fine'"):
         load_image_dataset(**source, label_column="fine")
-    with pytest.raises(ValueError, match="`image_column` must hold pictures or their paths, 'label' holds"):
+    with pytest.raises(ValueError, match="`image_column` must hold images or their paths, 'label' holds"):
         load_image_dataset(**source, image_column="label")
 
 
 def test_labels_of_a_metadata_file(tmp_path):
-    for k, picture in enumerate(three_pictures()):
+    for k, image in enumerate(three_images()):
         (tmp_path / "a").mkdir(exist_ok=True)
-        picture.save(tmp_path / "a" / f"{k}.png")
+        image.save(tmp_path / "a" / f"{k}.png")
     (tmp_path / "a" / "metadata.csv").write_text("file_name,label\n0.png,owl\n1.png,elk\n2.png,owl\n")
     dataset, id2label = load_image_dataset(tmp_path / "a", cache_dir=str(tmp_path / "cache"))
     assert id2label == {0: "elk", 1: "owl"}
     assert sorted(dataset["label"][:]) == [0, 1, 1]
 
 
-def test_folder_without_pictures_is_named(tmp_path):
+def test_folder_without_images_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("none yet")
-    with pytest.raises(ValueError, match="`train_data_dir` must be a folder of pictures, '.*empty' holds none"):
+    with pytest.raises(ValueError, match="`train_data_dir` must be a folder of images, '.*empty' holds none"):
         load_image_dataset(tmp_path / "empty", cache_dir=str(tmp_path / "cache"))
 
 
 def test_folder_whose_name_looks_like_a_pattern(tmp_path):
     (tmp_path / "we[ird]*").mkdir()
-    for k, picture in enumerate(three_pictures()):
-        picture.save(tmp_path / "we[ird]*" / f"{k}.png")
+    for k, image in enumerate(three_images()):
+        image.save(tmp_path / "we[ird]*" / f"{k}.png")
     assert len(load_image_dataset(tmp_path / "we[ird]*", cache_dir=str(tmp_path / "cache"))[0]) == 3
 
 
@@ -107,7 +107,7 @@ def test_exactly_one_existing_source(tmp_path):
     for sources in ({}, {"train_data_dir": tmp_path, "dataset_name": "somebody/something"}):
         with pytest.raises(ValueError, match="Exactly one of `train_data_dir` and `dataset_name`"):
             load_image_dataset(**sources)
-    with pytest.raises(ValueError, match="`train_data_dir` must be a folder of pictures, got .*nowhere"):
+    with pytest.raises(ValueError, match="`train_data_dir` must be a folder of images, got .*nowhere"):
         load_image_dataset(tmp_path / "nowhere")
 
 
@@ -124,10 +124,10 @@ def test_a_stream_has_the_rows_and_classes_of_the_table(picture_folder, pictures
 
 
 def test_labels_of_a_stream(tmp_path):
-    integers = save_table(tmp_path / "a", {"image": three_pictures(), "kind": [1, 0, 1]})
+    integers = save_table(tmp_path / "a", {"image": three_images(), "kind": [1, 0, 1]})
     assert load_image_dataset(**integers, label_column="kind", streaming=True)[1] == {}
     assert load_image_dataset(**integers, streaming=True)[1] is None
-    strings = save_table(tmp_path / "b", {"image": three_pictures(), "label": ["owl", "elk", "owl"]})
+    strings = save_table(tmp_path / "b", {"image": three_images(), "label": ["owl", "elk", "owl"]})
     with pytest.raises(
         ValueError, match="`streaming=True` needs ids or classes with names in `label_column`, 'label'"
     ):
@@ -144,20 +144,20 @@ def test_max_train_samples_of_a_stream(picture_folder):
     assert rows[0] != rows[3][:4]
 
 
-def test_read_picture_from_an_address(tmp_path):
-    """Streams name pictures by addresses that fsspec opens."""
-    picture = random_picture(np.random.default_rng(0), 16, 16)
-    picture.save(tmp_path / "a.png")
-    expected = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
+def test_read_image_from_an_address(tmp_path):
+    """Streams name images by addresses that fsspec opens."""
+    image = random_picture(np.random.default_rng(0), 16, 16)
+    image.save(tmp_path / "a.png")
+    expected = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.write(tmp_path / "a.png", "a.png")
     addresses = (f"file://{tmp_path}/a.png", f"zip://a.png::file://{tmp_path}/a.zip", str(tmp_path / "a.png"))
     for path in addresses:
-        pixels, error = read_picture({"path": path, "bytes": None}, 16, 3)
+        pixels, error = read_image({"path": path, "bytes": None}, 16, 3)
         assert error is None
         assert torch.equal(pixels, expected)
     with pytest.raises(FileNotFoundError, match="b.png"):
-        read_picture({"path": f"file://{tmp_path}/b.png", "bytes": None}, 16, 3)
+        read_image({"path": f"file://{tmp_path}/b.png", "bytes": None}, 16, 3)
 
 
 def test_max_train_samples_draws_over_the_classes(picture_folder, tmp_path):
@@ -203,14 +203,14 @@ def test_prepare_image_of_other_modes():
 
 
 def test_prepare_image_is_upright(tmp_path):
-    picture = np.zeros((16, 16), dtype=np.uint8)
-    picture[:4] = 255  # bright on top as stored; orientation 3 says: show it upside down
+    stored = np.zeros((16, 16), dtype=np.uint8)
+    stored[:4] = 255  # bright on top as stored; orientation 3 says: show it upside down
     exif = Image.Exif()
     exif[0x0112] = 3
-    Image.fromarray(picture).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / "a.png") as image:
         pixels = prepare_image(image, 16, 1)
-    assert torch.equal(pixels[0], torch.from_numpy(picture).flip(0))
+    assert torch.equal(pixels[0], torch.from_numpy(stored).flip(0))
 
 
 def test_links_to_folders_are_refused(picture_folder, tmp_path):
@@ -237,9 +237,9 @@ def test_a_stream_that_does_not_tell_its_columns_is_refused(tmp_path):
         load_image_dataset(dataset_name=str(tmp_path / "table"), streaming=True)
 
 
-def test_trouble_of_the_disk_is_no_damaged_picture(tmp_path, monkeypatch):
+def test_trouble_of_the_disk_is_no_damaged_image(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="gone.png"):
-        read_picture({"bytes": None, "path": str(tmp_path / "gone.png")}, 8, 3)
-    (tmp_path / "a.png").write_bytes(b"no picture")
-    assert read_picture({"bytes": None, "path": str(tmp_path / "a.png")}, 8, 3)[1].startswith("UnidentifiedImageError")
-    assert read_picture({"bytes": None, "path": None}, 8, 3)[1].startswith("UnidentifiedImageError")
+        read_image({"bytes": None, "path": str(tmp_path / "gone.png")}, 8, 3)
+    (tmp_path / "a.png").write_bytes(b"no image")
+    assert read_image({"bytes": None, "path": str(tmp_path / "a.png")}, 8, 3)[1].startswith("UnidentifiedImageError")
+    assert read_image({"bytes": None, "path": None}, 8, 3)[1].startswith("UnidentifiedImageError")

@@ -5,11 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import EXAMPLES, ROOT, tiny_vae
+from helpers import EXAMPLES, ROOT, content_of, tiny_vae
 from processes import run_processes
 
 from diffusers_mp.data.latents import LatentDataset
-from diffusers_mp.training.arguments import parse_args
 
 
 pytestmark = pytest.mark.usefixtures("examples_run_here")
@@ -38,11 +37,7 @@ def arguments(picture_folder, vae_folder, tmp_path):
 def encode(*arguments):
     import encode_latents
 
-    encode_latents.main(encode_latents.make_parser().parse_args(list(map(str, arguments))))
-
-
-def content_of(folder, *without):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in without}
+    encode_latents.main(encode_latents.parse_args(list(map(str, arguments))))
 
 
 def test_two_launched_processes_leave_what_one_leaves(arguments, tmp_path, capsys):
@@ -83,10 +78,11 @@ def test_processes_that_did_not_join_are_refused(arguments, tmp_path, monkeypatc
 
 def test_flags_are_the_trainers_own(tmp_path):
     import encode_latents
+    import train_mpdit
 
-    own = vars(encode_latents.make_parser().parse_args(["--latents_dir", "a"]))
+    own = vars(encode_latents.parse_args(["--latents_dir", "a"]))
     trainer = ["--train_data_dir", "a", "--latents_dir", "a", "--output_dir", str(tmp_path / "new")]
-    trainers = vars(parse_args(trainer)) | {"train_data_dir": None}
+    trainers = vars(train_mpdit.parse_args(trainer)) | {"train_data_dir": None}
     shared = own.keys() - {"streaming", "shard_size", "verify"}
     # The trainer takes these two from images that are encoded already, and falls back to the same defaults.
     assert {name: own[name] for name in shared} == {name: trainers[name] for name in shared}
@@ -101,7 +97,7 @@ def test_a_vae_that_is_not_there_is_named_with_its_flag(arguments, tmp_path):
 
 
 def load_latents(vae, folder, **more):
-    """What the trainer does at its start, without a flag that says where the pictures are."""
+    """What the trainer does at its start, without a flag that says where the images are."""
     import train_mpdit
 
     wanted = {"latents_dir": str(folder), "resolution": 16, "random_flip": True} | more

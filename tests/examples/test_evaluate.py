@@ -22,6 +22,7 @@ from processes import run_processes
 from diffusers_mp import MPDiTPipeline, PowerFunctionEMA, frechet_distance, normalize_weights_, reconstruct_ema
 from diffusers_mp.averages.snapshots import save_snapshots
 from diffusers_mp.data.images import prepare_image
+from diffusers_mp.evaluation import model
 from diffusers_mp.evaluation.features import transformers_extractor
 from diffusers_mp.evaluation.frechet import RunningStatistics
 from diffusers_mp.evaluation.generation import generate_images
@@ -175,16 +176,16 @@ def test_images_that_are_not_finite_fail_their_cell_alone(arguments, tmp_path):
 
 def train(folder, last_step):
     """Snapshots of a run, step by step: the next call of the generator trains on."""
-    model = make_pipeline(tiny_vae())
-    ema = PowerFunctionEMA(model.transformer, (0.05, 0.10))
+    pipe = make_pipeline(tiny_vae())
+    ema = PowerFunctionEMA(pipe.transformer, (0.05, 0.10))
     for step in range(1, last_step + 1):
         with torch.no_grad():
-            for parameter in model.transformer.parameters():
+            for parameter in pipe.transformer.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-        normalize_weights_(model.transformer)
+        normalize_weights_(pipe.transformer)
         ema.update(step)
         if step % 2 == 0:
-            save_snapshots(ema, folder / "ema_snapshots", model)
+            save_snapshots(ema, folder / "ema_snapshots", pipe)
             yield step
 
 
@@ -225,25 +226,23 @@ def test_sweep_over_widths(arguments, folder, tmp_path, capsys):
     assert "| learning_rate | 0.01 |" in card
     assert card.count("## Evaluation of samples") == 1
     assert f"| {best['ema_std']:g} | {best['guidance_scale']:g} | 3 |" in card.split("## Evaluation of samples")[1]
-    with Image.open(evaluation / "heat_map.png") as picture:
-        assert np.asarray(picture.convert("RGB")).std() > 10
+    with Image.open(evaluation / "heat_map.png") as image:
+        assert np.asarray(image.convert("RGB")).std() > 10
     assert (evaluation / "best" / "evaluation.png").read_bytes() == (evaluation / "heat_map.png").read_bytes()
     with pytest.raises(FileNotFoundError, match="--ema_stds needs the snapshots of a run"):
         evaluate(arguments, "--ema_stds", 0.05)
 
 
 def test_a_sweep_has_one_step_though_training_goes_on(arguments, tmp_path, monkeypatch):
-    import evaluate as script
-
     training = train(tmp_path / "run", 8)
     assert (next(training), next(training)) == (2, 4)
-    rebuild, steps = script.reconstruct_ema, []
+    rebuild, steps = model.reconstruct_ema, []
 
     def rebuild_and_train_on(*arguments, **options):
         steps.append(rebuild(*arguments, **options).step)
         next(training, None)
 
-    monkeypatch.setattr(script, "reconstruct_ema", rebuild_and_train_on)
+    monkeypatch.setattr(model, "reconstruct_ema", rebuild_and_train_on)
     sweep = [*arguments, "--pretrained_model_name_or_path", tmp_path / "run", "--ema_stds", 0.05]
     results = evaluate(sweep, 0.075)
     # Both widths, and the best of them.
@@ -258,20 +257,18 @@ def test_a_sweep_has_one_step_though_training_goes_on(arguments, tmp_path, monke
 
 
 def test_two_sweeps_at_once_measure_their_own_weights(arguments, tmp_path, monkeypatch):
-    import evaluate as script
-
     list(train(tmp_path / "run", 4))
     sweep = [*arguments, "--pretrained_model_name_or_path", tmp_path / "run", "--ema_stds"]
     alone = evaluate([*sweep, 0.05, 0.1], "--output_dir", tmp_path / "alone")
-    rebuild = script.reconstruct_ema
+    rebuild = model.reconstruct_ema
 
     def rebuild_then_let_the_other_run(*arguments, **options):
         plan = rebuild(*arguments, **options)
-        monkeypatch.setattr(script, "reconstruct_ema", rebuild)
+        monkeypatch.setattr(model, "reconstruct_ema", rebuild)
         evaluate([*sweep, 0.1])
         return plan
 
-    monkeypatch.setattr(script, "reconstruct_ema", rebuild_then_let_the_other_run)
+    monkeypatch.setattr(model, "reconstruct_ema", rebuild_then_let_the_other_run)
     together = evaluate([*sweep, 0.05])
     for one, other in zip(together["cells"], alone["cells"], strict=True):
         assert without_circumstances(one) == without_circumstances(other)
@@ -335,9 +332,9 @@ def test_too_few_images_are_told(arguments, tmp_path, capsys):
 
 def test_bad_input_is_refused_before_anything_is_generated(arguments, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="`reference_dir` must be a folder of pictures, .* holds none"):
+    with pytest.raises(ValueError, match="`reference_dir` must be a folder of images, .* holds none"):
         evaluate(arguments, "--reference_dir", tmp_path / "empty")
-    (tmp_path / "empty" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "empty" / "a.png").write_bytes(b"no image")
     random_picture(np.random.default_rng(0)).save(tmp_path / "empty" / "b.png")
     with pytest.raises(ValueError, match=r"must be readable, number 0 \(a.png\) is not"):
         evaluate(arguments, "--reference_dir", tmp_path / "empty")
@@ -345,13 +342,22 @@ def test_bad_input_is_refused_before_anything_is_generated(arguments, tmp_path, 
         evaluate(arguments, "--pretrained_model_name_or_path", tmp_path / "empty")
     for more, message in (
         (["--dataset_name", "a/b"], "exactly one of --reference_dir, --dataset_name and --reference_statistics"),
-        (["--num_samples", 3], "--num_samples must be at least 2 and more than --nearest_k, got 3"),
-        (["--scheduler", "Sampler"], "--scheduler must be a class of diffusers, such as .*: Sampler"),
-        (["--num_inference_steps", 0], "--num_inference_steps must be at least 1"),
+        (["--num_samples", 3], "--num_samples must be more than --nearest_k (3), got 3"),
+        (["--num_inference_steps", 0], "--num_inference_steps: must be at least 1, got 0"),
+        # Cells of equal values would be one.
+        (
+            ["--guidance_scales", 1, 2, "1.0"],
+            "--guidance_scales must differ from each other, each is a cell, got [1.0",
+        ),
+        (["--num_inference_steps", 25, 25], "--num_inference_steps must differ from each other"),
+        (["--ema_stds", 0.05, "5e-2"], "--ema_stds must differ from each other"),
+        (["--ema_stds", 0.3], "--ema_stds: must be in (0, 1/sqrt(12)), that is below 0.2887, got 0.3"),
+        (["--scheduler", "Sampler"], "DPMSolverMultistepScheduler, got Sampler"),
+        (["--scheduler", "AutoencoderKL"], "--scheduler must be a scheduler of diffusers"),
     ):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match="2"):
             evaluate(arguments, *more)
-        assert message.split(".*")[0] in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_pipelines_that_cannot_be_measured_are_refused_before_the_reference_is(arguments, folder, tmp_path):
@@ -365,7 +371,7 @@ def test_pipelines_that_cannot_be_measured_are_refused_before_the_reference_is(a
     DiTPipeline(stock, tiny_vae(), DDPMScheduler()).save_pretrained(tmp_path / "stock")
     for name, more, message in (
         ("unguided", ["--guidance_scales", 1, 2], "`guidance_scale` must be 1 for a transformer trained without drop"),
-        ("latents", [], "must generate pictures of 1 or 3 channels, it has 4 and no VAE"),
+        ("latents", [], "must generate images of 1 or 3 channels, it has 4 and no VAE"),
         ("guided", [], "must be a pipeline without a `guider`, .* has a ClassifierFreeGuidance; after"),
         ("stock", [], "must be an MPDiTPipeline, .* holds a DiTPipeline"),
         ("model", ["--class_labels", "cow"], "got the unknown name 'cow'"),

@@ -1,25 +1,24 @@
-"""Swapping and fine-tuning a small stock DiT on real digits, and the experiment that compares the ways to do it."""
+"""Swapping and fine-tuning a small stock DiT on real digits."""
 
 import json
 import shutil
-import sys
 
-import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DiTPipeline
 from diffusers.models.embeddings import LabelEmbedding
-from helpers import EXAMPLES, reset_accelerate, tiny_vae
+from helpers import EXAMPLES
 from hub_client import TOKEN, client, holding
 from processes import run_processes, run_python
+from rotation_runs import WIDTH, arguments, finetune, make_base
 
-from diffusers_mp import OriginalDiTTransformer2DModel, load_rotation_adapter, swap_adaln_for_rotation
+from diffusers_mp import load_rotation_adapter
 from diffusers_mp.data.latents import LatentDataset
 from diffusers_mp.training import NonFiniteError, TrainingSamples, split_validation
 
 
 # Width 16 and conditioning of width 16; five sites: attention and MLP of two blocks, and the last one.
-WIDTH, NUM_SITES = 16, 5
+NUM_SITES = 5
 SHIFT = WIDTH * (WIDTH + 1)  # weights and biases of a shift
 ANGLES = SHIFT // 2
 
@@ -29,59 +28,7 @@ pytestmark = pytest.mark.usefixtures("examples_run_here")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A stock pipeline whose shifts matter, and 60 digits of 896, in ten classes."""
-    sys.path.insert(0, str(EXAMPLES))
-    import demo
-
-    sys.path.remove(str(EXAMPLES))
-    folder = tmp_path_factory.mktemp("base")
-    train = demo.split_digits()["train"]
-    few = np.concatenate([np.flatnonzero(train.labels == digit)[:6] for digit in range(10)])
-    few = demo.LabelledImages([train.images[i] for i in few], train.labels[few], train.numbers[few])
-    demo.write_image_folder(folder / "images", few)
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=WIDTH // 2,
-        in_channels=1,
-        out_channels=2,
-        sample_size=8,
-        num_embeds_ada_norm=12,
-    )
-    with torch.no_grad():
-        for module in [block.norm1.linear for block in transformer.transformer_blocks] + [transformer.proj_out_1]:
-            module.bias.normal_(0, 0.5)
-    vae = tiny_vae(in_channels=1, latent_channels=1)
-    vae.register_to_config(scaling_factor=2.0)
-    DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder / "pipeline")
-    return folder
-
-
-def arguments(base, output_dir, *more):
-    return [
-        *("--pretrained_model_name_or_path", str(base / "pipeline")),
-        *("--train_data_dir", str(base / "images")),
-        *("--latents_dir", str(base / "latents")),
-        *("--cache_dir", str(base / "cache")),
-        *("--output_dir", str(output_dir)),
-        *("--train_batch_size", "8"),
-        *("--max_train_steps", "4"),
-        *("--learning_rate", "3e-3"),
-        *("--num_validation_images", "12"),
-        *("--num_validation_levels", "4"),
-        *("--logging_steps", "2"),
-        *("--num_calibration_samples", "32"),
-        *map(str, more),
-    ]
-
-
-def finetune(base, output_dir, *more):
-    import finetune_rotation
-
-    finetune_rotation.main(finetune_rotation.parse_args(arguments(base, output_dir, *more)))
-    reset_accelerate()
-    return json.loads((output_dir / "evaluation.json").read_text())
+    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def held_out_loss(base, transformer, *more):
@@ -92,7 +39,8 @@ def held_out_loss(base, transformer, *more):
     pipeline = DiTPipeline.from_pretrained(base / "pipeline")
     latents = finetune_rotation.load_latents(args, pipeline, finetune_rotation.Accelerator(cpu=True))
     _, indices = split_validation(len(latents), args.num_validation_images, args.seed)
-    samples = TrainingSamples(latents, seed=args.seed, num_classes=12, indices=indices)
+    options = finetune_rotation.sample_options(pipeline)
+    samples = TrainingSamples(latents, seed=args.seed, indices=indices, **options)
     held_out = finetune_rotation.HeldOut(args, samples, finetune_rotation.training_objective(pipeline))
     return held_out.losses(transformer)["loss"]
 
@@ -342,9 +290,9 @@ def test_latents_are_as_the_pipeline_decodes_them(base):
 
     args = finetune_rotation.parse_args(arguments(base, base / "never written"))
     pipeline = DiTPipeline.from_pretrained(base / "pipeline")
-    scaled = finetune_rotation.load_latents(args, pipeline, finetune_rotation.Accelerator(cpu=True))
-    samples = TrainingSamples(scaled, seed=0, num_classes=10)
-    standardised = TrainingSamples(LatentDataset(base / "latents"), seed=0, num_classes=10)
+    latents = finetune_rotation.load_latents(args, pipeline, finetune_rotation.Accelerator(cpu=True))
+    samples = TrainingSamples(latents, seed=0, **finetune_rotation.sample_options(pipeline))
+    standardised = TrainingSamples(LatentDataset(base / "latents"), seed=0, num_classes=12)
     for key in ((0, 3), (1, 40)):
         drawn = standardised[key]["latents"] * standardised.latents_std + standardised.latents_mean
         torch.testing.assert_close(samples[key]["latents"], 2.0 * drawn, rtol=1e-5, atol=1e-6)
@@ -361,104 +309,6 @@ def test_labels_are_not_dropped_again_by_every_block(base):
     assert transformer.training
     assert sum(isinstance(module, LabelEmbedding) for module in transformer.modules()) == 2
     torch.testing.assert_close(transformer(*inputs).sample, expected)
-
-
-@pytest.mark.parametrize(
-    "more, message",
-    [
-        (("--swap", "none", "--train", "rotation"), "--swap none has no rotations"),
-        (("--save", "adapter"), "--save adapter does not hold the whole model"),
-        (("--swap", "mean", "--anneal_steps", "2"), "--anneal_steps has no meaning for --swap mean"),
-        (("--swap", "anneal", "--anneal_steps", "5"), "--anneal_steps must be from 1 to --max_train_steps, got 5"),
-        (("--dataset_name", "user/name"), "give one of --train_data_dir and --dataset_name"),
-        (("--num_validation_images", "0"), "--num_validation_images must be at least 1, got 0"),
-        (("--logging_steps", "0"), "--logging_steps must be at least 1, got 0"),
-        (("--max_train_steps", "-1"), "--max_train_steps must not be negative, got -1"),
-        (("--hub_token", "x", "--report_to", "wandb"), "`hub_token` must not be given together"),
-    ],
-)
-def test_arguments_that_do_not_fit(base, tmp_path, capsys, more, message):
-    import finetune_rotation
-
-    with pytest.raises(SystemExit):
-        finetune_rotation.parse_args(arguments(base, tmp_path / "run", *more))
-    assert message in capsys.readouterr().err
-
-
-def test_a_folder_with_something_in_it_is_refused(base, tmp_path, capsys):
-    import finetune_rotation
-
-    (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(SystemExit):
-        finetune_rotation.parse_args(arguments(base, tmp_path))
-    assert "--output_dir must be new or empty" in capsys.readouterr().err
-
-
-def test_unlabelled_images_are_refused(base, tmp_path):
-    import finetune_rotation
-
-    (tmp_path / "images").mkdir()
-    for number, path in enumerate(sorted((base / "images").rglob("*.png"))[:20]):
-        (tmp_path / "images" / f"{number}.png").write_bytes(path.read_bytes())
-    argv = arguments(base, tmp_path / "run", "--latents_dir", tmp_path / "latents")
-    argv[argv.index(str(base / "images"))] = str(tmp_path / "images")
-    with pytest.raises(ValueError, match="the data must have labels"):
-        finetune_rotation.main(finetune_rotation.parse_args(argv))
-
-
-def of_another_class(base):
-    config = {name: value for name, value in base.config.items() if name != "norm_type" and not name.startswith("_")}
-    return OriginalDiTTransformer2DModel.from_config(config)
-
-
-def swapped(base):
-    swap_adaln_for_rotation(base)
-    return base
-
-
-def of_fewer_classes(base):
-    return DiTTransformer2DModel.from_config({**base.config, "num_embeds_ada_norm": 9})
-
-
-@pytest.mark.parametrize(
-    "transformer, error, message",
-    [
-        (of_another_class, TypeError, "got a diffusers_mp.OriginalDiTTransformer2DModel"),
-        (swapped, ValueError, "must not be swapped already"),
-        (of_fewer_classes, ValueError, "must have labels below 9, the number of the base's classes, got 9"),
-    ],
-)
-def test_a_base_that_does_not_fit_is_refused_before_the_images_are_encoded(
-    base, tmp_path, transformer, error, message
-):
-    import finetune_rotation
-
-    pipeline = DiTPipeline.from_pretrained(base / "pipeline")
-    pipeline.transformer = transformer(pipeline.transformer)
-    pipeline.save_pretrained(tmp_path / "pipeline")
-    more = ("--pretrained_model_name_or_path", tmp_path / "pipeline", "--latents_dir", tmp_path / "latents")
-    with pytest.raises(error, match=message):
-        finetune_rotation.main(finetune_rotation.parse_args(arguments(base, tmp_path / "run", *more)))
-    assert not (tmp_path / "latents").exists()
-
-
-class QuantisedLinear(torch.nn.Linear):
-    """As bitsandbytes does it: a subclass of nn.Linear."""
-
-
-@pytest.mark.parametrize("swap", ["mean", "anneal"])
-def test_a_base_whose_shifts_cannot_be_cut_out_is_refused_before_the_images_are_encoded(
-    base, tmp_path, monkeypatch, swap
-):
-    import finetune_rotation
-
-    pipeline = DiTPipeline.from_pretrained(base / "pipeline")
-    pipeline.transformer.proj_out_1.__class__ = QuantisedLinear
-    monkeypatch.setattr(finetune_rotation.DiTPipeline, "from_pretrained", lambda *args, **kwargs: pipeline)
-    more = ("--swap", swap, "--latents_dir", tmp_path / "latents")
-    with pytest.raises(ValueError, match="must have plain linear maps for their shift rows to be cut out, proj_out_1"):
-        finetune_rotation.main(finetune_rotation.parse_args(arguments(base, tmp_path / "run", *more)))
-    assert not (tmp_path / "latents").exists()
 
 
 def test_plain_fine_tuning_goes_on_from_a_swapped_base(base, tmp_path):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from helpers import encode
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.training.samples import (
     StreamBatchSampler,
@@ -45,7 +45,7 @@ def latents(pictures, tmp_path_factory):
     )
     dataset, id2label = pictures
     options = {"vae": vae, "resolution": 16, "id2label": id2label, "random_flip": True, "shard_size": 5}
-    return encode_dataset(dataset, tmp_path_factory.mktemp("latents"), **options)
+    return encode(dataset, tmp_path_factory.mktemp("latents"), **options)
 
 
 def samples_of(latents, **options):
@@ -202,7 +202,7 @@ def test_split_validation_is_a_partition():
 
 
 def test_pixels_and_unlabelled_data(pictures, tmp_path):
-    pixels = encode_dataset(pictures[0], tmp_path, vae=None, resolution=16)
+    pixels = encode(pictures[0], tmp_path)
     samples = TrainingSamples(pixels, seed=0, random_flip=True)
     sample = samples[(0, 1)]
     assert set(sample) == {"latents", "noise", "time", "index"}
@@ -220,7 +220,7 @@ def test_what_the_data_cannot_give_is_refused(latents, pictures, tmp_path):
         with pytest.raises(ValueError, match=r"`class_dropout_prob` must be in \[0, 1\], and 0 without conditions"):
             samples_of(latents, **options)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
-    unflipped = encode_dataset(pictures[0], tmp_path, vae=vae, resolution=16)
+    unflipped = encode(pictures[0], tmp_path, vae=vae)
     with pytest.raises(ValueError, match="needs data encoded with `random_flip=True`"):
         TrainingSamples(unflipped, seed=0, random_flip=True)
 
@@ -321,7 +321,7 @@ def with_vectors(pictures, tmp_path_factory):
     dataset, id2label = pictures
     vectors = np.random.default_rng(3).normal(size=(len(dataset), 5)).tolist()
     dataset = dataset.add_column("clip", vectors)
-    latents = encode_dataset(
+    latents = encode(
         dataset,
         tmp_path_factory.mktemp("with_vectors"),
         vae=None,
@@ -354,7 +354,7 @@ def test_vectors_come_with_their_pictures_and_are_dropped_with_the_labels(with_v
 def test_vectors_move_no_other_draw(with_vectors, pictures, tmp_path):
     latents, _ = with_vectors
     dataset, id2label = pictures
-    without = encode_dataset(dataset, tmp_path, vae=None, resolution=16, id2label=id2label)
+    without = encode(dataset, tmp_path, id2label=id2label)
     first, second = samples_of(latents)[1, 4], samples_of(without)[1, 4]
     del first["pooled_projections"]
     assert_equal_samples(first, second)
@@ -372,10 +372,10 @@ def test_what_is_no_vector_is_refused(with_vectors, pictures, tmp_path, change, 
     dataset, id2label = pictures
     dataset = dataset.add_column("clip", change(with_vectors[1].tolist()))
     with pytest.raises(ValueError, match=message):
-        encode_dataset(dataset, tmp_path, vae=None, resolution=16, shard_size=7, pooled_column="clip")
+        encode(dataset, tmp_path, shard_size=7, pooled_column="clip")
 
 
 def test_another_column_is_other_data(with_vectors, pictures):
     dataset, id2label = pictures
     with pytest.raises(ValueError, match='pooled_column "clip" \\(now null\\)'):
-        encode_dataset(dataset, with_vectors[0].folder, vae=None, resolution=16, id2label=id2label, shard_size=5)
+        encode(dataset, with_vectors[0].folder, id2label=id2label, shard_size=5)

@@ -1,0 +1,226 @@
+"""The model of an evaluation: a pipeline by folder or Hub id, or the snapshots of a run, for averages of any width."""
+
+import contextlib
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+from accelerate import Accelerator, init_empty_weights
+from accelerate.utils import broadcast_object_list
+
+from ..averages.reconstruction import plan_reconstruction, reconstruct_ema, snapshots_up_to
+from ..averages.snapshots import check_snapshots, find_snapshots, pipeline_parts
+from ..files import read_json, write_json
+from ..pipeline_mpdit import MPDiTPipeline
+from ..publishing.hub import download_pipeline, files_to_publish, has_component
+from ..schedulers import sampler_for
+from ..transformer_mpdit import MPDiTTransformer2DModel
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """Where the weights and the other parts of what is measured lie.
+
+    Attributes:
+        folder (Path): of the pipeline, or of the run.
+        snapshots_dir (Path): of the run's snapshots, of which averages are rebuilt; None for a pipeline as it is.
+        step (int): of these averages; None for a pipeline.
+    """
+
+    folder: Path
+    snapshots_dir: Path | None = None
+    step: int | None = None
+
+    @classmethod
+    def find(
+        cls,
+        name_or_path: str,
+        accelerator: Accelerator,
+        *,
+        ema_stds: Sequence[float] | None = None,
+        step: int | None = None,
+        **of_hub: str | None,
+    ) -> "EvaluatedModel":
+        """What a script was given as `--pretrained_model_name_or_path`; to be called on every process.
+
+        Args:
+            name_or_path (str): a pipeline by folder or Hub id, or the folder of a run.
+            accelerator (Accelerator): of this process.
+            ema_stds (sequence of float, optional): widths that will be rebuilt from the run's snapshots.
+            step (int, optional): of these averages; that of the last snapshot if left out.
+            of_hub: `token`, `revision` and `cache_dir` of `download_pipeline`.
+        Returns:
+            EvaluatedModel: the same on every process.
+        Raises:
+            FileNotFoundError: if there are widths but no snapshots.
+        """
+        folder = Path(name_or_path)
+        if not folder.is_dir():
+            with accelerator.main_process_first():
+                folder = download_pipeline(name_or_path, **of_hub)
+        if ema_stds is None:
+            files_to_publish(folder)
+            return cls(folder, step=step)
+        snapshots_dir = folder / "ema_snapshots" if (folder / "ema_snapshots").is_dir() else folder
+        snapshots = find_snapshots(snapshots_dir)
+        if not snapshots:
+            raise FileNotFoundError(
+                f"--ema_stds needs the snapshots of a run (--ema_snapshot_steps of the trainer), {folder} has no "
+                "ema_snapshots"
+            )
+        # Once for all widths and processes: a run that still trains adds snapshots meanwhile.
+        (step,) = broadcast_object_list([snapshots[-1].step if step is None else step])
+        for std in ema_stds:
+            plan = plan_reconstruction(snapshots, std, step)
+            accelerator.print(
+                f"Width {std:g}: fit error {plan.fit_error:.2e} of the profile's norm at step {plan.step}"
+            )
+        return cls(folder, snapshots_dir, step)
+
+    @property
+    def parts(self) -> Path:
+        """Where scheduler, VAE and index lie."""
+        return self.snapshots_dir or self.folder
+
+    @property
+    def transformer_config(self) -> dict:
+        """That of the transformer, which all snapshots of a run have."""
+        transformer = find_snapshots(self.snapshots_dir)[0].path if self.snapshots_dir else self.folder / "transformer"
+        return read_json(transformer / "config.json", {})
+
+    @property
+    def scheduler_name(self) -> str:
+        """Class of the pipeline's own sampler."""
+        return read_json(self.parts / "model_index.json")["scheduler"][1]
+
+    def image_shape(self) -> tuple[int, int]:
+        """Side in pixels and number of channels of the images that the pipeline generates."""
+        config = self.transformer_config
+        if not has_component(self.parts, "vae"):
+            return config["sample_size"], config["in_channels"]
+        vae = read_json(self.parts / "vae" / "config.json", {})
+        return config["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1), vae["out_channels"]
+
+    def check(
+        self, guidance_scales: Sequence[float], class_labels: Sequence[int | str] | None, sampler: str | None
+    ) -> None:
+        """Refuse by the configs, without weights, what would be refused once the reference has been measured.
+
+        Args:
+            guidance_scales (sequence of float), class_labels (sequence, optional), sampler (str, optional): what
+                images will be generated with.
+        Raises:
+            ValueError: if the pipeline is of another kind, or does not take these.
+        """
+        index, config = read_json(self.parts / "model_index.json", {}), self.transformer_config
+        name = index.get("_class_name")
+        if name != MPDiTPipeline.__name__:
+            raise ValueError(f"--pretrained_model_name_or_path must be an MPDiTPipeline, {self.parts} holds a {name}")
+        if has_component(self.parts, "guider"):
+            raise ValueError(
+                "--pretrained_model_name_or_path must be a pipeline without a `guider`, which has a scale of its own, "
+                f"{self.parts} has a {index['guider'][1]}; after `pipe.guider = None` save it to another folder"
+            )
+        if config.get("pooled_projection_dim") is not None:
+            raise ValueError(
+                "the pipeline must be class-conditional or unconditional; this one takes condition vectors"
+            )
+        _, num_channels = self.image_shape()
+        if num_channels not in (1, 3):
+            raise ValueError(
+                f"the pipeline must generate images of 1 or 3 channels, it has {num_channels}"
+                + ("" if has_component(self.parts, "vae") else " and no VAE")
+            )
+        scheduler = getattr(diffusers, self.scheduler_name).from_pretrained(self.parts, subfolder="scheduler")
+        options = {name: index.get(name) for name in ("id2label", "prediction_type")}
+        with init_empty_weights():
+            if has_component(self.parts, "guidance_transformer"):
+                weak = read_json(self.parts / "guidance_transformer" / "config.json", {})
+                options["guidance_transformer"] = MPDiTTransformer2DModel.from_config(weak)
+            pipe = MPDiTPipeline(
+                MPDiTTransformer2DModel.from_config(config),
+                scheduler if sampler is None else sampler_for(scheduler, sampler),
+                **options,
+            )
+        for scale in guidance_scales:
+            pipe.check_guidance(scale)
+        if class_labels is not None:
+            pipe.get_label_ids(class_labels)
+
+    def sha256(self) -> str:
+        """Of all files that the images depend on, by their names in the folder."""
+        if self.snapshots_dir is None:
+            names = [name for name in files_to_publish(self.folder) if not name.startswith("transformer_ema_")]
+            paths = [self.folder / name for name in names]
+        else:
+            snapshots = snapshots_up_to(find_snapshots(self.snapshots_dir), self.step)
+            check_snapshots(snapshots)  # against the hashes of weights in their JSON files, which are hashed instead
+            paths = [path for snapshot in snapshots for path in sorted(snapshot.path.glob("*.json"))]
+            for part in pipeline_parts(self.snapshots_dir):
+                paths += sorted(part.glob("*")) if part.is_dir() else [part]
+        content = hashlib.sha256()
+        for path in paths:
+            if path.suffix in (".json", ".safetensors"):
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").digest()
+                content.update(path.relative_to(self.parts).as_posix().encode() + digest)
+        return content.hexdigest()
+
+    def load(
+        self, std: float | None, accelerator: Accelerator, *, sampler: str | None, dtype: torch.dtype, work_dir: Path
+    ) -> MPDiTPipeline:
+        """The pipeline on this process's device; to be called on every process.
+
+        Args:
+            std (float, optional): width of the average, which the main process rebuilds.
+            accelerator (Accelerator): of this process.
+            sampler (str, optional): class of diffusers, instead of the pipeline's own.
+            dtype (torch.dtype): of the pipeline.
+            work_dir (Path): where averages are rebuilt, and deleted once they are loaded.
+        Returns:
+            MPDiTPipeline: ready to generate.
+        """
+        folder, is_main = self.folder, accelerator.is_main_process
+        with contextlib.ExitStack() as at_end:
+            if std is not None:
+                # A folder for this call alone: another sweep may share the output folder.
+                made = tempfile.mkdtemp(prefix="rebuilt-", dir=work_dir) if is_main else None
+                if is_main:
+                    at_end.callback(shutil.rmtree, made)
+                (folder,) = broadcast_object_list([made])
+                if is_main:
+                    reconstruct_ema(self.snapshots_dir, folder, std, self.step)
+            accelerator.wait_for_everyone()
+            pipe = MPDiTPipeline.from_pretrained(folder, dtype=dtype)
+            accelerator.wait_for_everyone()
+        if sampler is not None:
+            pipe.scheduler = sampler_for(pipe.scheduler, sampler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(accelerator.device)
+
+    def save_best(self, std: float | None, folder: Path) -> None:
+        """A pipeline that may be written to and published: a copy, or the average rebuilt, with the run's record.
+
+        Args:
+            std (float, optional): width of the average.
+            folder (Path): where to write it; what is there goes.
+        """
+        shutil.rmtree(folder, ignore_errors=True)
+        if self.snapshots_dir is None:
+            shutil.copytree(self.folder, folder)
+            return
+        reconstruct_ema(self.snapshots_dir, folder, std, self.step)
+        # What the card tells of the training lies in the folder of the run.
+        run = self.snapshots_dir.parent
+        arguments = read_json(run / "training_arguments.json", {})
+        if arguments:
+            write_json(folder / "training_arguments.json", {**arguments, "ema_stds": [std]})
+            for name in (f"{arguments.get('logging_dir') or 'logs'}/metrics.jsonl", "latents/index.json"):
+                if (run / name).is_file():
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(run / name, folder / name)
