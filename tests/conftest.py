@@ -1,18 +1,9 @@
 import gc
 
-import numpy as np
 import pytest
-import torch
-import transformers
-from helpers import EXAMPLES, random_picture, reset_accelerate
-from hub_client import READ_TOKEN, TOKEN
-from hub_server import HubServer
-
-from diffusers_mp.data.images import load_image_dataset
 
 
-# On models this small, two threads spend their time waiting for each other.
-torch.set_num_threads(1)
+# Heavy imports are in the fixtures: the process that starts the workers needs none of them.
 
 
 # The files that take longest begin first, so that the workers end together.
@@ -58,12 +49,19 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _seed():
+    import torch
+
+    # On models this small, two threads spend their time waiting for each other.
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def picture_folder(tmp_path_factory):
     """Ten pictures in the classes cat (4), dog (3) and test (3); "test" is also the name of a split."""
+    import numpy as np
+    from helpers import random_picture
+
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for name, count in (("cat", 4), ("dog", 3), ("test", 3)):
         (folder / name).mkdir()
@@ -75,12 +73,16 @@ def picture_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pictures(picture_folder, tmp_path_factory):
     """The data set of `picture_folder` and its class names."""
+    from diffusers_mp.data.images import load_image_dataset
+
     return load_image_dataset(picture_folder, cache_dir=str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
 def examples_run_here(monkeypatch):
     """Scripts of `examples` can be imported, and leave Accelerate as they found it."""
+    from helpers import EXAMPLES, reset_accelerate
+
     monkeypatch.syspath_prepend(str(EXAMPLES))
     yield
     reset_accelerate()
@@ -101,6 +103,9 @@ def few_digits(examples_run_here, monkeypatch):
 @pytest.fixture(scope="session")
 def dinov2(tmp_path_factory):
     """A real DINOv2 with two layers, its image processor beside it."""
+    import torch
+    import transformers
+
     folder = tmp_path_factory.mktemp("dinov2")
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -112,6 +117,8 @@ def dinov2(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def running_server():
+    from hub_server import HubServer
+
     with HubServer({}) as server:
         yield server
 
@@ -119,6 +126,8 @@ def running_server():
 @pytest.fixture
 def server(running_server):
     """A Hub on 127.0.0.1 that knows two tokens, empty."""
+    from hub_client import READ_TOKEN, TOKEN
+
     running_server.reset({TOKEN: ("user", "write"), READ_TOKEN: ("user", "read")})
     yield running_server
     assert running_server.problems == []
