@@ -57,25 +57,25 @@ def _seed():
 
 
 @pytest.fixture(scope="session")
-def picture_folder(tmp_path_factory):
-    """Ten pictures in the classes cat (4), dog (3) and test (3); "test" is also the name of a split."""
+def image_folder(tmp_path_factory):
+    """Ten images in the classes cat (4), dog (3) and test (3); "test" is also the name of a split."""
     import numpy as np
-    from helpers import random_picture
+    from helpers import random_image
 
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for name, count in (("cat", 4), ("dog", 3), ("test", 3)):
         (folder / name).mkdir()
         for k in range(count):
-            random_picture(rng).save(folder / name / f"{k}.png")
+            random_image(rng).save(folder / name / f"{k}.png")
     return folder
 
 
 @pytest.fixture(scope="session")
-def pictures(picture_folder, tmp_path_factory):
-    """The data set of `picture_folder` and its class names."""
+def image_data(image_folder, tmp_path_factory):
+    """The data set of `image_folder` and its class names."""
     from diffusers_mp.data.images import load_image_dataset
 
-    return load_image_dataset(picture_folder, cache_dir=str(tmp_path_factory.mktemp("cache")))
+    return load_image_dataset(image_folder, cache_dir=str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture

@@ -253,7 +253,7 @@ def small_run(directory, num_steps=4, vae=None, stds=(0.05, 0.10), **overrides):
     return ema, pipeline
 
 
-def random_picture(rng, width=20, height=18):
+def random_image(rng, width=20, height=18):
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 

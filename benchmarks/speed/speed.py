@@ -267,8 +267,8 @@ def measure_loading(num_images: int, sample_size: int, batch_size: int) -> dict:
     """Encoded posteriors to batches, as in the trainer, without workers; one epoch of it, three times."""
     generator = np.random.default_rng(0)
     resolution = 8 * sample_size
-    pictures = [Image.fromarray(generator.integers(0, 256, (resolution, resolution, 3), np.uint8)) for _ in range(64)]
-    table = datasets.Dataset.from_dict({"image": pictures, "label": list(range(64))}).cast_column(
+    images = [Image.fromarray(generator.integers(0, 256, (resolution, resolution, 3), np.uint8)) for _ in range(64)]
+    table = datasets.Dataset.from_dict({"image": images, "label": list(range(64))}).cast_column(
         "image", datasets.Image(decode=False)
     )
     torch.manual_seed(0)

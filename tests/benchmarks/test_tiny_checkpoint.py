@@ -69,7 +69,7 @@ def test_it_samples_digits(pipe, splits):
     # 99.6 % of 500 were measured; were it 99 %, this would be 3.5 standard deviations below for 200.
     assert demo.recognised(judge, images, labels) >= 0.965
     assert demo.recognised(judge, images, (labels + 1) % 10) < 0.02
-    # Neither one picture for each class nor pictures that it was trained on.
+    # Neither one image for each class nor images that it was trained on.
     assert demo.within_class_ratio(images, labels, splits["held_out"]) > 0.65
     assert demo.nearest_training_ratio(images, labels, splits["held_out"], splits["train"]) > 0.9
 
@@ -120,5 +120,5 @@ def test_nothing_in_it_tells_of_a_machine():
         for text in (b"/work", b"/tmp", b"/home", b"/root", b"/Users", b"build/"):
             assert text not in content, (path, text)
         if path.suffix == ".png":
-            with Image.open(path) as picture:
-                assert not picture.info.keys() & {"Software", "Author", "Comment"}
+            with Image.open(path) as image:
+                assert not image.info.keys() & {"Software", "Author", "Comment"}

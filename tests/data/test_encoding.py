@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import content_of, encode, random_picture, tiny_vae
+from helpers import content_of, encode, random_image, tiny_vae
 from processes import PRELOADED, TIMEOUT
 
 from diffusers_mp.data import encoding
@@ -22,7 +22,7 @@ def test_a_folder_without_classes_is_unlabelled(tmp_path, vae):
     rng = np.random.default_rng(1)
     (tmp_path / "flat").mkdir()
     for k in range(3):
-        random_picture(rng).save(tmp_path / "flat" / f"{k}.png")
+        random_image(rng).save(tmp_path / "flat" / f"{k}.png")
     dataset, id2label = load_image_dataset(tmp_path / "flat", cache_dir=str(tmp_path / "cache"))
     assert id2label is None
     latents = encode(dataset, tmp_path / "encoded", vae=vae, id2label=id2label)
@@ -30,9 +30,9 @@ def test_a_folder_without_classes_is_unlabelled(tmp_path, vae):
     assert set(latents[0]) == {"mean", "std"}
 
 
-def test_truncated_shards_are_named_and_made_again(pictures, tmp_path, vae):
+def test_truncated_shards_are_named_and_made_again(image_data, tmp_path, vae):
     options = {"vae": vae, "shard_size": 4}
-    encode(pictures[0], tmp_path, **options)
+    encode(image_data[0], tmp_path, **options)
     before, name = content_of(tmp_path), "shard-00001.safetensors"
     shard, num_bytes = tmp_path / name, len(before[name])
     for damage in (lambda: shard.write_bytes(before[name][:-5]), shard.unlink):
@@ -41,20 +41,20 @@ def test_truncated_shards_are_named_and_made_again(pictures, tmp_path, vae):
             ValueError, match=f"{name} must have {num_bytes} bytes, found .*delete the file and encode"
         ):
             LatentDataset(tmp_path)
-        encode(pictures[0], tmp_path, **options)
+        encode(image_data[0], tmp_path, **options)
         assert content_of(tmp_path) == before
 
 
-def test_a_shard_that_is_made_again_and_comes_out_otherwise_is_in_the_index(pictures, tmp_path, monkeypatch):
+def test_a_shard_that_is_made_again_and_comes_out_otherwise_is_in_the_index(image_data, tmp_path, monkeypatch):
     options = {"shard_size": 4}
-    before = encode(pictures[0], tmp_path, **options).index
+    before = encode(image_data[0], tmp_path, **options).index
     (tmp_path / "shard-00000.json").unlink()
 
     def wait(seconds):
         raise AssertionError("there is nobody to wait for")
 
     monkeypatch.setattr(encoding.time, "sleep", wait)
-    others = pictures[0].select([1, 0, *range(2, len(pictures[0]))])
+    others = image_data[0].select([1, 0, *range(2, len(image_data[0]))])
     after = encode(others, tmp_path, **options)
     assert after.index["shards"][0] != before["shards"][0]
     assert after.index["shards"][1:] == before["shards"][1:]
@@ -72,7 +72,7 @@ def many(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(8)
     rows = []
     for k in range(46):
-        random_picture(rng).save(folder / "image.png")
+        random_image(rng).save(folder / "image.png")
         content = (folder / "image.png").read_bytes()
         rows.append({"path": f"{k}.png", "bytes": content[:150] if k in (7, 24) else content})
     features = datasets.Features(
@@ -247,14 +247,14 @@ def test_a_process_makes_its_own_shards_only(many, tmp_path, monkeypatch, stream
         assert made == {k for k in range(12) if k % 3 in (0, process_index)}
 
 
-def test_a_stream_of_a_folder_and_of_bare_ids(pictures, picture_folder, tmp_path, vae, caplog):
+def test_a_stream_of_a_folder_and_of_bare_ids(image_data, image_folder, tmp_path, vae, caplog):
     options = {"vae": vae, "shard_size": 5}
-    whole = encode(pictures[0], tmp_path / "a", id2label=pictures[1], **options)
-    stream, id2label = load_image_dataset(picture_folder, streaming=True)
+    whole = encode(image_data[0], tmp_path / "a", id2label=image_data[1], **options)
+    stream, id2label = load_image_dataset(image_folder, streaming=True)
     encode(stream, tmp_path / "b", id2label=id2label, **options)
     assert content_of(tmp_path / "b", "settings.json") == content_of(tmp_path / "a", "settings.json")
 
-    rows = [{"image": row["image"], "label": 2 * row["label"]} for row in pictures[0]]
+    rows = [{"image": row["image"], "label": 2 * row["label"]} for row in image_data[0]]
     ids = datasets.Dataset.from_list(
         rows, features=datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
     )
@@ -266,16 +266,16 @@ def test_a_stream_of_a_folder_and_of_bare_ids(pictures, picture_folder, tmp_path
         encode(ids.to_iterable_dataset(), tmp_path / "d", id2label={0: "a", 1: "b"}, **options)
 
 
-def test_a_finished_folder_is_opened(encoded, pictures, vae):
+def test_a_finished_folder_is_opened(encoded, image_data, vae):
     before = {path: path.stat().st_mtime_ns for path in encoded.folder.iterdir()}
-    options = {"vae": vae, "vae_id": "another name", "id2label": pictures[1]}
-    again = encode(pictures[0], encoded.folder, random_flip=True, shard_size=3, **options)
+    options = {"vae": vae, "vae_id": "another name", "id2label": image_data[1]}
+    again = encode(image_data[0], encoded.folder, random_flip=True, shard_size=3, **options)
     assert again.index == encoded.index
     assert {path: path.stat().st_mtime_ns for path in encoded.folder.iterdir()} == before
 
 
-def test_a_folder_begun_with_other_data_is_refused(pictures, tmp_path):
-    dataset, id2label = pictures
+def test_a_folder_begun_with_other_data_is_refused(image_data, tmp_path):
+    dataset, id2label = image_data
     options = {"shard_size": 4, "id2label": id2label}
     encode(dataset, tmp_path, **options)
     (tmp_path / "index.json").unlink()
@@ -287,7 +287,7 @@ def test_a_folder_begun_with_other_data_is_refused(pictures, tmp_path):
 
     resized = tmp_path / "elsewhere" / os.path.basename(dataset[6]["image"]["path"])
     resized.parent.mkdir()
-    random_picture(np.random.default_rng(9), 30, 30).save(resized)
+    random_image(np.random.default_rng(9), 30, 30).save(resized)
     cases = [
         (changed(1, label=2), "shard-00000"),
         (changed(6, image={"path": str(resized), "bytes": None}), "shard-00001"),
@@ -305,9 +305,9 @@ def test_a_folder_begun_with_other_data_is_refused(pictures, tmp_path):
         encode(dataset, tmp_path, **options)
 
 
-def test_a_process_out_of_range_is_refused(pictures, tmp_path):
+def test_a_process_out_of_range_is_refused(image_data, tmp_path):
     with pytest.raises(ValueError, match=r"`process_index` must be in \[0, 2\), got 2"):
-        encode(pictures[0], tmp_path, resolution=16, num_processes=2, process_index=2)
+        encode(image_data[0], tmp_path, resolution=16, num_processes=2, process_index=2)
 
 
 def anonymous_megabytes():
@@ -324,7 +324,7 @@ def rows_that_watch(content, measured):
 
 
 def encode_and_watch(folder):
-    random_picture(np.random.default_rng(0), 64, 64).save(folder / "a.png")
+    random_image(np.random.default_rng(0), 64, 64).save(folder / "a.png")
     measured, reading = [], []
     features = datasets.Features({"image": datasets.Image(decode=False)})
     arguments = {"content": (folder / "a.png").read_bytes(), "measured": measured}

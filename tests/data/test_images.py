@@ -1,4 +1,4 @@
-"""Opening and preparing pictures, on small real files."""
+"""Opening and preparing images, on small real files."""
 
 import os
 import shutil
@@ -8,25 +8,25 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import random_picture
+from helpers import random_image
 from PIL import Image
 
 from diffusers_mp.data.images import load_image_dataset, prepare_image, read_image
 
 
-def test_an_image_folder_brings_its_classes(pictures, picture_folder):
-    dataset, id2label = pictures
+def test_an_image_folder_brings_its_classes(image_data, image_folder):
+    dataset, id2label = image_data
     assert id2label == {0: "cat", 1: "dog", 2: "test"}
     assert len(dataset) == 10
     for row in dataset:
         assert os.path.basename(os.path.dirname(row["image"]["path"])) == id2label[row["label"]]
 
 
-def test_a_stray_image_does_not_silently_remove_the_labels(picture_folder, tmp_path):
-    for path in sorted(picture_folder.rglob("*.png")):
+def test_a_stray_image_does_not_silently_remove_the_labels(image_folder, tmp_path):
+    for path in sorted(image_folder.rglob("*.png")):
         (tmp_path / "mixed" / path.parent.name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "mixed" / path.parent.name / path.name).write_bytes(path.read_bytes())
-    random_picture(np.random.default_rng(0)).save(tmp_path / "mixed" / "stray.png")
+    random_image(np.random.default_rng(0)).save(tmp_path / "mixed" / "stray.png")
     with pytest.raises(ValueError, match="class folders of one depth.*images in .*mixed' and in '.*mixed/"):
         load_image_dataset(tmp_path / "mixed", cache_dir=str(tmp_path / "cache"))
 
@@ -41,7 +41,7 @@ def save_table(folder, columns, **features):
 
 def three_images():
     rng = np.random.default_rng(2)
-    return [random_picture(rng) for _ in range(3)]
+    return [random_image(rng) for _ in range(3)]
 
 
 def test_integer_and_string_labels(tmp_path):
@@ -111,14 +111,14 @@ def test_exactly_one_existing_source(tmp_path):
         load_image_dataset(tmp_path / "nowhere")
 
 
-def test_a_stream_has_the_rows_and_classes_of_the_table(picture_folder, pictures, tmp_path):
-    stream, id2label = load_image_dataset(picture_folder, streaming=True)
+def test_a_stream_has_the_rows_and_classes_of_the_table(image_folder, image_data, tmp_path):
+    stream, id2label = load_image_dataset(image_folder, streaming=True)
     assert isinstance(stream, datasets.IterableDataset)
-    assert id2label == pictures[1]
-    assert list(stream) == list(pictures[0])
+    assert id2label == image_data[1]
+    assert list(stream) == list(image_data[0])
     (tmp_path / "mixed" / "a").mkdir(parents=True)
     for name in ("a/1.png", "stray.png"):
-        random_picture(np.random.default_rng(0)).save(tmp_path / "mixed" / name)
+        random_image(np.random.default_rng(0)).save(tmp_path / "mixed" / name)
     with pytest.raises(ValueError, match="class folders of one depth"):
         load_image_dataset(tmp_path / "mixed", streaming=True)
 
@@ -134,9 +134,9 @@ def test_labels_of_a_stream(tmp_path):
         load_image_dataset(**strings, streaming=True)
 
 
-def test_max_train_samples_of_a_stream(picture_folder):
+def test_max_train_samples_of_a_stream(image_folder):
     rows = [
-        [row["image"]["path"] for row in load_image_dataset(picture_folder, streaming=True, **options)[0]]
+        [row["image"]["path"] for row in load_image_dataset(image_folder, streaming=True, **options)[0]]
         for options in ({"max_train_samples": 4}, {"max_train_samples": 4}, {"max_train_samples": 4, "seed": 1}, {})
     ]
     assert [len(set(paths)) for paths in rows] == [4, 4, 4, 10]
@@ -146,7 +146,7 @@ def test_max_train_samples_of_a_stream(picture_folder):
 
 def test_read_image_from_an_address(tmp_path):
     """Streams name images by addresses that fsspec opens."""
-    image = random_picture(np.random.default_rng(0), 16, 16)
+    image = random_image(np.random.default_rng(0), 16, 16)
     image.save(tmp_path / "a.png")
     expected = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -160,10 +160,9 @@ def test_read_image_from_an_address(tmp_path):
         read_image({"path": f"file://{tmp_path}/b.png", "bytes": None}, 16, 3)
 
 
-def test_max_train_samples_draws_over_the_classes(picture_folder, tmp_path):
+def test_max_train_samples_draws_over_the_classes(image_folder, tmp_path):
     kept = [
-        load_image_dataset(picture_folder, cache_dir=str(tmp_path), max_train_samples=4, seed=seed)
-        for seed in (0, 0, 1)
+        load_image_dataset(image_folder, cache_dir=str(tmp_path), max_train_samples=4, seed=seed) for seed in (0, 0, 1)
     ]
     paths = [[row["image"]["path"] for row in dataset] for dataset, _ in kept]
     assert [len(set(p)) for p in paths] == [4, 4, 4]
@@ -213,21 +212,21 @@ def test_prepare_image_is_upright(tmp_path):
     assert torch.equal(pixels[0], torch.from_numpy(stored).flip(0))
 
 
-def test_links_to_folders_are_refused(picture_folder, tmp_path):
+def test_links_to_folders_are_refused(image_folder, tmp_path):
     # `datasets` passes them over: a class would be missing.
-    shutil.copytree(picture_folder, tmp_path / "pictures")
-    (tmp_path / "pictures" / "zebra").symlink_to(next(path for path in picture_folder.iterdir() if path.is_dir()))
+    shutil.copytree(image_folder, tmp_path / "images")
+    (tmp_path / "images" / "zebra").symlink_to(next(path for path in image_folder.iterdir() if path.is_dir()))
     with pytest.raises(ValueError, match="must hold its folders itself, .*zebra' is a link"):
-        load_image_dataset(tmp_path / "pictures", cache_dir=str(tmp_path / "cache"))
+        load_image_dataset(tmp_path / "images", cache_dir=str(tmp_path / "cache"))
 
 
-def test_a_metadata_file_without_labels_is_named(picture_folder, tmp_path):
-    shutil.copytree(picture_folder, tmp_path / "pictures")
-    names = [path.relative_to(tmp_path / "pictures") for path in (tmp_path / "pictures").rglob("*.png")]
+def test_a_metadata_file_without_labels_is_named(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "images")
+    names = [path.relative_to(tmp_path / "images") for path in (tmp_path / "images").rglob("*.png")]
     rows = "".join(f"{name},{number}\n" for number, name in enumerate(names))
-    (tmp_path / "pictures" / "metadata.csv").write_text("file_name,number\n" + rows)
+    (tmp_path / "images" / "metadata.csv").write_text("file_name,number\n" + rows)
     with pytest.raises(ValueError, match="must have a column `label` in its metadata file"):
-        load_image_dataset(tmp_path / "pictures", cache_dir=str(tmp_path / "cache"))
+        load_image_dataset(tmp_path / "images", cache_dir=str(tmp_path / "cache"))
 
 
 def test_a_stream_that_does_not_tell_its_columns_is_refused(tmp_path):

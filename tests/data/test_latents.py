@@ -15,8 +15,8 @@ RESOLUTION = 16
 
 
 @torch.no_grad()
-def test_moments_are_those_of_the_vae_across_shard_borders(encoded, pictures, vae):
-    dataset, _ = pictures
+def test_moments_are_those_of_the_vae_across_shard_borders(encoded, image_data, vae):
+    dataset, _ = image_data
     pixels = pixels_of(dataset)
     assert [shard["num_samples"] for shard in encoded.index["shards"]] == [3, 3, 3, 1]
     assert len(encoded) == 10
@@ -60,8 +60,8 @@ def test_writing_to_a_sample_changes_nothing(encoded, key):
     assert torch.equal(encoded[0][key], before)
 
 
-def test_pixels_are_stored_as_bytes_and_mirrored_on_reading(pictures, tmp_path):
-    dataset, id2label = pictures
+def test_pixels_are_stored_as_bytes_and_mirrored_on_reading(image_data, tmp_path):
+    dataset, id2label = image_data
     encoded = encode(dataset, tmp_path / "a", id2label=id2label, shard_size=4, num_workers=2)
     pixels = pixels_of(dataset)
     assert encoded.latent_shape == (3, RESOLUTION, RESOLUTION)
@@ -87,7 +87,7 @@ def test_fingerprint_tells_weights_and_configurations_apart(vae):
     assert vae_fingerprint(tiny_vae(in_channels=1))["config_hash"] != same["config_hash"]
 
 
-def test_validate_accepts_a_reloaded_vae_and_names_each_difference(encoded, pictures, vae, tmp_path):
+def test_validate_accepts_a_reloaded_vae_and_names_each_difference(encoded, image_data, vae, tmp_path):
     vae.save_pretrained(tmp_path / "vae")
     reloaded = AutoencoderKL.from_pretrained(tmp_path / "vae")
     encoded.validate(vae=reloaded, resolution=RESOLUTION, random_flip=True)
@@ -95,23 +95,23 @@ def test_validate_accepts_a_reloaded_vae_and_names_each_difference(encoded, pict
         encoded.validate(vae=tiny_vae(seed=1), resolution=32)
     with pytest.raises(ValueError, match="they hold latents"):
         encoded.validate(vae=None, resolution=RESOLUTION)
-    unflipped = encode(pictures[0], tmp_path / "unflipped", vae=vae)
+    unflipped = encode(image_data[0], tmp_path / "unflipped", vae=vae)
     with pytest.raises(ValueError, match="encoded without `random_flip`"):
         unflipped.validate(vae=vae, resolution=RESOLUTION, random_flip=True)
     with pytest.raises(ValueError, match="`flip=True` needs data encoded with `random_flip=True`"):
         unflipped.read(0, flip=True)
 
 
-def test_an_unknown_format_is_refused(pictures, tmp_path):
-    encode(pictures[0], tmp_path)
+def test_an_unknown_format_is_refused(image_data, tmp_path):
+    encode(image_data[0], tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps(index | {"format_version": 99}))
     with pytest.raises(ValueError, match="`folder` must have format version 3, .* has 99"):
         LatentDataset(tmp_path)
 
 
-def test_altered_files_are_named(pictures, tmp_path):
-    encode(pictures[0], tmp_path, shard_size=2).verify()
+def test_altered_files_are_named(image_data, tmp_path):
+    encode(image_data[0], tmp_path, shard_size=2).verify()
     for number in (1, 4):
         path = tmp_path / f"shard-0000{number}.safetensors"
         content = bytearray(path.read_bytes())

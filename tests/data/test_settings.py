@@ -8,16 +8,16 @@ from diffusers_mp.data.images import load_image_dataset
 
 
 @pytest.mark.parametrize("name", ["batch_size", "shard_size", "resolution"])
-def test_sizes_of_nothing_leave_no_folder(picture_folder, tmp_path, name):
-    dataset, _ = load_image_dataset(picture_folder, cache_dir=str(tmp_path / "cache"))
+def test_sizes_of_nothing_leave_no_folder(image_folder, tmp_path, name):
+    dataset, _ = load_image_dataset(image_folder, cache_dir=str(tmp_path / "cache"))
     options = {name: 0}
     with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
         encode(dataset, tmp_path / "encoded", **options)
     assert not (tmp_path / "encoded").exists()
 
 
-def test_unfit_vaes_are_refused(pictures, tmp_path, vae):
-    dataset, _ = pictures
+def test_unfit_vaes_are_refused(image_data, tmp_path, vae):
+    dataset, _ = image_data
     with pytest.raises(ValueError, match="`vae` must be in float32 to encode, got torch.bfloat16"):
         encode(dataset, tmp_path, vae=tiny_vae().to(torch.bfloat16))
     with pytest.raises(ValueError, match=r"`num_channels`, .* must be 1 \(grey\) or 3 \(RGB\), got 4"):
@@ -29,8 +29,8 @@ def test_unfit_vaes_are_refused(pictures, tmp_path, vae):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_folder_begun_with_other_settings_is_refused(pictures, tmp_path, vae, finished):
-    dataset, id2label = pictures
+def test_a_folder_begun_with_other_settings_is_refused(image_data, tmp_path, vae, finished):
+    dataset, id2label = image_data
     options = {"vae": vae, "random_flip": True, "shard_size": 4, "id2label": id2label}
     encode(dataset, tmp_path, **options)
     if not finished:

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import encode, pixels_of, random_picture
+from helpers import encode, pixels_of, random_image
 from PIL import Image
 
 from diffusers_mp.data import shards
@@ -20,8 +20,8 @@ RESOLUTION = 16
 
 
 @torch.no_grad()
-def test_statistics_are_those_of_the_drawn_latents(encoded, pictures, vae):
-    pixels = pixels_of(pictures[0])
+def test_statistics_are_those_of_the_drawn_latents(encoded, image_data, vae):
+    pixels = pixels_of(image_data[0])
     posterior = vae.encode(torch.cat([pixels, pixels.flip(-1)])).latent_dist
     # a mixture of Gaussians: E[x] = E[mean], E[x²] = E[mean² + std²]
     mean, std = posterior.mean.double(), posterior.std.double()
@@ -33,10 +33,10 @@ def test_statistics_are_those_of_the_drawn_latents(encoded, pictures, vae):
 
 @pytest.fixture
 def damaged_folder(tmp_path):
-    folder, rng = tmp_path / "pictures", np.random.default_rng(5)
+    folder, rng = tmp_path / "images", np.random.default_rng(5)
     folder.mkdir()
     for k in range(6):
-        random_picture(rng).save(folder / f"{k}.png")
+        random_image(rng).save(folder / f"{k}.png")
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:200])
     (folder / "4.png").write_text("not an image")
     return folder
@@ -90,8 +90,8 @@ def test_a_corrupt_image_without_a_path_is_named_by_its_row(tmp_path):
             encode(dataset.select([row]), tmp_path / "a")
 
 
-def test_latents_that_are_not_finite_are_named(picture_folder, tmp_path, vae, monkeypatch):
-    dataset, _ = load_image_dataset(picture_folder, cache_dir=str(tmp_path / "cache"))
+def test_latents_that_are_not_finite_are_named(image_folder, tmp_path, vae, monkeypatch):
+    dataset, _ = load_image_dataset(image_folder, cache_dir=str(tmp_path / "cache"))
     encode_batch, batches = vae.encode, []
 
     def encode_with_a_hole(pixels):
@@ -110,8 +110,8 @@ def test_latents_that_are_not_finite_are_named(picture_folder, tmp_path, vae, mo
     assert len(encode(dataset, tmp_path / "encoded", vae=vae)) == len(dataset)
 
 
-def test_an_encoder_that_another_one_overtakes_goes_on(pictures, tmp_path, vae, monkeypatch):
-    dataset, id2label = pictures
+def test_an_encoder_that_another_one_overtakes_goes_on(image_data, tmp_path, vae, monkeypatch):
+    dataset, id2label = image_data
     options = {"vae": vae, "id2label": id2label, "shard_size": 3}
     save, overtaken = shards.save_file, []
 
@@ -133,12 +133,12 @@ def test_an_encoder_that_another_one_overtakes_goes_on(pictures, tmp_path, vae, 
 
 def test_a_constant_channel_is_named(tmp_path):
     rng = np.random.default_rng(6)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for k in range(3):
         image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         image[..., 1] = 77
-        Image.fromarray(image).save(tmp_path / "pictures" / f"{k}.png")
-    dataset, _ = load_image_dataset(tmp_path / "pictures", cache_dir=str(tmp_path / "cache"))
+        Image.fromarray(image).save(tmp_path / "images" / f"{k}.png")
+    dataset, _ = load_image_dataset(tmp_path / "images", cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"Every channel must vary over the data, channels \[1\] have std"):
         encode(dataset, tmp_path / "encoded", resolution=16)
     assert not (tmp_path / "encoded" / "index.json").exists()

@@ -282,7 +282,7 @@ def test_two_processes_replicated_and_sharded(tmp_path):
 @pytest.mark.usefixtures("examples_run_here")
 class TestTrainer:
     @pytest.fixture
-    def train(self, picture_folder, tmp_path):
+    def train(self, image_folder, tmp_path):
         model = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 4}
         (tmp_path / "model.json").write_text(json.dumps(model))
 
@@ -290,7 +290,7 @@ class TestTrainer:
             import train_mpdit
 
             arguments = [
-                *("--train_data_dir", str(picture_folder), "--cache_dir", str(tmp_path / "cache")),
+                *("--train_data_dir", str(image_folder), "--cache_dir", str(tmp_path / "cache")),
                 *("--vae", "none", "--resolution", "8", "--model_config_name_or_path", str(tmp_path / "model.json")),
                 *("--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_train_steps", "5"),
                 *("--logging_steps", "1", "--checkpointing_steps", "3", "--validation_steps", "0"),

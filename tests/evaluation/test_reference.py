@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from helpers import means_of_blocks, random_picture, tiny_vae
+from helpers import means_of_blocks, random_image, tiny_vae
 from PIL import Image
 
 from diffusers_mp.data.images import load_image_dataset, prepare_image
@@ -37,16 +37,16 @@ def test_images_compared_are_drawn_from_all_classes():
 
 
 @pytest.fixture
-def reference_of(pictures, tmp_path):
-    def compute(dataset=pictures[0], extractor=BLOCKS, resolution=16, num_channels=3, **options):
+def reference_of(image_data, tmp_path):
+    def compute(dataset=image_data[0], extractor=BLOCKS, resolution=16, num_channels=3, **options):
         options = {"cache_dir": tmp_path / "statistics", "batch_size": 3} | options
         return reference_statistics(dataset, extractor, resolution=resolution, num_channels=num_channels, **options)
 
     return compute
 
 
-def test_reference_is_that_of_the_prepared_images(reference_of, picture_folder):
-    paths = sorted(picture_folder.rglob("*.png"))
+def test_reference_is_that_of_the_prepared_images(reference_of, image_folder):
+    paths = sorted(image_folder.rglob("*.png"))
     images = torch.stack([prepare_image(Image.open(path), 16, 3) for path in paths])
     features = means_of_blocks(images).double()
     reference = reference_of()
@@ -80,7 +80,7 @@ def test_processes_share_the_reference(reference_of, tmp_path):
     assert len(list((tmp_path / "shared").iterdir())) == 1
 
 
-def test_cache_goes_by_content(reference_of, pictures, picture_folder, tmp_path):
+def test_cache_goes_by_content(reference_of, image_data, image_folder, tmp_path):
     first = reference_of()
     files = list((tmp_path / "statistics").iterdir())
     assert len(files) == 1
@@ -90,7 +90,7 @@ def test_cache_goes_by_content(reference_of, pictures, picture_folder, tmp_path)
 
     # The same images in another place, by another extractor object: nothing is computed.
     copies = tmp_path / "copies"
-    for path in picture_folder.rglob("*.png"):
+    for path in image_folder.rglob("*.png"):
         (copies / path.parent.name).mkdir(parents=True, exist_ok=True)
         (copies / path.parent.name / path.name).write_bytes(path.read_bytes())
     dataset, _ = load_image_dataset(copies, cache_dir=str(tmp_path / "cache"))
@@ -98,7 +98,7 @@ def test_cache_goes_by_content(reference_of, pictures, picture_folder, tmp_path)
     assert torch.equal(again.covariance, first.covariance)
     assert again.description == json.loads(json.dumps(first.description))
 
-    random_picture(np.random.default_rng(1)).save(copies / "cat" / "0.png")
+    random_image(np.random.default_rng(1)).save(copies / "cat" / "0.png")
     dataset, _ = load_image_dataset(copies, cache_dir=str(tmp_path / "cache"))
     assert not torch.equal(reference_of(dataset).covariance, first.covariance)
     reference_of(resolution=8)
@@ -158,7 +158,7 @@ def test_images_that_are_prepared_otherwise_are_told(reference_of, tmp_path):
     rng, folder = np.random.default_rng(0), tmp_path / "mixed"
     folder.mkdir()
     for k, (width, height) in enumerate(((20, 18), (40, 40), (64, 48))):
-        random_picture(rng, width, height).save(folder / f"{k}.png")
+        random_image(rng, width, height).save(folder / f"{k}.png")
     dataset, _ = load_image_dataset(folder, cache_dir=str(tmp_path / "cache"))
     warnings = " ".join(reference_of(dataset, resolution=32, num_channels=1).description["warnings"])
     assert "1 of 3 reference images are smaller than 32 pixels and were enlarged" in warnings
@@ -172,7 +172,7 @@ def test_images_that_are_prepared_otherwise_are_told(reference_of, tmp_path):
         reference_of(dataset.select([0]))
 
 
-def test_metrics_of_a_set_against_itself_and_others(reference_of, pictures):
+def test_metrics_of_a_set_against_itself_and_others(reference_of, image_data):
     reference = reference_of()
     same = image_metrics(reference, RunningStatistics().update(reference.features), reference.features, k=3)
     assert same["frechet_distance"] < 1e-6

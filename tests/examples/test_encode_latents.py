@@ -22,9 +22,9 @@ def vae_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def arguments(picture_folder, vae_folder, tmp_path):
+def arguments(image_folder, vae_folder, tmp_path):
     return [
-        *("--train_data_dir", str(picture_folder)),
+        *("--train_data_dir", str(image_folder)),
         *("--vae", str(vae_folder)),
         *("--cache_dir", str(tmp_path / "cache")),
         *("--resolution", "16"),

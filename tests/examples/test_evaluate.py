@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.guiders import ClassifierFreeGuidance
-from helpers import EXAMPLES, random_picture, tiny_model, tiny_vae
+from helpers import EXAMPLES, random_image, tiny_model, tiny_vae
 from hub_client import TOKEN, client
 from PIL import Image
 from processes import run_processes
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("examples_run_here")
 def photos(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for k in range(NUM_PHOTOS):
-        random_picture(rng, 40, 36).save(folder / f"{k:02d}.png")
+        random_image(rng, 40, 36).save(folder / f"{k:02d}.png")
     return folder
 
 
@@ -335,7 +335,7 @@ def test_bad_input_is_refused_before_anything_is_generated(arguments, tmp_path, 
     with pytest.raises(ValueError, match="`reference_dir` must be a folder of images, .* holds none"):
         evaluate(arguments, "--reference_dir", tmp_path / "empty")
     (tmp_path / "empty" / "a.png").write_bytes(b"no image")
-    random_picture(np.random.default_rng(0)).save(tmp_path / "empty" / "b.png")
+    random_image(np.random.default_rng(0)).save(tmp_path / "empty" / "b.png")
     with pytest.raises(ValueError, match=r"must be readable, number 0 \(a.png\) is not"):
         evaluate(arguments, "--reference_dir", tmp_path / "empty")
     with pytest.raises(ValueError, match="must hold a saved pipeline"):

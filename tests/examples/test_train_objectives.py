@@ -18,10 +18,10 @@ pytestmark = pytest.mark.usefixtures("examples_run_here")
 
 
 @pytest.fixture
-def arguments(picture_folder, tmp_path):
+def arguments(image_folder, tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(MODEL))
     return [
-        *("--train_data_dir", str(picture_folder), "--cache_dir", str(tmp_path / "cache")),
+        *("--train_data_dir", str(image_folder), "--cache_dir", str(tmp_path / "cache")),
         *("--vae", "none", "--resolution", "8", "--model_config_name_or_path", str(tmp_path / "model.json")),
         *("--train_batch_size", "4", "--max_train_steps", "2", "--logging_steps", "1", "--checkpointing_steps", "2"),
         *("--validation_steps", "2", "--num_validation_images", "2", "--num_validation_levels", "4"),

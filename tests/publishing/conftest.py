@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from helpers import random_picture, tiny_model, tiny_vae
+from helpers import random_image, tiny_model, tiny_vae
 from hub_client import DIT_OPTIONS, INPUTS, RECORD, make_pipeline
 from PIL import PngImagePlugin
 
@@ -65,8 +65,8 @@ def made(tmp_path_factory):
     for step in (999, 1000):
         notes = PngImagePlugin.PngInfo()
         notes.add_text("author", "private")
-        picture = random_picture(rng)
-        picture.save(folder / "samples" / f"step-{step:d}.png", pnginfo=notes)
+        image = random_image(rng)
+        image.save(folder / "samples" / f"step-{step:d}.png", pnginfo=notes)
     latents = {"resolution": 32, "num_samples": 1234, "vae": {"id": str(base / "home of the author" / "vae")}}
     (folder / "latents" / "index.json").write_text(json.dumps(latents))
     arguments = {
@@ -84,7 +84,7 @@ def made(tmp_path_factory):
     (folder / "training_arguments.json").write_text(json.dumps(arguments))
     write_model_card(folder, "user/name", license="mit", num_images_seen=1600, hardware="2 CPU cores")
     images = pipe(**INPUTS, generator=torch.Generator().manual_seed(0)).images
-    return Namespace(folder=folder, base=base, images=images, pipe=pipe, picture=picture)
+    return Namespace(folder=folder, base=base, images=images, pipe=pipe, image=image)
 
 
 @pytest.fixture

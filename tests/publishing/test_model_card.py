@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from helpers import random_picture, tiny_vae
+from helpers import random_image, tiny_vae
 from hub_client import TOKEN, blocks_of, make_pipeline, rewrite
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -58,7 +58,7 @@ def test_curve_rows_are_means_of_the_log(made):
         assert validation == ({50: "0.02", 100: "0.01"}.get(update, ""))
 
 
-def test_card_and_pictures_tell_nothing_private(made):
+def test_card_and_images_tell_nothing_private(made):
     text = (made.folder / "README.md").read_text()
     assert "home of the author" not in text
     assert str(made.base) not in text
@@ -66,7 +66,7 @@ def test_card_and_pictures_tell_nothing_private(made):
         assert b"private" not in (made.folder / name).read_bytes()
     with Image.open(made.folder / "sample_grid.png") as grid:
         # The last by number, not by name.
-        assert grid.tobytes() == made.picture.tobytes()
+        assert grid.tobytes() == made.image.tobytes()
 
 
 def test_card_without_matplotlib_has_the_table_alone(run, monkeypatch):
@@ -119,7 +119,7 @@ def test_card_of_a_bare_unconditional_pipeline_of_pixels(tmp_path):
 
 def test_a_card_written_anew_keeps_the_grid(tmp_path):
     rng = np.random.default_rng(0)
-    first, second = random_picture(rng), random_picture(rng)
+    first, second = random_image(rng), random_image(rng)
     folder, grid = tmp_path / "run", tmp_path / "run" / "sample_grid.png"
     make_pipeline(folder)
     first.save(tmp_path / "grid.png")

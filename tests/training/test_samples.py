@@ -24,17 +24,17 @@ NUM_SAMPLES, NUM_CLASSES = 12, 3
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+def image_data(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for k in range(NUM_SAMPLES):
         (folder / f"class{k % NUM_CLASSES}").mkdir(exist_ok=True)
-        picture = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
-        picture.save(folder / f"class{k % NUM_CLASSES}" / f"{k}.png")
+        image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        image.save(folder / f"class{k % NUM_CLASSES}" / f"{k}.png")
     return load_image_dataset(folder, cache_dir=str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="module")
-def latents(pictures, tmp_path_factory):
+def latents(image_data, tmp_path_factory):
     torch.manual_seed(0)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -43,7 +43,7 @@ def latents(pictures, tmp_path_factory):
         norm_num_groups=4,
         latent_channels=4,
     )
-    dataset, id2label = pictures
+    dataset, id2label = image_data
     options = {"vae": vae, "resolution": 16, "id2label": id2label, "random_flip": True, "shard_size": 5}
     return encode(dataset, tmp_path_factory.mktemp("latents"), **options)
 
@@ -128,7 +128,7 @@ def test_latents_are_standardised(latents):
     samples = samples_of(latents)
     draws = torch.stack([samples[(epoch, index)]["latents"] for epoch in range(200) for index in range(NUM_SAMPLES)])
     std, mean = torch.std_mean(draws, (0, 2, 3))
-    # Every picture comes up equally often, so the error is at most that of independent draws of variance 1.
+    # Every image comes up equally often, so the error is at most that of independent draws of variance 1.
     error = 4 / math.sqrt(200 * NUM_SAMPLES * 16)
     assert mean.abs().max() < error
     assert (std - 1).abs().max() < error
@@ -201,8 +201,8 @@ def test_split_validation_is_a_partition():
             split_validation(20, count, seed=3)
 
 
-def test_pixels_and_unlabelled_data(pictures, tmp_path):
-    pixels = encode(pictures[0], tmp_path)
+def test_pixels_and_unlabelled_data(image_data, tmp_path):
+    pixels = encode(image_data[0], tmp_path)
     samples = TrainingSamples(pixels, seed=0, random_flip=True)
     sample = samples[(0, 1)]
     assert set(sample) == {"latents", "noise", "time", "index"}
@@ -213,14 +213,14 @@ def test_pixels_and_unlabelled_data(pictures, tmp_path):
         TrainingSamples(pixels, seed=0, num_classes=3)
 
 
-def test_what_the_data_cannot_give_is_refused(latents, pictures, tmp_path):
+def test_what_the_data_cannot_give_is_refused(latents, image_data, tmp_path):
     with pytest.raises(ValueError, match="`num_classes` must be at least 3, got 2"):
         samples_of(latents, num_classes=2)
     for options in ({"class_dropout_prob": 1.5}, {"num_classes": None, "class_dropout_prob": 0.1}):
         with pytest.raises(ValueError, match=r"`class_dropout_prob` must be in \[0, 1\], and 0 without conditions"):
             samples_of(latents, **options)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
-    unflipped = encode(pictures[0], tmp_path, vae=vae)
+    unflipped = encode(image_data[0], tmp_path, vae=vae)
     with pytest.raises(ValueError, match="needs data encoded with `random_flip=True`"):
         TrainingSamples(unflipped, seed=0, random_flip=True)
 
@@ -317,8 +317,8 @@ def test_workers_give_the_same_batches(latents):
 
 
 @pytest.fixture(scope="module")
-def with_vectors(pictures, tmp_path_factory):
-    dataset, id2label = pictures
+def with_vectors(image_data, tmp_path_factory):
+    dataset, id2label = image_data
     vectors = np.random.default_rng(3).normal(size=(len(dataset), 5)).tolist()
     dataset = dataset.add_column("clip", vectors)
     latents = encode(
@@ -334,7 +334,7 @@ def with_vectors(pictures, tmp_path_factory):
 
 
 @pytest.mark.parametrize("num_classes", [NUM_CLASSES, None])
-def test_vectors_come_with_their_pictures_and_are_dropped_with_the_labels(with_vectors, num_classes):
+def test_vectors_come_with_their_images_and_are_dropped_with_the_labels(with_vectors, num_classes):
     latents, vectors = with_vectors
     assert latents.pooled_projection_dim == 5
     samples = samples_of(latents, num_classes=num_classes)
@@ -351,9 +351,9 @@ def test_vectors_come_with_their_pictures_and_are_dropped_with_the_labels(with_v
     assert set(conditions) == {"pooled_projections"} | ({"class_labels"} if num_classes else set())
 
 
-def test_vectors_move_no_other_draw(with_vectors, pictures, tmp_path):
+def test_vectors_move_no_other_draw(with_vectors, image_data, tmp_path):
     latents, _ = with_vectors
-    dataset, id2label = pictures
+    dataset, id2label = image_data
     without = encode(dataset, tmp_path, id2label=id2label)
     first, second = samples_of(latents)[1, 4], samples_of(without)[1, 4]
     del first["pooled_projections"]
@@ -368,14 +368,14 @@ def test_vectors_move_no_other_draw(with_vectors, pictures, tmp_path):
         (lambda vectors: [None] + vectors[1:], "lists of finite numbers, all of one length, .* has null"),
     ],
 )
-def test_what_is_no_vector_is_refused(with_vectors, pictures, tmp_path, change, message):
-    dataset, id2label = pictures
+def test_what_is_no_vector_is_refused(with_vectors, image_data, tmp_path, change, message):
+    dataset, id2label = image_data
     dataset = dataset.add_column("clip", change(with_vectors[1].tolist()))
     with pytest.raises(ValueError, match=message):
         encode(dataset, tmp_path, shard_size=7, pooled_column="clip")
 
 
-def test_another_column_is_other_data(with_vectors, pictures):
-    dataset, id2label = pictures
+def test_another_column_is_other_data(with_vectors, image_data):
+    dataset, id2label = image_data
     with pytest.raises(ValueError, match='pooled_column "clip" \\(now null\\)'):
         encode(dataset, with_vectors[0].folder, id2label=id2label, shard_size=5)
