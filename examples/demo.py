@@ -29,6 +29,7 @@ from diffusers_mp.arguments import HelpFormatter, at_least
 
 EXAMPLES = Path(__file__).resolve().parent
 RECORD_NAME = "demo.json"
+INTERRUPTED = "\nInterrupted: the same command goes on."
 IMAGE_SIZE, SCAN_SIZE = 32, 8
 CELL_SIZE = 96  # of the sheet of samples
 SAVING_STEPS = 50  # of the VAE's training
@@ -104,18 +105,11 @@ def open_folder(args):
     return num_threads
 
 
-def interrupted(*_):
-    """The handler of signals that end the demo."""
-    print("\nInterrupted: the same command goes on.", file=sys.stderr)
-    sys.exit(130)
-
-
 if __name__ == "__main__":
     # Before the heavy imports: `--help` answers at once, and torch is told the number of threads.
     arguments = parse_args()
-    # Ctrl+C and `kill` end it at any moment, but in the trainer, which saves a checkpoint first.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupted)
+    # While it imports.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))
     print(
         "Trains a VAE and a diffusion transformer on 896 real handwritten digits, then draws new ones: about 4 "
         "minutes on 2 idle cores. Interrupted, the same command goes on.",
@@ -384,7 +378,7 @@ def train_transformer(args, data, vae, model):
     sys.argv = ["train_mpdit.py", *map(str, sum(options.items(), ()))]
     runpy.run_path(str(EXAMPLES / "train_mpdit.py"), run_name="__main__")
     if not (model / "model_index.json").is_file():
-        interrupted()  # The trainer was told to stop, and has saved a checkpoint.
+        raise KeyboardInterrupt  # The trainer was told to stop, and has saved a checkpoint.
 
 
 def sample(args, model):
@@ -447,4 +441,11 @@ def main(args, num_threads):
 
 
 if __name__ == "__main__":
-    main(arguments, num_threads)
+    # `kill` ends as Ctrl+C does, but in the trainer, which saves a checkpoint first.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        main(arguments, num_threads)
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        sys.exit(130)

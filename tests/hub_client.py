@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 from diffusers import DDPMScheduler
-from helpers import tiny_model
+from helpers import ROOT, tiny_model
 from processes import PRELOADED
 
 from diffusers_mp import MPDiTPipeline
-from diffusers_mp.publishing import hub
 
 
 TOKEN, READ_TOKEN = "hf_" + "WriteSecret" * 3, "hf_" + "ReadSecret" * 3
@@ -102,7 +101,7 @@ def environment_of_client(server, home):
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "XDG_CACHE_HOME", "PYTHONWARNINGS")
     return {
         **{name: value for name, value in os.environ.items() if name not in names and "proxy" not in name.lower()},
-        "PYTHONPATH": str(Path(hub.__file__).parents[1]),
+        "PYTHONPATH": str(ROOT),
         "HF_ENDPOINT": server.endpoint,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",

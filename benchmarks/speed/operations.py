@@ -138,7 +138,7 @@ def rows_of_upkeep(rounds: int):
 # What E does and A does not, and what a step would be like without: no longer E, but as long as E would take at best.
 WITHOUT = {
     "gradients of rows projected": (fused, "unit_rows", lambda weight: weight),
-    "rotation": (fused, "modulate", lambda x, scale, shift, angle: x * (1 + scale)),
+    "rotation": (fused, "modulate", lambda x, scale, angle: x * (1 + scale)),
     "queries and keys to RMS 1": (fused, "unit_magnitude", lambda x: x),
     "SiLU's constant": (functional, "mp_silu", lambda x, inplace: F.silu(x)),
 }

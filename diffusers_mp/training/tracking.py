@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker, on_main_process
 
-from ..files import whole_file
+from ..files import UNFINISHED, whole_file
 
 
 class JSONLinesTracker(GeneralTracker):
@@ -46,6 +46,8 @@ class JSONLinesTracker(GeneralTracker):
         """
         if self.path.is_file():
             kept = [line for line in self._whole_lines() if (json.loads(line)["step"] or 0) <= step]
+            for left_by_a_kill in self.path.parent.glob(f"{self.path.name}.*{UNFINISHED}"):
+                left_by_a_kill.unlink()
             # Replaced as a whole: a run killed here must not lose its curve.
             with whole_file(self.path) as unfinished:
                 unfinished.write_text("".join(kept), encoding="utf-8")
