@@ -108,8 +108,7 @@ def open_folder(args):
 if __name__ == "__main__":
     # Before the heavy imports: `--help` answers at once, and torch is told the number of threads.
     arguments = parse_args()
-    # While it imports.
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))  # while it imports
     print(
         "Trains a VAE and a diffusion transformer on 896 real handwritten digits, then draws new ones: about 4 "
         "minutes on 2 idle cores. Interrupted, the same command goes on.",
