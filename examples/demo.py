@@ -47,7 +47,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("demo"), help="folder for everything")
-    add("--max_train_steps", type=at_least(1), default=1800, help="updates of the transformer")
+    add("--max_train_steps", type=at_least(1), default=1500, help="updates of the transformer")
     add("--vae_steps", type=at_least(1), default=300, help="updates of the VAE")
     add("--guidance_scale", type=float, default=2.0, help="guidance of the samples")
     add("--num_inference_steps", type=at_least(1), default=25, help="sampling steps")
