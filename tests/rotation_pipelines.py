@@ -3,7 +3,8 @@
 import diffusers
 import torch
 from helpers import tiny_vae
-from tiny_transformers import CASES, fill_, randn
+from tiny_inputs_of_transformers import randn
+from tiny_transformers import CASES, fill_
 
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler

@@ -8,10 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
-from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin, QuantizationMethod
-from helpers import NOT_IN_DEV, row_norms, tiny_inputs, tiny_model
+from helpers import row_norms, tiny_inputs, tiny_model
 from peft import LoraConfig
 from peft.tuners.lora.config import KasaConfig
 from processes import run_processes
@@ -110,42 +107,6 @@ def test_fused_attention_maps_are_not_saved(tmp_path):
     model.save_pretrained(tmp_path)
     assert torch.equal(forward(MPDiTTransformer2DModel.from_pretrained(tmp_path)), expected)
     assert not any("to_qkv" in name for name in model.state_dict())
-
-
-# Quantisation
-
-
-@pytest.fixture
-def no_op_quantizer(monkeypatch):
-    """One that diffusers takes for a backend, and that leaves maps alone: none of theirs is installed."""
-
-    class Quantizer(DiffusersQuantizer):
-        is_serializable = is_trainable = True
-
-        def _process_model_before_weight_loading(self, model, **kwargs):
-            pass
-
-        def _process_model_after_weight_loading(self, model, **kwargs):
-            return model
-
-    class QuantizationConfig(QuantizationConfigMixin):
-        to_diff_dict = QuantizationConfigMixin.to_dict
-
-    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "quanto", Quantizer)
-    return QuantizationConfig(quant_method=QuantizationMethod.QUANTO)
-
-
-@pytest.mark.parametrize("configuration", "AE")
-def test_quantised_rows_are_used_as_stored(configuration, tmp_path, no_op_quantizer):
-    tiny_model(configuration).eval().save_pretrained(tmp_path)
-    model = MPDiTTransformer2DModel.from_pretrained(tmp_path, quantization_config=no_op_quantizer)
-    assert model.hf_quantizer is not None
-
-
-def test_quantising_rows_that_are_normalised_on_use_is_refused(tmp_path, no_op_quantizer):
-    tiny_model("C").eval().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="`quantization_config` must be None, .* got QuantizationConfig"):
-        MPDiTTransformer2DModel.from_pretrained(tmp_path, quantization_config=no_op_quantizer)
 
 
 # LoRA through PEFT
@@ -429,29 +390,3 @@ def test_export():
     inputs = tiny_inputs()
     program = torch.export.export(model, args=(), kwargs=inputs)
     torch.testing.assert_close(program.module()(**inputs).sample, forward(model, **inputs))
-
-
-@pytest.mark.parametrize("configuration", ["A", "C", "E"])
-def test_int8_weights_and_a_lora_beside_them(configuration):
-    quantization = pytest.importorskip("torchao.quantization", reason=NOT_IN_DEV)
-    model = tiny_model(configuration, attention_head_dim=16).eval()
-    expected = forward(model)
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    if configuration == "C":
-        with pytest.raises(ValueError, match="weights not quantised otherwise, .*; got Int8Tensor"):
-            forward(model)
-        return
-    quantised = forward(model)
-    assert (quantised - expected).norm() < 0.03 * expected.norm()
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
-    for mode in (True, False):
-        assert torch.equal(forward(model.train(mode)), quantised)
-    model.train()(**tiny_inputs()).sample.square().mean().backward()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.sub_(parameter.grad)
-    trained = forward(model)
-    model.state_dict()
-    assert torch.equal(forward(model.eval()), trained)
-    assert not torch.equal(trained, quantised)
