@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from helpers import EXAMPLES
 
 import diffusers_mp
 
@@ -82,3 +83,12 @@ def test_imports_are_found():
     assert {"layers", "rows", "blocks"} <= {*imports_of("transformer_mpdit"), *imports_of("layers")}
     assert "files" in set(imports_of("data.encoding"))
     assert sum(len(set(imports_of(module))) for module in MODULES) > 60
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_a_script_imports_no_other(script):
+    scripts = {path.stem for path in EXAMPLES.glob("*.py")}
+    for node in ast.walk(ast.parse(script.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert scripts.isdisjoint(name.partition(".")[0] for name in names), names
