@@ -62,7 +62,7 @@ def arm():
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 def count_operation(event, arguments):
-    # Before a file of what is not yet a checkpoint or a snapshot is opened, or it is renamed to become one.
+    # Before a file of what is not yet a checkpoint, a snapshot or a log is opened, or it is renamed to become one.
     if left["operations"] is not None and event in ("open", "os.rename", "os.mkdir"):
         path = Path(os.fsdecode(arguments[0])) if isinstance(arguments[0], (str, bytes, os.PathLike)) else Path()
         folders = [folder for folder in (path, *path.parents) if folder.name.endswith(".unfinished")]
@@ -97,8 +97,7 @@ while True:
     if not os.WIFSIGNALED(status):
         raise SystemExit("not killed, see its log: " + open(str(output_dir) + ".log").read()[-3000:])
     kills += 1
-    unfinished = [*output_dir.glob("*.unfinished"), *output_dir.glob("ema_snapshots/*.unfinished")]
-    while_saving += os.WTERMSIG(status) == signal.SIGKILL and bool(unfinished)
+    while_saving += os.WTERMSIG(status) == signal.SIGKILL and any(output_dir.rglob("*.unfinished"))
 if status:
     raise SystemExit("the run failed, see its log: " + open(str(output_dir) + ".log").read()[-3000:])
 print(json.dumps({{"kills": kills, "while_saving": while_saving}}))
