@@ -222,7 +222,7 @@ class MPDiTPipeline(DiffusionPipeline):
             num_images_per_class, height, width, num_inference_steps, output_type, callback_on_step_end_tensor_inputs:
                 as in `__call__`, defaults filled in.
         Raises:
-            ValueError: naming the argument, the rule and what was received.
+            ValueError: naming the argument, the rule and what it got.
         """
         patch_size = self.transformer.config.patch_size
         if self.guidance_transformer is not None:
@@ -386,7 +386,7 @@ class MPDiTPipeline(DiffusionPipeline):
             ImagePipelineOutput or tuple: `images`.
         Raises:
             TypeError: if a transformer is not of this package, or the guider not of diffusers.
-            ValueError: naming the argument, the rule and what was received.
+            ValueError: naming the argument, the rule and what it got.
         """
         guidance.check_transformer(self.transformer)
         size_of_training = self.transformer.config.sample_size * self.vae_scale_factor

@@ -111,8 +111,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType
 from diffusers import DDPMScheduler, DiTPipeline
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.optimization import get_scheduler
@@ -129,7 +128,6 @@ from diffusers_mp.rotation_swap.checks import check_model, check_sites
 from diffusers_mp.rotation_swap.sites import find_sites
 from diffusers_mp.training import (
     DDPMObjective,
-    JSONLinesTracker,
     NonFiniteError,
     StreamBatchSampler,
     TrainingSamples,
@@ -138,7 +136,7 @@ from diffusers_mp.training import (
     validation_losses,
     validation_timesteps,
 )
-from diffusers_mp.training.engine import check_engine
+from diffusers_mp.training.engine import start
 
 
 def main(args):
@@ -146,18 +144,9 @@ def main(args):
         check_trackers(args.report_to, args.hub_token)
     except ValueError as error:
         make_parser().error(str(error))
-    logging_dir = args.output_dir / "logs"
-    curve = JSONLinesTracker(logging_dir)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=[curve] if args.report_to == "none" else [curve, args.report_to],
-        project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(logging_dir)),
-    )
-    check_engine(accelerator, args.gradient_accumulation_steps)
+    accelerator, _ = start(args, args.output_dir / "logs")
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise RuntimeError(f"this script runs on one process or DDP, got {accelerator.distributed_type.value}.")
-    set_seed(args.seed)
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:
         repo_id = check_hub_access(

@@ -59,7 +59,7 @@ class TestInterval:
 
         interval = (levels[3], levels[1])
         rows = count_rows(pipe.transformer)
-        received = sample(
+        got = sample(
             pipe,
             guidance_scale=3.0,
             guidance_interval=interval,
@@ -67,7 +67,7 @@ class TestInterval:
             callback_on_step_end_tensor_inputs=["noise_pred"],
         )
         assert rows == [2, 4, 4, 2, 2]
-        assert relative_error(received, by_hand(pipe.transformer, ddim(), guide)) < 1e-5
+        assert relative_error(got, by_hand(pipe.transformer, ddim(), guide)) < 1e-5
         # The first step is outside, so it is the prediction of the class to the bit.
         assert torch.equal(seen[0], predict(pipe.transformer, LATENTS, pipe.scheduler.timesteps[0], LABELS))
 
@@ -133,8 +133,8 @@ class TestInterval:
 
         interval = (levels[3], levels[2] * 1.01)
         expected = by_hand(pipe.transformer, DDPMScheduler(**DDPM, variance_type="learned_range"), guide)
-        received = sample(pipe, guidance_scale=3.0, guidance_interval=interval)
-        assert relative_error(received, expected) < 1e-5
+        got = sample(pipe, guidance_scale=3.0, guidance_interval=interval)
+        assert relative_error(got, expected) < 1e-5
 
     @pytest.mark.parametrize(
         "interval",
@@ -189,9 +189,9 @@ class TestAutoguidance:
     def test_the_weak_model_rests_where_guidance_is_off(self, off):
         pipe = pipeline(guidance_transformer=weak_model())
         rows = count_rows(pipe.guidance_transformer)
-        received = sample(pipe, **off)
+        got = sample(pipe, **off)
         assert rows == []
-        assert torch.equal(received, sample(pipeline(pipe.transformer), guidance_scale=1.0))
+        assert torch.equal(got, sample(pipeline(pipe.transformer), guidance_scale=1.0))
 
     @pytest.mark.parametrize("overrides", [{"num_classes": None}, {"class_dropout_prob": 0.0}], ids=str)
     def test_models_without_a_null_condition_are_guided(self, overrides):
@@ -257,9 +257,9 @@ class TestAutoguidance:
         pipe = pipeline(guidance_transformer=weak_model())
         expected = sample(pipe)
         pipe.guidance_transformer.to(torch.bfloat16)
-        received = sample(pipe)
-        assert received.dtype == torch.float32
-        assert 0 < relative_error(received, expected) < 0.05
+        got = sample(pipe)
+        assert got.dtype == torch.float32
+        assert 0 < relative_error(got, expected) < 0.05
 
     @pytest.mark.parametrize(
         "overrides, message",

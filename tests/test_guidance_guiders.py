@@ -78,11 +78,11 @@ class TestGuiders:
             return guider.forward(*pair).pred.reshape(latents.shape)
 
         expected = by_hand(strong, ddim(), guide)
-        received = sample(pipe)
-        assert relative_error(received, expected) < 1e-6
-        assert relative_error(received, sample(pipeline(strong), guidance_scale=1.0)) > 0.1
+        got = sample(pipe)
+        assert relative_error(got, expected) < 1e-6
+        assert relative_error(got, sample(pipeline(strong), guidance_scale=1.0)) > 0.1
         # A second call starts anew.
-        assert torch.equal(sample(pipe), received)
+        assert torch.equal(sample(pipe), got)
 
     def test_no_unconditional_pass_outside_the_guider_s_own_interval(self):
         pipe = pipeline(guider=ClassifierFreeGuidance(3.0, start=0.2, stop=0.6))

@@ -70,9 +70,9 @@ def test_sliced_and_tiled_decoding(how):
     decode = pipe.vae.decoder.forward
     pipe.vae.decoder.forward = lambda latents: calls.append(latents.shape) or decode(latents)
     getattr(pipe.vae, f"enable_{how}")()
-    received = sample(pipe)
+    got = sample(pipe)
     if how == "slicing":
-        torch.testing.assert_close(received, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         assert [shape[0] for shape in calls] == [1, 1]
     calls.clear()
     pipe.vae.tile_latent_min_size = 4
@@ -88,8 +88,8 @@ def test_parts_of_different_dtypes(dtype):
     for part in ("vae", "transformer"):
         mixed = copy.deepcopy(pipe)
         getattr(mixed, part).to(dtype)
-        received = sample(mixed)
-        assert (received.float() - expected).abs().mean() < 0.05
+        got = sample(mixed)
+        assert (got.float() - expected).abs().mean() < 0.05
 
 
 # Other pipelines of the same parts

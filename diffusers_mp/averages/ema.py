@@ -243,15 +243,15 @@ class PowerFunctionEMA:
                 f"`state_dict` must hold averages of the tracked stds {list(self.stds)}, got stds {stds} and "
                 f"{len(averages)} averages"
             )
-        for std, received in zip(self.stds, averages, strict=True):
+        for std, loaded in zip(self.stds, averages, strict=True):
             where = f"average of std {std} in `state_dict`"
-            _check_parameters(where, self._averages[std], received)
+            _check_parameters(where, self._averages[std], loaded)
             for name, average in self._averages[std].items():
-                if received[name].dtype != average.dtype:
-                    raise ValueError(f"{where}: {name!r} must be {average.dtype}, got {received[name].dtype}")
-        for std, received in zip(self.stds, averages, strict=True):
+                if loaded[name].dtype != average.dtype:
+                    raise ValueError(f"{where}: {name!r} must be {average.dtype}, got {loaded[name].dtype}")
+        for std, loaded in zip(self.stds, averages, strict=True):
             for name, average in self._averages[std].items():
-                average.copy_(received[name])
+                average.copy_(loaded[name])
         self.step = int(state_dict["step"])
 
     def _averages_of(self, std: float) -> dict[str, torch.Tensor]:
@@ -278,12 +278,12 @@ def _floating_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.is_floating_point()}
 
 
-def _check_parameters(where: str, expected: dict[str, torch.Tensor], received: dict[str, torch.Tensor]) -> None:
-    if received.keys() != expected.keys():
-        missing, unexpected = sorted(expected.keys() - received.keys()), sorted(received.keys() - expected.keys())
+def _check_parameters(where: str, expected: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> None:
+    if loaded.keys() != expected.keys():
+        missing, unexpected = sorted(expected.keys() - loaded.keys()), sorted(loaded.keys() - expected.keys())
         raise ValueError(f"{where} must have the tracked names, missing {missing}, unexpected {unexpected}")
     for name, tensor in expected.items():
-        if received[name].shape != tensor.shape:
+        if loaded[name].shape != tensor.shape:
             raise ValueError(
-                f"{where}: {name!r} must have shape {tuple(tensor.shape)}, got {tuple(received[name].shape)}"
+                f"{where}: {name!r} must have shape {tuple(tensor.shape)}, got {tuple(loaded[name].shape)}"
             )

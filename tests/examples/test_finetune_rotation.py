@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiTPipeline
 from diffusers.models.embeddings import LabelEmbedding
 from helpers import EXAMPLES
@@ -37,7 +38,7 @@ def held_out_loss(base, transformer, *more):
 
     args = finetune_rotation.parse_args(arguments(base, base / "never written", *more))
     pipeline = DiTPipeline.from_pretrained(base / "pipeline")
-    latents = finetune_rotation.load_latents(args, pipeline, finetune_rotation.Accelerator(cpu=True))
+    latents = finetune_rotation.load_latents(args, pipeline, Accelerator(cpu=True))
     _, indices = split_validation(len(latents), args.num_validation_images, args.seed)
     options = finetune_rotation.sample_options(pipeline)
     samples = TrainingSamples(latents, seed=args.seed, indices=indices, **options)
@@ -253,7 +254,7 @@ def test_the_flags_reach_the_run(base, tmp_path, monkeypatch):
 
     spy(finetune_rotation, "TrainingSamples")
     spy(finetune_rotation, "set_shift_scale")
-    spy(finetune_rotation.Accelerator, "clip_grad_norm_")
+    spy(Accelerator, "clip_grad_norm_")
     spy(torch.optim, "AdamW")
     finetune(
         *(base, tmp_path / "run", "--swap", "anneal", "--anneal_steps", "2", "--class_dropout_prob", "0.25"),
@@ -290,7 +291,7 @@ def test_latents_are_as_the_pipeline_decodes_them(base):
 
     args = finetune_rotation.parse_args(arguments(base, base / "never written"))
     pipeline = DiTPipeline.from_pretrained(base / "pipeline")
-    latents = finetune_rotation.load_latents(args, pipeline, finetune_rotation.Accelerator(cpu=True))
+    latents = finetune_rotation.load_latents(args, pipeline, Accelerator(cpu=True))
     samples = TrainingSamples(latents, seed=0, **finetune_rotation.sample_options(pipeline))
     standardised = TrainingSamples(LatentDataset(base / "latents"), seed=0, num_classes=12)
     for key in ((0, 3), (1, 40)):

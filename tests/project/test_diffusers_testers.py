@@ -442,8 +442,8 @@ def test_a_callback_that_changes_the_guidance_scale():
         return {"latents": kept[0]} if step == 0 else {}
 
     pipe = tiny_pipeline()
-    received = sample(pipe, output_type="latent", callback_on_step_end=raise_scale)
+    got = sample(pipe, output_type="latent", callback_on_step_end=raise_scale)
     assert pipe.guidance_scale == 4.0
     # From the first step's latents on, it is sampling at the new scale.
     expected = sample(pipe, output_type="latent", guidance_scale=3.0, callback_on_step_end=put_back)
-    assert torch.equal(received, expected)
+    assert torch.equal(got, expected)
