@@ -48,7 +48,7 @@ SECTIONS = {
         "evaluation.features",
         "evaluation.heat_map",
     ],
-    "Data": ["data.images", "data.settings", "data.encoding", "data.latents"],
+    "Data": ["data.images", "data.pixels", "data.settings", "data.encoding", "data.latents"],
     "Files": ["files"],
     "Publishing": [
         "publishing.hub",

@@ -23,7 +23,7 @@ from diffusers_mp import (
 )
 from diffusers_mp.averages.snapshots import save_snapshots
 from diffusers_mp.data.encoding import encode_dataset
-from diffusers_mp.data.images import prepare_image
+from diffusers_mp.data.pixels import prepare_image
 from diffusers_mp.data.settings import EncodingSettings
 
 

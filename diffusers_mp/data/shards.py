@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..files import read_json, sha256_of_file, whole_file
-from .images import read_image
 from .latents import to_unit_range
+from .pixels import read_image
 from .settings import EncodingSettings, shortened
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..data.images import read_image
+from ..data.pixels import read_image
 from ..files import whole_file
 from .features import FeatureExtractor
 from .frechet import RunningStatistics, frechet_distance, rank_warning

@@ -11,7 +11,8 @@ import torch
 from helpers import means_of_blocks, random_image, tiny_vae
 from PIL import Image
 
-from diffusers_mp.data.images import load_image_dataset, prepare_image
+from diffusers_mp.data.images import load_image_dataset
+from diffusers_mp.data.pixels import prepare_image
 from diffusers_mp.evaluation import reference as reference_module
 from diffusers_mp.evaluation.features import FeatureExtractor
 from diffusers_mp.evaluation.frechet import RunningStatistics

@@ -21,7 +21,7 @@ from processes import run_processes
 
 from diffusers_mp import MPDiTPipeline, PowerFunctionEMA, frechet_distance, normalize_weights_, reconstruct_ema
 from diffusers_mp.averages.snapshots import save_snapshots
-from diffusers_mp.data.images import prepare_image
+from diffusers_mp.data.pixels import prepare_image
 from diffusers_mp.evaluation import model
 from diffusers_mp.evaluation.features import transformers_extractor
 from diffusers_mp.evaluation.frechet import RunningStatistics
