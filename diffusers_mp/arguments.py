@@ -49,12 +49,17 @@ ema_width = within(float, "be in (0, 1/sqrt(12)), that is below 0.2887", lambda 
 
 def add_source_arguments(add: Callable[..., Any], split_help: str = "split to train on") -> None:
     """Where images and their classes come from; `add` is `add_argument` of a parser or of a group."""
-    add("--train_data_dir", help="folder of images, one sub-folder for each class; of several splits, name one")
+    add("--train_data_dir", help="folder of images, one sub-folder for each class")
     add("--dataset_name", help="data set on the Hub, or a path `datasets.load_dataset` understands")
     add("--dataset_config_name", help="configuration of the data set")
-    add("--dataset_split", default="train", help=split_help)
+    add("--split", help=f"{split_help}: of a data set [train], or the name of the folders to take images from")
+    add(
+        "--class_level",
+        choices=("first", "last"),
+        help="which folder of a path names the class, where there are several",
+    )
     add("--image_column", default="image", help="column of the images")
-    add("--label_column", default="label", help="column of the class labels")
+    add("--label_column", default="label", help="column of the class labels; none for no labels")
     add("--cache_dir", help="where `datasets` and the Hub client keep their files")
     add("--max_train_samples", type=at_least(1), help="use this many samples only, chosen by the seed")
     add("--skip_corrupt", action="store_true", help="leave damaged images out instead of stopping")
@@ -62,9 +67,10 @@ def add_source_arguments(add: Callable[..., Any], split_help: str = "split to tr
 
 def source_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags of a source say, as arguments of `load_image_dataset`."""
-    names = ("train_data_dir", "dataset_name", "dataset_config_name", "cache_dir", "image_column", "label_column")
-    names += ("max_train_samples", "seed", "streaming")
-    return {"split": args.dataset_split} | {name: getattr(args, name) for name in names if name in args}
+    names = ("train_data_dir", "dataset_name", "dataset_config_name", "split", "class_level", "cache_dir")
+    names += ("image_column", "max_train_samples", "seed", "streaming", "skip_corrupt")
+    label_column = None if args.label_column == "none" else args.label_column
+    return {name: getattr(args, name) for name in names if name in args} | {"label_column": label_column}
 
 
 def add_encoding_arguments(add: Callable[..., Any]) -> None:

@@ -67,7 +67,7 @@ def main(args):
     else:
         vae, settings = load_vae(args.vae, args.cache_dir), EncodingSettings(**encoding_of(args))
         settings.for_vae(vae)  # refuses what does not suit it before the data are opened
-        dataset, id2label = load_image_dataset(**source_of(args))
+        dataset, id2label, _ = load_image_dataset(**source_of(args))
         vae = None if vae is None else vae.to(accelerator.device)
         latents = encode_dataset(dataset, args.latents_dir, settings, vae=vae, id2label=id2label, **processes)
     state = "unaltered" if args.verify else "encoded"

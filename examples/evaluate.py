@@ -52,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dataset_name", help="data set on the Hub, or a path `datasets.load_dataset` understands")
     add("--reference_statistics", nargs="+", help="files from an earlier `reference/`, one for each extractor")
     add("--dataset_config_name", help="configuration of the data set")
-    add("--dataset_split", default="train", help="its split")
+    add("--split", help="its split [train], or the name of the folders to take images from")
     add("--image_column", default="image", help="column of the images")
     add("--max_reference_images", type=at_least(2), help="take this many only, drawn with seed 0")
 
@@ -249,7 +249,7 @@ def open_reference(args):
             args.reference_dir,
             dataset_name=args.dataset_name,
             dataset_config_name=args.dataset_config_name,
-            split=args.dataset_split,
+            split=args.split,
             cache_dir=args.cache_dir,
             image_column=args.image_column,
             label_column=None,

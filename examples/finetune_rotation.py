@@ -315,7 +315,7 @@ def training_objective(pipeline):
 
 def load_latents(args, pipeline, accelerator):
     """The data, encoded once by the base's VAE."""
-    dataset, id2label = load_image_dataset(**source_of(args))
+    dataset, id2label, _ = load_image_dataset(**source_of(args))
     if id2label is None:
         raise ValueError("the data must have labels: a DiT generates images of a class.")
     vae, config = pipeline.vae.to(accelerator.device).eval(), pipeline.transformer.config

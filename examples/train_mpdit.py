@@ -124,7 +124,7 @@ def load_latents(args, vae, accelerator, pretrained=None) -> LatentDataset:
         latents = LatentDataset(folder)
     else:
         check_model(args, vae, pretrained)
-        dataset, id2label = load_image_dataset(**source_of(args))
+        dataset, id2label, _ = load_image_dataset(**source_of(args))
         if vae is not None:
             vae.to(accelerator.device).eval()
         # Encodes what is missing, damaged shards that were deleted among it, and refuses a folder of other data. No

@@ -49,7 +49,7 @@ def test_flags_of_data_are_arguments_of_the_package():
     parser = argparse.ArgumentParser()
     add_source_arguments(parser.add_argument)
     parser.add_argument("--seed", type=at_least(0), default=0)
-    few = parser.parse_args(["--train_data_dir", "photos", "--dataset_split", "test", "--skip_corrupt"])
+    few = parser.parse_args(["--train_data_dir", "photos", "--split", "test", "--skip_corrupt"])
     add_encoding_arguments(parser.add_argument)
     for name, value in (("resolution", 64), ("encode_batch_size", 8), ("dataloader_num_workers", 2), ("vae", "none")):
         parser.add_argument(f"--{name}", default=value)

@@ -258,7 +258,7 @@ def prepare(args):
                 args.output_dir / "digits",
                 demo.LabelledImages([scaled[number] for number in others], scans.target[others], others),
             )
-            dataset, id2label = load_image_dataset(
+            dataset, id2label, _ = load_image_dataset(
                 args.output_dir / "digits", cache_dir=str(args.output_dir / "cache")
             )
             settings = EncodingSettings(demo.SCAN_SIZE, num_channels=1)

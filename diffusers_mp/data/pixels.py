@@ -63,3 +63,12 @@ def read_image(cell: dict | None, resolution: int, num_channels: int) -> tuple[t
         raise
     except Exception as error:  # a damaged file raises whatever the parser of its format stumbles over
         return None, f"{type(error).__name__}: {error}"
+
+
+def is_image(head: bytes, name: str) -> bool:
+    Image.init()
+    return any(accept is not None and accept(head) is True for _, accept in Image.OPEN.values())
+
+
+def unreadable_image(name: str) -> str | None:
+    return "install pillow-heif" if name.lower().endswith((".heic", ".heif")) else None

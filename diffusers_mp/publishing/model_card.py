@@ -175,7 +175,7 @@ def _data(folder: Path, index: dict, config: dict, arguments: dict, data: str | 
         source = f"[{dataset}](../../datasets/{dataset})"
         if arguments.get("dataset_config_name"):
             source += f", configuration {text_of(arguments['dataset_config_name'])}"
-        source += f", split {text_of(arguments.get('dataset_split') or 'train')}"
+        source += f", split {text_of(arguments.get('split') or 'train')}"
     lines = [f"- source: {source}"]
     if "num_samples" in latents:
         lines.append(f"- images: {latents['num_samples']:,} (those held out for validation among them)")

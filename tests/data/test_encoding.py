@@ -23,7 +23,7 @@ def test_a_folder_without_classes_is_unlabelled(tmp_path, vae):
     (tmp_path / "flat").mkdir()
     for k in range(3):
         random_image(rng).save(tmp_path / "flat" / f"{k}.png")
-    dataset, id2label = load_image_dataset(tmp_path / "flat", cache_dir=str(tmp_path / "cache"))
+    dataset, id2label, _ = load_image_dataset(tmp_path / "flat", cache_dir=str(tmp_path / "cache"))
     assert id2label is None
     latents = encode(dataset, tmp_path / "encoded", vae=vae, id2label=id2label)
     assert latents.id2label is None
@@ -114,7 +114,7 @@ def encode_many(source, folder, *, kill_at=None, kill_after=None, streaming=Fals
 
         os.replace = replace_or_die
     encoding.POLL_SECONDS = 0.02
-    dataset, id2label = load_image_dataset(
+    dataset, id2label, _ = load_image_dataset(
         dataset_name=str(source / "table"), cache_dir=str(source / "cache"), streaming=streaming
     )
     options = {"random_flip": True, "batch_size": 3, "shard_size": 4} | options
@@ -247,11 +247,10 @@ def test_a_process_makes_its_own_shards_only(many, tmp_path, monkeypatch, stream
         assert made == {k for k in range(12) if k % 3 in (0, process_index)}
 
 
-def test_a_stream_of_a_folder_and_of_bare_ids(image_data, image_folder, tmp_path, vae, caplog):
+def test_a_stream_of_a_folder_and_of_bare_ids(image_data, tmp_path, vae, caplog):
     options = {"vae": vae, "shard_size": 5}
     whole = encode(image_data[0], tmp_path / "a", id2label=image_data[1], **options)
-    stream, id2label = load_image_dataset(image_folder, streaming=True)
-    encode(stream, tmp_path / "b", id2label=id2label, **options)
+    encode(image_data[0].to_iterable_dataset(), tmp_path / "b", id2label=image_data[1], **options)
     assert content_of(tmp_path / "b", "settings.json") == content_of(tmp_path / "a", "settings.json")
 
     rows = [{"image": row["image"], "label": 2 * row["label"]} for row in image_data[0]]

@@ -9,7 +9,7 @@ from diffusers_mp.data.images import load_image_dataset
 
 @pytest.mark.parametrize("name", ["batch_size", "shard_size", "resolution"])
 def test_sizes_of_nothing_leave_no_folder(image_folder, tmp_path, name):
-    dataset, _ = load_image_dataset(image_folder, cache_dir=str(tmp_path / "cache"))
+    dataset, *_ = load_image_dataset(image_folder, cache_dir=str(tmp_path / "cache"))
     options = {name: 0}
     with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
         encode(dataset, tmp_path / "encoded", **options)

@@ -44,7 +44,7 @@ def damaged_folder(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_corrupt_image_is_named(damaged_folder, tmp_path, vae, num_workers):
-    dataset, _ = load_image_dataset(damaged_folder, cache_dir=str(tmp_path / "cache"))
+    dataset, *_ = load_image_dataset(damaged_folder, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"Cannot read .*[/\\]1\.png: OSError.*--skip_corrupt"):
         encode(dataset, tmp_path / "encoded", vae=vae, num_workers=num_workers)
     with pytest.raises(FileNotFoundError, match="must hold a finished encoded data set"):
@@ -52,7 +52,7 @@ def test_a_corrupt_image_is_named(damaged_folder, tmp_path, vae, num_workers):
 
 
 def test_corrupt_images_are_left_out_when_asked(damaged_folder, tmp_path, vae, caplog):
-    dataset, _ = load_image_dataset(damaged_folder, cache_dir=str(tmp_path / "cache"))
+    dataset, *_ = load_image_dataset(damaged_folder, cache_dir=str(tmp_path / "cache"))
     options = {"vae": vae, "skip_corrupt": True, "batch_size": 1, "shard_size": 2}
     with caplog.at_level(logging.WARNING, logger="diffusers_mp.data"):
         encoded = encode(dataset, tmp_path / "encoded", **options)
@@ -91,7 +91,7 @@ def test_a_corrupt_image_without_a_path_is_named_by_its_row(tmp_path):
 
 
 def test_latents_that_are_not_finite_are_named(image_folder, tmp_path, vae, monkeypatch):
-    dataset, _ = load_image_dataset(image_folder, cache_dir=str(tmp_path / "cache"))
+    dataset, *_ = load_image_dataset(image_folder, cache_dir=str(tmp_path / "cache"))
     encode_batch, batches = vae.encode, []
 
     def encode_with_a_hole(pixels):
@@ -138,7 +138,7 @@ def test_a_constant_channel_is_named(tmp_path):
         image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         image[..., 1] = 77
         Image.fromarray(image).save(tmp_path / "images" / f"{k}.png")
-    dataset, _ = load_image_dataset(tmp_path / "images", cache_dir=str(tmp_path / "cache"))
+    dataset, *_ = load_image_dataset(tmp_path / "images", cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"Every channel must vary over the data, channels \[1\] have std"):
         encode(dataset, tmp_path / "encoded", resolution=16)
     assert not (tmp_path / "encoded" / "index.json").exists()

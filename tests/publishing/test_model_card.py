@@ -187,7 +187,7 @@ def test_code_of_a_card_gives_condition_vectors(tmp_path, monkeypatch, num_class
 
 
 def test_card_names_data_and_vae_of_the_hub(run):
-    arguments = {"dataset_name": "someone/birds", "dataset_split": "train", "vae": "someone/vae", "hub_token": TOKEN}
+    arguments = {"dataset_name": "someone/birds", "split": "train", "vae": "someone/vae", "hub_token": TOKEN}
     rewrite(run / "training_arguments.json", json.dumps({**arguments, "preset": TOKEN}))
     for name in ("README.md", "sample_grid.png", "training_curve.png"):
         (run / name).unlink()
