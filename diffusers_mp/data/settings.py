@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """What images are encoded to, and how. A folder keeps the first five; the others may change while it is filled.
+    """What images are encoded to, and how. A folder keeps the first six; the others may change while it is filled.
 
     Args:
         resolution (int): side of the images, a multiple of the VAE's downsampling factor.
         random_flip (bool): store the posterior of the mirrored image too. Pixels are mirrored on reading instead.
         num_channels (int): of the images without a VAE (1 or 3); a VAE brings its own.
+        background (str): colour of the ground under transparent images, as `prepare_image` takes it.
         pooled_column (str, optional): column of condition vectors, such as a text encoder's pooled output: lists of
             numbers, all of one length.
         shard_size (int): images per file.
@@ -36,6 +37,7 @@ class EncodingSettings:
     resolution: int
     random_flip: bool = False
     num_channels: int = 3
+    background: str = "white"
     pooled_column: str | None = None
     shard_size: int = 2048
     vae_id: str | None = field(default=None, compare=False)
