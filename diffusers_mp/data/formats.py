@@ -143,7 +143,8 @@ def open_image(content: bytes, name: str = "") -> Image.Image:
         try:
             image = Image.OPEN[format_][0](io.BytesIO(content), "")
         except (SyntaxError, IndexError, TypeError, struct.error) as error:  # what Pillow's readers raise to decline
-            damage = damage or f"it is damaged, or no {format_}: {error}"
+            if Image.OPEN[format_][1] is not None:  # else only the extension said so
+                damage = damage or f"it is damaged, or no {format_}: {error}"
             continue
         _check_opened(image)
         return image

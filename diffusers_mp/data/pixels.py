@@ -6,7 +6,7 @@ import io
 import fsspec
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageColor
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageColor
 
 from .formats import open_image
 
@@ -61,6 +61,8 @@ def _as_seen(image: Image.Image, ground: tuple[int, int, int]) -> Image.Image:
     rawmode = _rawmode(image)
     image.load()
     profile, key = image.info.get("icc_profile"), image.info.get("transparency")
+    if image.format == "XBM":  # Pillow shows its black as white
+        image = ImageChops.invert(image.convert("L"))
     if rawmode in _KEY_SCALES and key is not None:
         scale = _KEY_SCALES[rawmode]
         image.info["transparency"] = tuple(int(v * scale) for v in key) if isinstance(key, tuple) else int(key * scale)
@@ -135,7 +137,9 @@ def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
     """From a profile to sRGB; None if it changes nothing, is damaged, or is of other colours."""
     try:
         source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-        transform = ImageCms.buildTransform(source, target, mode, "RGB")
+        # Grey is optimised to a table too coarse for its dark levels: up to 10 off for a profile of linear light.
+        flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+        transform = ImageCms.buildTransform(source, target, mode, "RGB", flags=flags)
     except (ImageCms.PyCMSError, OSError):
         return None
     if mode == "CMYK":
