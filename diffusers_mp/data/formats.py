@@ -26,6 +26,7 @@ _NO_PIXELS = {
 # Signatures as short as two bytes or usual in other files: a text may begin with "P1" or "/*".
 _WEAK = set("BMP CUR DIB FLI GBR ICO MCIDAS MPEG MSP PCX PIXAR PPM SGI WMF XBM XPM".split())
 _HEIF = "`pip install pillow-heif` lets it be read"
+_AVIF = "`pip install pillow-avif-plugin` lets it be read"
 _JXL = "`pip install pillow-jxl-plugin` lets it be read"
 _RAW = "a camera's raw file gives a small preview only: develop it to JPEG, PNG or TIFF"
 _HINTS = {
@@ -112,6 +113,8 @@ def why_no_image(head: bytes, name: str) -> str | None:
     named = _extensions().get(extension)
     if not head and (named is not None or extension in _HINTS):
         return "it is empty"
+    if head[4:8] == b"ftyp" and b"avi" in head[8:]:
+        return _AVIF
     if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
         return _HEIF
     if extension in _HINTS and _HINTS[extension] not in (_HEIF, _JXL):

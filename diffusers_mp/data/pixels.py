@@ -41,8 +41,7 @@ def prepare_image(image: Image.Image, resolution: int, num_channels: int, backgr
     Raises:
         ValueError: if the mode has no fixed range (32-bit images), or the background is no colour.
     """
-    ground = ImageColor.getrgb(background)[:3]
-    image = _as_seen(image, ground).convert({1: "L", 3: "RGB"}[num_channels])
+    image = _as_seen(image, ground_of(background)).convert({1: "L", 3: "RGB"}[num_channels])
     while min(image.size) >= 2 * resolution:
         image = image.reduce(2)
     scale = resolution / min(image.size)
@@ -54,6 +53,21 @@ def prepare_image(image: Image.Image, resolution: int, num_channels: int, backgr
     image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
     pixels = np.array(image).reshape(resolution, resolution, num_channels)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def ground_of(background: str) -> tuple[int, int, int]:
+    """Red, green and blue of a colour as `PIL.ImageColor` names it.
+
+    Raises:
+        ValueError: if it is none, or is transparent itself.
+    """
+    try:
+        red, green, blue = ImageColor.getrgb(background)
+    except ValueError:
+        raise ValueError(
+            f"`background` must be a colour such as white, gray or #ff8800, got {background!r}."
+        ) from None
+    return red, green, blue
 
 
 def _as_seen(image: Image.Image, ground: tuple[int, int, int]) -> Image.Image:
@@ -168,7 +182,7 @@ def read_image(
         ValueError: if the background is no colour.
     """
     content, path = (cell or {}).get("bytes"), (cell or {}).get("path")
-    ImageColor.getrgb(background)  # no image's fault
+    ground_of(background)  # no fault of the image
     if content is None and path is not None:
         # Trouble of a disk or a network is no damage of an image: it would be left out for good.
         with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from .latents import FORMAT_VERSION, vae_fingerprint
+from .pixels import ground_of
 
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class EncodingSettings:
         skip_corrupt (bool): leave damaged images out, with a warning, instead of raising. Files that are missing
             or cannot be read raise all the same.
     Raises:
-        ValueError: if a size is less than 1.
+        ValueError: if a size is less than 1, or the background is no colour.
     """
 
     resolution: int
@@ -51,6 +52,7 @@ class EncodingSettings:
         for name in ("resolution", "batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        ground_of(self.background)
 
     def for_vae(self, vae: "AutoencoderKL | None") -> "EncodingSettings":
         """The same with the number of channels that a VAE takes; refuses a VAE that cannot encode such images.
