@@ -47,6 +47,19 @@ share = within(float, "be in [0, 1)", lambda value: 0 <= value < 1)
 ema_width = within(float, "be in (0, 1/sqrt(12)), that is below 0.2887", lambda value: 0 < value < 12**-0.5)
 
 
+def color(text: str) -> str:
+    """A colour as `PIL.ImageColor` names it, without transparency."""
+    from PIL import ImageColor  # here, not above: `--help` needs none of it
+
+    try:
+        channels = len(ImageColor.getrgb(text))
+    except ValueError:
+        channels = 0
+    if channels != 3:
+        raise argparse.ArgumentTypeError(f"must be a colour such as white, gray or #ff8800, got {text}")
+    return text
+
+
 def add_source_arguments(add: Callable[..., Any], split_help: str = "split to train on") -> None:
     """Where images and their classes come from; `add` is `add_argument` of a parser or of a group."""
     add("--train_data_dir", help="folder of images, one sub-folder for each class")
@@ -62,6 +75,7 @@ def add_source_arguments(add: Callable[..., Any], split_help: str = "split to tr
     add("--label_column", default="label", help="column of the class labels; none for no labels")
     add("--cache_dir", help="where `datasets` and the Hub client keep their files")
     add("--max_train_samples", type=at_least(1), help="use this many samples only, chosen by the seed")
+    add("--background", type=color, default="white", help="ground under transparent images: a name, or #rrggbb")
     add("--skip_corrupt", action="store_true", help="leave damaged images out instead of stopping")
 
 
@@ -86,7 +100,7 @@ def add_encoding_arguments(add: Callable[..., Any]) -> None:
 
 def encoding_of(args: argparse.Namespace) -> dict[str, Any]:
     """What a script's flags say of the encoding, as arguments of `EncodingSettings`."""
-    names = ("resolution", "random_flip", "pooled_column", "shard_size", "image_column", "label_column")
+    names = ("resolution", "random_flip", "pooled_column", "shard_size", "image_column", "label_column", "background")
     flag_of = {name: name for name in (*names, "skip_corrupt")}
     flag_of |= {"vae_id": "vae", "num_channels": "image_channels"}
     flag_of |= {"batch_size": "encode_batch_size", "num_workers": "dataloader_num_workers"}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from .latents import FORMAT_VERSION, vae_fingerprint
+from .pixels import ground_of
 
 
 if TYPE_CHECKING:
@@ -14,12 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """What images are encoded to, and how. A folder keeps the first five; the others may change while it is filled.
+    """What images are encoded to, and how. A folder keeps the first six; the others may change while it is filled.
 
     Args:
         resolution (int): side of the images, a multiple of the VAE's downsampling factor.
         random_flip (bool): store the posterior of the mirrored image too. Pixels are mirrored on reading instead.
         num_channels (int): of the images without a VAE (1 or 3); a VAE brings its own.
+        background (str): colour of the ground under transparent images, as `prepare_image` takes it.
         pooled_column (str, optional): column of condition vectors, such as a text encoder's pooled output: lists of
             numbers, all of one length.
         shard_size (int): images per file.
@@ -30,12 +32,13 @@ class EncodingSettings:
         skip_corrupt (bool): leave damaged images out, with a warning, instead of raising. Files that are missing
             or cannot be read raise all the same.
     Raises:
-        ValueError: if a size is less than 1.
+        ValueError: if a size is less than 1, or the background is no colour.
     """
 
     resolution: int
     random_flip: bool = False
     num_channels: int = 3
+    background: str = "white"
     pooled_column: str | None = None
     shard_size: int = 2048
     vae_id: str | None = field(default=None, compare=False)
@@ -49,6 +52,7 @@ class EncodingSettings:
         for name in ("resolution", "batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        ground_of(self.background)
 
     def for_vae(self, vae: "AutoencoderKL | None") -> "EncodingSettings":
         """The same with the number of channels that a VAE takes; refuses a VAE that cannot encode such images.

@@ -93,7 +93,8 @@ class ShardRows:
         return self.digest.hexdigest()
 
     def _prepare(self, name, cell, conditions):
-        return name, *read_image(cell, self.settings.resolution, self.settings.num_channels), conditions
+        settings = self.settings
+        return name, *read_image(cell, settings.resolution, settings.num_channels, settings.background), conditions
 
     def prepared(self, pool: ThreadPoolExecutor | None) -> Iterator[tuple]:
         """(name, pixels, error, conditions), with at most two batches of images waiting to be taken."""

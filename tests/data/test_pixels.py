@@ -52,7 +52,9 @@ def test_prepare_image_of_other_modes():
     assert torch.equal(prepare_image(Image.fromarray(deep), 16, 3).long(), expected.expand(3, -1, -1))
     palette = Image.fromarray(expected[0].numpy().astype(np.uint8)).convert("P")
     palette.info["transparency"] = b"\x00\xff"
-    assert torch.equal(prepare_image(palette, 16, 1).long(), expected)
+    on_ground = expected.clone()
+    on_ground[0, 0, 0] = 128  # the one colour without alpha
+    assert torch.equal(prepare_image(palette, 16, 1, "gray").long(), on_ground)
     with pytest.raises(ValueError, match="mode 'F'"):
         prepare_image(Image.fromarray(np.zeros((16, 16), dtype=np.float32)), 16, 1)
 
