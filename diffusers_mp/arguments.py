@@ -15,6 +15,25 @@ from typing import Any
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
+# Arguments of the package, and the flags that they are in scripts that have none of their name.
+FLAG_OF_ARGUMENT = {
+    "vae_id": "vae",
+    "num_channels": "image_channels",
+    "batch_size": "encode_batch_size",
+    "num_workers": "dataloader_num_workers",
+    "folder": "latents_dir",
+    "split": "dataset_split",
+    "train_data_dir": "reference_dir",
+    "max_train_samples": "max_reference_images",
+    "std": "ema_stds",
+    "guidance_scale": "guidance_scales",
+    "size": "preset",
+    "repo_id": "hub_model_id",
+    "token": "hub_token",
+    "license": "hub_license",
+}
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Says no "(default: None)", beside which help in brackets says what is done."""
 
@@ -82,8 +101,7 @@ def encoding_of(args: argparse.Namespace) -> dict[str, Any]:
     """What a script's flags say of the encoding, as arguments of `EncodingSettings`."""
     names = ("resolution", "random_flip", "pooled_column", "shard_size", "image_column", "label_column")
     flag_of = {name: name for name in (*names, "skip_corrupt")}
-    flag_of |= {"vae_id": "vae", "num_channels": "image_channels"}
-    flag_of |= {"batch_size": "encode_batch_size", "num_workers": "dataloader_num_workers"}
+    flag_of |= {name: FLAG_OF_ARGUMENT[name] for name in ("vae_id", "num_channels", "batch_size", "num_workers")}
     return {name: getattr(args, flag) for name, flag in flag_of.items() if flag in args}
 
 

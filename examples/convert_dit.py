@@ -27,10 +27,11 @@ import pickle
 from pathlib import Path
 
 from diffusers_mp.arguments import at_least
+from diffusers_mp.scripts import ScriptParser, run_script
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> ScriptParser:
+    parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="file of the original release, .pt")
     add("--output_dir", type=Path, required=True, help="new folder of the DiTPipeline")
@@ -43,6 +44,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="original",
         help="those of training, or those of diffusers' plain class, which predicts otherwise",
     )
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.output_dir.exists():
         parser.error(f"--output_dir must be a new folder, got {args.output_dir}, which exists")
@@ -340,4 +346,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(args)
+    run_script(main, args, make_parser())

@@ -19,10 +19,11 @@ from diffusers_mp.arguments import (
     encoding_of,
     source_of,
 )
+from diffusers_mp.scripts import ScriptParser, run_script
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def make_parser() -> ScriptParser:
+    parser = ScriptParser(
         description="Encode images into latents that the trainer reads.", formatter_class=HelpFormatter
     )
     add = parser.add_argument
@@ -41,7 +42,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shard_size", type=at_least(1), default=2048, help="images per file")
     add("--dataloader_num_workers", type=at_least(0), default=0, help="threads that decode images")
     add("--verify", action="store_true", help="encode nothing, read all shards and name those that were altered")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    return make_parser().parse_args(argv)
 
 
 if __name__ == "__main__":
@@ -79,4 +84,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(args)
+    run_script(main, args, make_parser())

@@ -20,12 +20,11 @@ import importlib.util
 from pathlib import Path
 
 from diffusers_mp.arguments import HelpFormatter, add_hub_arguments, at_least, ema_width, finite
+from diffusers_mp.scripts import RunFailedError, ScriptParser, run_script
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Measure generated images against real ones.", formatter_class=HelpFormatter
-    )
+def make_parser() -> ScriptParser:
+    parser = ScriptParser(description="Measure generated images against real ones.", formatter_class=HelpFormatter)
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help="pipeline by path or Hub id, or output_dir of a run")
     add("--revision", help="of a pipeline on the Hub")
@@ -354,7 +353,7 @@ def finish(args, model, settings, references, cells, repo_id) -> None:
             )
             print(f"Published: {url}")
     if failed:
-        raise RuntimeError(
+        raise RunFailedError(
             f"{len(failed)} of {len(cells)} cells failed and are tried again when started again; the others are kept. "
             f"{line_of(failed[0])}"
         )
@@ -366,4 +365,4 @@ def shortened(value) -> str:
 
 
 if __name__ == "__main__":
-    main(args)
+    run_script(main, args, make_parser())

@@ -24,7 +24,6 @@ data's classes, are dropped once for each sample; in training mode diffusers' bl
 untouched model stays in memory beside the trained one. There is no resuming: a run that was killed is lost.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -41,13 +40,14 @@ from diffusers_mp.arguments import (
     share,
     source_of,
 )
+from diffusers_mp.scripts import ScriptParser, run_script
 
 
 SUBLAYERS = ("attention", "mlp", "final")
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser = ScriptParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="folder or Hub id of a DiTPipeline")
     add("--revision", help="branch, tag or commit of it")
@@ -410,4 +410,4 @@ def save(args, pipeline, id2label, repo_id, record):
 
 
 if __name__ == "__main__":
-    main(args)
+    run_script(main, args, make_parser())

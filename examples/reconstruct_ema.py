@@ -12,10 +12,11 @@ import argparse
 from pathlib import Path
 
 from diffusers_mp.arguments import HelpFormatter, at_least, ema_width
+from diffusers_mp.scripts import ScriptParser, run_script
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> ScriptParser:
+    parser = ScriptParser(
         description="Rebuild averages of other widths from the snapshots of a run.", formatter_class=HelpFormatter
     )
     add = parser.add_argument
@@ -64,4 +65,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(args)
+    run_script(main, args, make_parser())

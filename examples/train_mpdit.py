@@ -10,7 +10,8 @@ Every sample's noise, time, posterior draw, flip and label dropout are functions
 the number of processes, workers and micro batches does not change the run.
 """
 
-from diffusers_mp.training.arguments import OBJECTIVES, latents_folder, parse_args
+from diffusers_mp.scripts import run_script
+from diffusers_mp.training.arguments import OBJECTIVES, latents_folder, make_parser, parse_args
 
 
 if __name__ == "__main__":
@@ -386,4 +387,4 @@ def finish(args, run, repo_id):
 
 
 if __name__ == "__main__":
-    main(args)
+    run_script(main, args, make_parser())

@@ -21,6 +21,7 @@ from ..arguments import (
     share,
 )
 from ..presets import CONFIGURATIONS, get_preset
+from ..scripts import ScriptParser
 
 
 MODEL_FLAGS = tuple(CONFIGURATIONS["E"])
@@ -63,9 +64,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> ScriptParser:
     """The flags, each with its range. What `error` of it says ends the script with 2."""
-    parser = argparse.ArgumentParser(
+    parser = ScriptParser(
         description="Train a magnitude-preserving diffusion transformer on images. What stands in [] holds if the "
         "flag is not given.",
         formatter_class=HelpFormatter,
