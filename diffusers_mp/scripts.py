@@ -1,7 +1,7 @@
 """How a script ends that cannot go on: one line that says what to put right; a traceback only with `--debug`.
 
     if __name__ == "__main__":
-        args = parse_args()  # of a `ScriptParser`
+        args = command_line(parse_args, make_parser())
     …
     if __name__ == "__main__":
         run_script(main, args, make_parser())
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .arguments import FLAG_OF_ARGUMENT
+from .arguments import FLAG_OF_ARGUMENT, check_paths
 
 
 # What a wrong command line ends with, as argparse has it; what failed otherwise; and Ctrl+C, as shells have it.
@@ -43,7 +43,17 @@ class ScriptParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
+        self.given: set[str] = set()
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's; `given` has the names of the flags that stand on the command line."""
+        unset, names = object(), [action.dest for action in self._actions if action.dest != "help"]
+        parsed = super().parse_args(args, argparse.Namespace(**dict.fromkeys(names, unset)))
+        self.given = {name for name in names if getattr(parsed, name) is not unset}
+        for name in set(names) - self.given:
+            setattr(parsed, name, self.get_default(name))
+        return parsed
 
     def _get_value(self, action, arg_string):
         if not arg_string.strip():
@@ -65,6 +75,14 @@ def refusals(parser: argparse.ArgumentParser) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         parser.error(message_of(error, parser)[0])
+
+
+def command_line(parse_args: Callable[[], argparse.Namespace], parser: ScriptParser) -> argparse.Namespace:
+    """A script's arguments, or the end of it with a line; checks paths, which costs nothing, before the imports."""
+    with refusals(parser):
+        args = parse_args()
+        check_paths(args)
+    return args
 
 
 def run_script(

@@ -26,8 +26,8 @@ import math
 import pickle
 from pathlib import Path
 
-from diffusers_mp.arguments import at_least
-from diffusers_mp.scripts import ScriptParser, run_script
+from diffusers_mp.arguments import at_least, check_paths
+from diffusers_mp.scripts import ScriptParser, command_line, run_script
 
 
 def make_parser() -> ScriptParser:
@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before the imports below, which take seconds
+    args = command_line(parse_args, make_parser())  # before the imports below, which take seconds
 
 import torch
 import torch.nn.functional as F
@@ -307,6 +307,7 @@ def read_names(path: str | None, num_classes: int) -> dict[int, str] | None:
 
 
 def main(args: argparse.Namespace) -> None:
+    check_paths(args)
     weights = load_weights(args.checkpoint_path)
     config = read_config(weights, args.num_heads)
     num_classes = config["num_embeds_ada_norm"]

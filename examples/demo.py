@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import diffusers_mp
-from diffusers_mp.arguments import HelpFormatter, at_least
-from diffusers_mp.scripts import ScriptParser, run_script
+from diffusers_mp.arguments import HelpFormatter, at_least, finite, seed
+from diffusers_mp.scripts import ScriptParser, command_line, run_script
 
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -50,11 +50,11 @@ def make_parser():
     add("--output_dir", type=Path, default=Path("demo"), help="folder for everything")
     add("--max_train_steps", type=at_least(1), default=1500, help="updates of the transformer")
     add("--vae_steps", type=at_least(1), default=300, help="updates of the VAE")
-    add("--guidance_scale", type=float, default=2.0, help="guidance of the samples")
+    add("--guidance_scale", type=finite, default=2.0, help="guidance of the samples")
     add("--num_inference_steps", type=at_least(1), default=25, help="sampling steps")
     # Distances within a class need two images.
     add("--num_images_per_class", type=at_least(2), default=50, help="samples that are judged, of each digit")
-    add("--seed", type=at_least(0), default=0, help="seed of training and samples")
+    add("--seed", type=seed, default=0, help="seed of training and samples")
     return parser
 
 
@@ -112,7 +112,7 @@ def open_folder(args):
 
 if __name__ == "__main__":
     # Before the heavy imports: `--help` answers at once, and torch is told the number of threads.
-    arguments = parse_args()
+    arguments = command_line(parse_args, make_parser())
     signal.signal(signal.SIGINT, lambda *_: sys.exit(f"\n{INTERRUPTED}"))  # while it imports
     print(
         "Trains a VAE and a diffusion transformer on 896 real handwritten digits, then draws new ones: about 4 "

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from diffusers_mp.arguments import HelpFormatter, at_least, ema_width
-from diffusers_mp.scripts import ScriptParser, run_script
+from diffusers_mp.scripts import ScriptParser, command_line, run_script
 
 
 def make_parser() -> ScriptParser:
@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before the imports below, which take seconds
+    args = command_line(parse_args, make_parser())  # before the imports below, which take seconds
 
 from diffusers_mp import reconstruct_ema
 from diffusers_mp.averages.reconstruction import plan_reconstruction
