@@ -21,7 +21,6 @@ every DiT has. To go on from a DiT with this package, see `swap_adaln_for_rotati
 """
 
 import argparse
-import json
 import math
 import pickle
 from pathlib import Path
@@ -64,6 +63,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from huggingface_hub import hf_hub_download
 
 from diffusers_mp import OriginalDiTTransformer2DModel
+from diffusers_mp.files import read_json
 
 
 # Attention heads of the published widths; nothing in a checkpoint tells them.
@@ -297,9 +297,11 @@ def read_names(path: str | None, num_classes: int) -> dict[int, str] | None:
                 f"`id2label` must be given where the names of ImageNet cannot be fetched from {NAMES_REPOSITORY} on "
                 f"the Hub: a JSON file of id and name. {type(error).__name__}: {error}"
             ) from error
-        names = json.loads(Path(index).read_text(encoding="utf-8"))["id2label"]
+        names = read_json(index, keys=["id2label"])["id2label"]
     else:
-        names = json.loads(Path(path).read_text(encoding="utf-8"))
+        names = read_json(path, way_out='`id2label` takes a JSON file such as {"0": "cat", "1": "dog"}')
+    if wrong := [id for id, name in names.items() if not id.isdecimal() or not isinstance(name, str)]:
+        raise ValueError(f"`id2label` must map ids to names, {path} has {wrong[0]!r}: {names[wrong[0]]!r}.")
     names = {int(id): name for id, name in names.items()}
     if sorted(names) != list(range(num_classes)):
         raise ValueError(f"`id2label` must name the ids 0 to {num_classes - 1}, got {len(names)} ids.")

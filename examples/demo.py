@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import diffusers_mp
 from diffusers_mp.arguments import HelpFormatter, at_least, finite, seed
+from diffusers_mp.files import whole_file, whole_folder, write_json
 from diffusers_mp.scripts import ScriptParser, command_line, run_script
 
 
@@ -103,10 +104,7 @@ def open_folder(args):
         print(f"{args.output_dir} was made by another version ({', '.join(differences)}): kept as {aside}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     num_threads = usable_cpus()
-    # Not by `diffusers_mp.files`, which imports torch, before which the number of threads has to be known.
-    unwritten = record_file.with_name(f"{RECORD_NAME}.unfinished")
-    unwritten.write_text(json.dumps({**wanted, "num_threads": num_threads}, indent=2) + "\n")
-    unwritten.replace(record_file)
+    write_json(record_file, {**wanted, "num_threads": num_threads})
     return num_threads
 
 
@@ -136,7 +134,6 @@ from sklearn.svm import SVC
 from tqdm.auto import tqdm
 
 from diffusers_mp import MPDiTPipeline
-from diffusers_mp.files import whole_file, whole_folder, write_json
 
 
 # Digits

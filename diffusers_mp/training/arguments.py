@@ -4,7 +4,6 @@ Nothing heavy is imported, so that `--help` and wrong flags are answered at once
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from ..arguments import (
     seed,
     share,
 )
+from ..files import read_json
 from ..presets import CONFIGURATIONS, get_preset
 from ..scripts import ScriptParser
 
@@ -213,7 +213,8 @@ def _check_data(args, parser):
         parser.error("give one of --train_data_dir and --dataset_name")
     index_file, index = latents_folder(args) / "index.json", {"resolution": 128}
     if index_file.is_file():
-        index = json.loads(index_file.read_text())
+        way_out = "encode again in another folder, or take an intact copy"
+        index = read_json(index_file, {}, keys=("resolution", "vae"), way_out=way_out)
     elif args.train_data_dir is None and args.dataset_name is None:
         parser.error("give one of --train_data_dir and --dataset_name, or the --latents_dir of encoded images")
     if args.train_data_dir is None and args.dataset_name is None:
@@ -232,7 +233,7 @@ def _check_data(args, parser):
     if args.resolution is None:
         args.resolution = index["resolution"]
     if args.vae is None and "vae" in index:
-        args.vae = index["vae"]["id"] if index["vae"] else "none"
+        args.vae = (index["vae"] or {"id": "none"}).get("id")
         if args.vae is None:
             parser.error(f"--vae must be given: {index_file} has no name of the VAE that encoded its images")
     elif args.vae is None and args.pretrained_model_name_or_path is None:
