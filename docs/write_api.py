@@ -35,7 +35,7 @@ SECTIONS = {
         "training.resume",
         "training.preview",
     ],
-    "Command lines": ["arguments"],
+    "Command lines": ["arguments", "scripts"],
     "Averages of weights": ["averages.ema", "averages.snapshots", "averages.reconstruction"],
     "Diagnostics": ["diagnostics.recorder", "diagnostics.history", "diagnostics.plots"],
     "Evaluation": [

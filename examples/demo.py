@@ -11,7 +11,7 @@ The digits are the 1797 scans that scikit-learn ships: no network is needed. VAE
 class, the classifier that reads the samples another quarter; what the last one scores a perfect model would score.
 """
 
-import argparse
+import functools
 import hashlib
 import json
 import os
@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import diffusers_mp
-from diffusers_mp.arguments import HelpFormatter, at_least
+from diffusers_mp.arguments import HelpFormatter, at_least, finite, seed
+from diffusers_mp.files import whole_file, whole_folder, write_json
+from diffusers_mp.scripts import ScriptParser, command_line, run_script
 
 
 EXAMPLES = Path(__file__).resolve().parent
 RECORD_NAME = "demo.json"
-INTERRUPTED = "\nInterrupted: the same command goes on."
+INTERRUPTED = "interrupted: the same command goes on"
 IMAGE_SIZE, SCAN_SIZE = 32, 8
 CELL_SIZE = 96  # of the sheet of samples
 SAVING_STEPS = 50  # of the VAE's training
@@ -43,18 +45,22 @@ VAE = {
 MODEL = {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 32, "patch_size": 2}
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+def make_parser():
+    parser = ScriptParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("demo"), help="folder for everything")
     add("--max_train_steps", type=at_least(1), default=1500, help="updates of the transformer")
     add("--vae_steps", type=at_least(1), default=300, help="updates of the VAE")
-    add("--guidance_scale", type=float, default=2.0, help="guidance of the samples")
+    add("--guidance_scale", type=finite, default=2.0, help="guidance of the samples")
     add("--num_inference_steps", type=at_least(1), default=25, help="sampling steps")
     # Distances within a class need two images.
     add("--num_images_per_class", type=at_least(2), default=50, help="samples that are judged, of each digit")
-    add("--seed", type=at_least(0), default=0, help="seed of training and samples")
-    return parser.parse_args(argv)
+    add("--seed", type=seed, default=0, help="seed of training and samples")
+    return parser
+
+
+def parse_args(argv=None):
+    return make_parser().parse_args(argv)
 
 
 # The folder
@@ -70,7 +76,7 @@ def describe(args):
     packages = ("torch", "numpy", "diffusers", "accelerate", "datasets", "pillow", "scikit-learn")
     sources = sorted([*EXAMPLES.glob("*.py"), *Path(diffusers_mp.__file__).parent.rglob("*.py")])
     return {
-        "flags": {name: value for name, value in sorted(vars(args).items()) if name != "output_dir"},
+        "flags": {name: value for name, value in sorted(vars(args).items()) if name not in ("output_dir", "debug")},
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
         "sources_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
     }
@@ -98,17 +104,14 @@ def open_folder(args):
         print(f"{args.output_dir} was made by another version ({', '.join(differences)}): kept as {aside}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     num_threads = usable_cpus()
-    # Not by `diffusers_mp.files`, which imports torch, before which the number of threads has to be known.
-    unwritten = record_file.with_name(f"{RECORD_NAME}.unfinished")
-    unwritten.write_text(json.dumps({**wanted, "num_threads": num_threads}, indent=2) + "\n")
-    unwritten.replace(record_file)
+    write_json(record_file, {**wanted, "num_threads": num_threads})
     return num_threads
 
 
 if __name__ == "__main__":
     # Before the heavy imports: `--help` answers at once, and torch is told the number of threads.
-    arguments = parse_args()
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))  # while it imports
+    arguments = command_line(parse_args, make_parser())
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(f"\n{INTERRUPTED}"))  # while it imports
     print(
         "Trains a VAE and a diffusion transformer on 896 real handwritten digits, then draws new ones: about 4 "
         "minutes on 2 idle cores. Interrupted, the same command goes on.",
@@ -131,7 +134,6 @@ from sklearn.svm import SVC
 from tqdm.auto import tqdm
 
 from diffusers_mp import MPDiTPipeline
-from diffusers_mp.files import whole_file, whole_folder, write_json
 
 
 # Digits
@@ -443,8 +445,4 @@ if __name__ == "__main__":
     # `kill` ends as Ctrl+C does, but in the trainer, which saves a checkpoint first.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    try:
-        main(arguments, num_threads)
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
-        sys.exit(130)
+    run_script(functools.partial(main, num_threads=num_threads), arguments, make_parser(), INTERRUPTED)

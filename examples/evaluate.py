@@ -19,13 +19,22 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from diffusers_mp.arguments import HelpFormatter, add_hub_arguments, at_least, ema_width, finite
+from diffusers_mp.arguments import (
+    HelpFormatter,
+    add_hub_arguments,
+    at_least,
+    check_effects,
+    check_paths,
+    check_source_effects,
+    ema_width,
+    finite,
+    seed,
+)
+from diffusers_mp.scripts import RunFailedError, ScriptParser, command_line, run_script
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Measure generated images against real ones.", formatter_class=HelpFormatter
-    )
+def make_parser() -> ScriptParser:
+    parser = ScriptParser(description="Measure generated images against real ones.", formatter_class=HelpFormatter)
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help="pipeline by path or Hub id, or output_dir of a run")
     add("--revision", help="of a pipeline on the Hub")
@@ -37,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("images").add_argument
     add("--num_samples", type=at_least(2), default=50_000, help="generated images for each cell")
     add("--batch_size", type=at_least(1), default=32, help="images that a process generates at once")
-    add("--seed", type=at_least(0), default=0, help="image i depends on this and i alone")
+    add("--seed", type=seed, default=0, help="image i depends on this and i alone")
     add("--class_labels", type=label, nargs="+", help="ids or names, taken in turn; all classes by default")
 
     add = parser.add_argument_group("sweep (each combination is a cell)").add_argument
@@ -82,6 +91,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sources = [args.reference_dir, args.dataset_name, args.reference_statistics]
     if sum(source is not None for source in sources) != 1:
         parser.error("exactly one of --reference_dir, --dataset_name and --reference_statistics must be given")
+    check_source_effects(args, parser)
+    if Path(args.pretrained_model_name_or_path).is_dir():
+        check_effects(parser, ["revision"], "with a folder, which has no revisions")
+    if args.ema_stds is None:
+        check_effects(parser, ["step"], "without --ema_stds")
+    if args.reference_statistics is not None:
+        names = ["dataset_split", "image_column", "max_reference_images"]
+        check_effects(parser, names, "with --reference_statistics, which are measured already")
+    if all(name == "torch-fidelity" or ":" in name for name in args.extractors):
+        check_effects(parser, ["extractor_output"], "without a model of transformers in --extractors")
     if args.reference_statistics is not None and len(args.reference_statistics) != len(args.extractors):
         parser.error(
             f"--reference_statistics takes one file for each of --extractors ({len(args.extractors)}), got "
@@ -99,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before the imports below, which take seconds
+    args = command_line(parse_args, make_parser())  # before the imports below, which take seconds
 
 import datetime
 import itertools
@@ -129,6 +148,7 @@ from diffusers_mp.training.engine import check_processes
 
 
 def main(args):
+    check_paths(args)
     check_sampler(args.scheduler)
     # The main process alone rebuilds averages and computes distances, which takes it minutes.
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
@@ -354,7 +374,7 @@ def finish(args, model, settings, references, cells, repo_id) -> None:
             )
             print(f"Published: {url}")
     if failed:
-        raise RuntimeError(
+        raise RunFailedError(
             f"{len(failed)} of {len(cells)} cells failed and are tried again when started again; the others are kept. "
             f"{line_of(failed[0])}"
         )
@@ -366,4 +386,4 @@ def shortened(value) -> str:
 
 
 if __name__ == "__main__":
-    main(args)
+    run_script(main, args, make_parser())

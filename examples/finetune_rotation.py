@@ -24,7 +24,6 @@ data's classes, are dropped once for each sample; in training mode diffusers' bl
 untouched model stays in memory beside the trained one. There is no resuming: a run that was killed is lost.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -36,18 +35,23 @@ from diffusers_mp.arguments import (
     add_hub_arguments,
     add_source_arguments,
     at_least,
+    check_effects,
+    check_paths,
+    check_source_effects,
     encoding_of,
     positive,
+    seed,
     share,
     source_of,
 )
+from diffusers_mp.scripts import ScriptParser, command_line, run_script
 
 
 SUBLAYERS = ("attention", "mlp", "final")
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser = ScriptParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="folder or Hub id of a DiTPipeline")
     add("--revision", help="branch, tag or commit of it")
@@ -65,7 +69,7 @@ def make_parser():
     add("--encode_batch_size", type=at_least(1), default=32, help="images per forward pass of the VAE")
     add("--dataloader_num_workers", type=at_least(0), default=0, help="processes that prepare batches")
     add("--output_dir", type=Path, default=Path("dit-rotation"), help="new or empty folder for the result")
-    add("--seed", type=at_least(0), default=0, help="seed of every training sample")
+    add("--seed", type=seed, default=0, help="seed of every training sample")
     add("--class_dropout_prob", type=share, default=0.1, help="share of labels replaced by the null class")
     add("--train_batch_size", type=at_least(1), default=16, help="samples per process and micro batch")
     add("--gradient_accumulation_steps", type=at_least(1), default=1, help="micro batches per update")
@@ -91,6 +95,11 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("give one of --train_data_dir and --dataset_name")
+    check_source_effects(args, parser)
+    if args.swap == "none":
+        check_effects(parser, ["rank", "sublayers"], "with --swap none")
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps:
+        parser.error("--lr_warmup_steps has no meaning for --lr_scheduler constant: use constant_with_warmup")
     if args.swap == "none" and (args.train == "rotation" or args.save == "adapter"):
         parser.error("--swap none has no rotations for --train rotation or --save adapter")
     if args.save == "adapter" and args.train == "all":
@@ -107,7 +116,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before the imports below, which take seconds
+    args = command_line(parse_args, make_parser())  # before the imports below, which take seconds
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +153,7 @@ def main(args):
         check_trackers(args.report_to, args.hub_token)
     except ValueError as error:
         make_parser().error(str(error))
+    check_paths(args)
     accelerator, _ = start(args, args.output_dir / "logs")
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise RuntimeError(f"this script runs on one process or DDP, got {accelerator.distributed_type.value}.")
@@ -410,4 +420,4 @@ def save(args, pipeline, id2label, repo_id, record):
 
 
 if __name__ == "__main__":
-    main(args)
+    run_script(main, args, make_parser())

@@ -12,10 +12,11 @@ import argparse
 from pathlib import Path
 
 from diffusers_mp.arguments import HelpFormatter, at_least, ema_width
+from diffusers_mp.scripts import ScriptParser, command_line, run_script
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> ScriptParser:
+    parser = ScriptParser(
         description="Rebuild averages of other widths from the snapshots of a run.", formatter_class=HelpFormatter
     )
     add = parser.add_argument
@@ -34,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before the imports below, which take seconds
+    args = command_line(parse_args, make_parser())  # before the imports below, which take seconds
 
 from diffusers_mp import reconstruct_ema
 from diffusers_mp.averages.reconstruction import plan_reconstruction
@@ -64,4 +65,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(args)
+    run_script(main, args, make_parser())

@@ -10,11 +10,13 @@ Every sample's noise, time, posterior draw, flip and label dropout are functions
 the number of processes, workers and micro batches does not change the run.
 """
 
-from diffusers_mp.training.arguments import OBJECTIVES, latents_folder, parse_args
+from diffusers_mp.scripts import command_line, run_script
+from diffusers_mp.training.arguments import OBJECTIVES, latents_folder, make_parser, parse_args
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before what takes seconds to import: `--help` and wrong flags are answered at once
+    # Before what takes seconds to import: `--help`, wrong flags and paths are answered at once.
+    args = command_line(parse_args, make_parser())
 
 import contextlib
 import copy
@@ -36,7 +38,7 @@ from diffusers_mp import (
     training,
     trust_rows_,
 )
-from diffusers_mp.arguments import encoding_of, source_of
+from diffusers_mp.arguments import check_paths, encoding_of, source_of
 from diffusers_mp.averages.snapshots import save_snapshots
 from diffusers_mp.data.encoding import encode_dataset, load_vae
 from diffusers_mp.data.images import load_image_dataset
@@ -71,6 +73,7 @@ from diffusers_mp.training.run import Run, run_length
 
 def main(args):
     check_arguments(args)
+    check_paths(args)
     accelerator, curve = start(args, args.output_dir / args.logging_dir)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     repo_id = None
@@ -386,4 +389,4 @@ def finish(args, run, repo_id):
 
 
 if __name__ == "__main__":
-    main(args)
+    run_script(main, args, make_parser())

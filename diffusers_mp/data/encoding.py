@@ -124,7 +124,7 @@ def encode_dataset(
         raise ValueError(f"`process_index` must be in [0, {num_processes}), got {process_index}.")
     num_rows = len(dataset) if hasattr(dataset, "__len__") else None
     record = _claim(folder, settings.record(vae, id2label, num_rows), process_index)
-    index = read_json(folder / INDEX_NAME)
+    index = read_json(folder / INDEX_NAME, keys=["shards"], way_out="remove it, and it is made again of the shards")
     is_finished = index is not None and all(is_whole(folder, shard) for shard in index["shards"])
     if is_finished and num_rows is None:
         # A stream would have to be read to its end to be compared.
@@ -171,7 +171,7 @@ def _claim(folder: Path, record: dict[str, Any], process_index: int) -> dict[str
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(path, record)
-    stored = read_json(path)
+    stored = read_json(path, way_out="take another folder, or remove this one")
     if different := differences(stored, record):
         raise ValueError(f"{folder} holds an encoding with {', '.join(different)}. Take another folder.")
     return stored

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import Dataset
 
-from ..files import sha256_of_file, sha256_of_weights
+from ..files import read_json, sha256_of_file, sha256_of_weights
 
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ class LatentDataset(Dataset):
             raise FileNotFoundError(
                 f"`folder` must hold a finished encoded data set, {INDEX_NAME} is not in {folder}."
             )
-        self.index = json.loads((self.folder / INDEX_NAME).read_text())
+        keys = ("format_version", "content_hash", "vae", "shards", "id2label", "latents_mean", "latents_std")
+        self.index = read_json(self.folder / INDEX_NAME, keys=keys, way_out=REPAIR)
         if self.index["format_version"] != FORMAT_VERSION:
             version = self.index["format_version"]
             raise ValueError(f"`folder` must have format version {FORMAT_VERSION}, {folder} has {version}.")

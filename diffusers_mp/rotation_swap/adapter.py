@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .. import __version__
+from ..files import read_json
 from ..publishing.hub import is_repo_id
 from .checks import check_loaded, check_model, check_plain, check_sites, check_swapped
 from .linear import RotationLinear, make_rotation_linears, rotation_linears, rotation_tensors
@@ -178,7 +179,7 @@ def _read_config(folder: Path) -> dict:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} must hold {CONFIG_FILE} and {WEIGHTS_FILE}, {name} is missing.")
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG_FILE, {}, way_out="take an intact copy of the adapter")
     expected = {"adapter_type": ADAPTER_TYPE, "format_version": FORMAT_VERSION, "pairing": PAIRING}
     for name, value in expected.items():
         if config.get(name) != value:

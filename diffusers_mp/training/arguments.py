@@ -4,7 +4,6 @@ Nothing heavy is imported, so that `--help` and wrong flags are answered at once
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,18 @@ from ..arguments import (
     add_hub_arguments,
     add_source_arguments,
     at_least,
+    check_effects,
+    check_source_effects,
     ema_width,
     finite,
+    pixels,
     positive,
+    seed,
     share,
 )
+from ..files import read_json
 from ..presets import CONFIGURATIONS, get_preset
+from ..scripts import ScriptParser
 
 
 MODEL_FLAGS = tuple(CONFIGURATIONS["E"])
@@ -63,9 +68,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> ScriptParser:
     """The flags, each with its range. What `error` of it says ends the script with 2."""
-    parser = argparse.ArgumentParser(
+    parser = ScriptParser(
         description="Train a magnitude-preserving diffusion transformer on images. What stands in [] holds if the "
         "flag is not given.",
         formatter_class=HelpFormatter,
@@ -82,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_data_arguments(add):
     add_source_arguments(add)
     add_encoding_arguments(add)
-    add("--resolution", type=at_least(1), help="side of the images in pixels, after centre crop [128]")
+    add("--resolution", type=pixels, help="side of the images in pixels, after centre crop [128]")
     add("--random_flip", action="store_true", help="mirror half of the samples")
     add(
         "--vae",
@@ -133,7 +138,7 @@ def _add_objective_arguments(add):
 
 def _add_training_arguments(add):
     add("--output_dir", type=Path, default=Path("mpdit"), help="folder of the run and of the pipeline")
-    add("--seed", type=at_least(0), default=0, help="seed of the weights and of every training sample")
+    add("--seed", type=seed, default=0, help="seed of the weights and of every training sample")
     add("--train_batch_size", type=at_least(1), default=256, help="samples per process and micro batch")
     add("--gradient_accumulation_steps", type=at_least(1), default=1, help="micro batches per update")
     add("--max_train_steps", type=at_least(1), help="number of updates [400000, or as num_train_epochs says]")
@@ -208,18 +213,33 @@ def _check_data(args, parser):
         parser.error("give one of --train_data_dir and --dataset_name")
     index_file, index = latents_folder(args) / "index.json", {"resolution": 128}
     if index_file.is_file():
-        index = json.loads(index_file.read_text())
+        way_out = "encode again in another folder, or take an intact copy"
+        index = read_json(index_file, {}, keys=("resolution", "vae"), way_out=way_out)
     elif args.train_data_dir is None and args.dataset_name is None:
         parser.error("give one of --train_data_dir and --dataset_name, or the --latents_dir of encoded images")
+    if args.train_data_dir is None and args.dataset_name is None:
+        names = (
+            "dataset_split",
+            "image_column",
+            "label_column",
+            "pooled_column",
+            "image_channels",
+            "encode_batch_size",
+        )
+        names += ("max_train_samples", "skip_corrupt", "streaming")
+        check_effects(parser, names, f"without a source: the images in {latents_folder(args)} are encoded already")
+    check_source_effects(args, parser)
     # What encoded images were made with need not be said again.
     if args.resolution is None:
         args.resolution = index["resolution"]
     if args.vae is None and "vae" in index:
-        args.vae = index["vae"]["id"] if index["vae"] else "none"
+        args.vae = (index["vae"] or {"id": "none"}).get("id")
         if args.vae is None:
             parser.error(f"--vae must be given: {index_file} has no name of the VAE that encoded its images")
     elif args.vae is None and args.pretrained_model_name_or_path is None:
         args.vae = DEFAULT_VAE
+    if args.vae not in (None, "none"):
+        check_effects(parser, ["image_channels"], "with a VAE, which brings its own")
 
 
 def _check_objective(args, parser):

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..averages.ema import PowerFunctionEMA
-from ..files import UNFINISHED, sha256_of_file, sync, write_json
+from ..files import MISSING_IS_AN_ERROR, UNFINISHED, read_json, sha256_of_file, sync, write_json
 from ..sharding import return_to_shards
 from .watchdog import NonFiniteError, all_finite
 
@@ -204,7 +204,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     Returns:
         dict: as passed to `save_checkpoint`.
     """
-    return json.loads((checkpoint / STATE_FILE).read_text())
+    way_out = "go on from another checkpoint"
+    return read_json(checkpoint / STATE_FILE, MISSING_IS_AN_ERROR, keys=["step"], way_out=way_out)
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingState) -> None:

@@ -12,6 +12,7 @@ from accelerate.logging import get_logger
 
 from ..averages.snapshots import discard_snapshots_after
 from ..data.latents import LatentDataset
+from ..files import read_json, write_json
 from ..optimization import scale_learning_rate
 from ..publishing.hub import public_arguments
 from ..transformer_mpdit import MPDiTTransformer2DModel
@@ -39,7 +40,8 @@ def checkpoint_to_resume(args: argparse.Namespace, accelerator: Accelerator, cur
             )
         # As the former try was called: this one may want them more often.
         former = args.output_dir / "training_arguments.json"
-        due = json.loads(former.read_text())["checkpointing_steps"] if former.is_file() else args.checkpointing_steps
+        way_out = "remove it, and a run without a checkpoint begins anew"
+        due = read_json(former, {}, way_out=way_out).get("checkpointing_steps", args.checkpointing_steps)
         if curve.last_step > due:
             raise ValueError(
                 f"`--resume_from_checkpoint latest` must find a checkpoint where a run has come to update "
@@ -129,5 +131,6 @@ def clear_what_comes_again(args: argparse.Namespace, run: Run) -> None:
                 shutil.rmtree(abandoned, ignore_errors=True)
                 later.rename(abandoned)
                 logger.warning("%s is of updates that come again, and is kept as %s", later.name, abandoned.name)
-        (args.output_dir / "training_arguments.json").write_text(json.dumps(arguments, indent=2, default=str) + "\n")
+        plain = json.loads(json.dumps(arguments, default=str))
+        write_json(args.output_dir / "training_arguments.json", plain)
     run.accelerator.init_trackers("train_mpdit", config={name: str(value) for name, value in arguments.items()})

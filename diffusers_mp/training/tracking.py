@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker, on_main_process
 
-from ..files import UNFINISHED, whole_file
+from ..files import UNFINISHED, parse_json, whole_file
 
 
 class JSONLinesTracker(GeneralTracker):
@@ -31,11 +31,15 @@ class JSONLinesTracker(GeneralTracker):
     @property
     def last_step(self) -> int:
         """The last step that was logged, 0 if there is none."""
-        return max((json.loads(line)["step"] or 0 for line in self._whole_lines()), default=0)
+        return max((self._step_of(line) for line in self._whole_lines()), default=0)
 
     def _whole_lines(self) -> list[str]:
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
         return [line for line in lines if line.endswith("\n")]  # a kill can have cut the last one
+
+    def _step_of(self, line: str) -> int:
+        way_out = f"remove the line that begins with {line[:40]!r}"
+        return parse_json(line, self.path, keys=["step"], way_out=way_out)["step"] or 0
 
     @on_main_process
     def discard_after(self, step: int) -> None:
@@ -45,7 +49,7 @@ class JSONLinesTracker(GeneralTracker):
             step (int): optimiser updates done at the checkpoint.
         """
         if self.path.is_file():
-            kept = [line for line in self._whole_lines() if (json.loads(line)["step"] or 0) <= step]
+            kept = [line for line in self._whole_lines() if self._step_of(line) <= step]
             for left_by_a_kill in self.path.parent.glob(f"{self.path.name}.*{UNFINISHED}"):
                 left_by_a_kill.unlink()
             # Replaced as a whole: a run killed here must not lose its curve.

@@ -13,7 +13,7 @@ PACKAGE = Path(diffusers_mp.__file__).parent
 # Each may import those on floors below its own, and within a wing its neighbours.
 FLOORS = (
     {"arguments", "files", "sharding", "presets", "functional", "_registration"},
-    {"fused"},
+    {"fused", "scripts"},
     {"rows"},
     {"layers"},
     {"modulation", "optimization"},
