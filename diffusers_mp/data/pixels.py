@@ -40,24 +40,38 @@ def prepare_image(image: Image.Image, resolution: int, num_channels: int) -> tor
     return torch.from_numpy(pixels).reshape(resolution, resolution, num_channels).permute(2, 0, 1).contiguous()
 
 
+def read_bytes(cell: dict | None) -> bytes:
+    """The file of an image: none at all of an empty cell.
+
+    Args:
+        cell (dict): of an undecoded image column: `bytes`, or None and a `path` or an address that fsspec opens.
+    Returns:
+        bytes: its content.
+    Raises:
+        OSError: if a file cannot be read, missing ones among them. Trouble of a disk or a network is no damage of an
+            image, which could be left out for good.
+    """
+    content, path = (cell or {}).get("bytes"), (cell or {}).get("path")
+    if content is None and path is not None:
+        with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
+            content = file.read()
+    return content or b""
+
+
 def read_image(cell: dict | None, resolution: int, num_channels: int) -> tuple[torch.Tensor, None] | tuple[None, str]:
     """What `prepare_image` makes of a cell of an undecoded image column, or the reason why it cannot be read.
 
     Args:
-        cell (dict): `bytes`, or None and a `path` or an address that fsspec opens.
+        cell (dict): as in `read_bytes`.
         resolution, num_channels (int): as in `prepare_image`.
     Returns:
         tuple: pixels and None, or None and the error in words: the caller decides what a damaged image means.
     Raises:
         OSError: if a file cannot be read at all, missing ones among them.
     """
-    content, path = (cell or {}).get("bytes"), (cell or {}).get("path")
-    if content is None and path is not None:
-        # Trouble of a disk or a network is no damage of an image: it would be left out for good.
-        with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
-            content = file.read()
+    content = read_bytes(cell)
     try:
-        with Image.open(io.BytesIO(content or b"")) as image:
+        with Image.open(io.BytesIO(content)) as image:
             return prepare_image(image, resolution, num_channels), None
     except MemoryError:
         raise
