@@ -9,9 +9,10 @@
 
 Shard k holds the rows [k·shard_size, (k+1)·shard_size) of the source that could be read, so it depends on nothing but
 these rows, and belongs to process k mod num_processes. A shard with its sidecar is finished and never made again; one
-without is made again as a whole. Of a finished shard the rows are compared with their digests where the state of their
-source has changed (`changes.py`), and otherwise not read. The index is put together from the sidecars, in the order of the shards: the same
-whoever made them, and however often the work was interrupted. A folder without `index.json` is unfinished.
+without is made again as a whole. The rows of a finished shard are compared with their digests where the state of their
+source has changed, and not read where it has not (`changes.py`). The index is put together from the sidecars, in the
+order of the shards: the same whoever made them, and however often the work was interrupted. A folder without
+`index.json` is unfinished.
 
 Processes wait for each other by looking for these files. Nothing is waited for through a process group, whose barriers
 give up after minutes, while encoding takes hours.
@@ -127,8 +128,7 @@ def encode_dataset(
         raise ValueError(f"`process_index` must be in [0, {num_processes}), got {process_index}.")
     num_rows = len(dataset) if hasattr(dataset, "__len__") else None
     record = _claim(folder, settings.record(vae, id2label, num_rows), process_index)
-    index = read_json(folder / INDEX_NAME)
-    is_finished = index is not None and all(is_whole(folder, shard) for shard in index["shards"])
+    is_finished = _is_finished(folder)
     if is_finished and num_rows is None:
         # A stream would have to be read to its end to be compared.
         return _open(folder, settings.skip_corrupt, process_index)
@@ -178,6 +178,13 @@ def _claim(folder: Path, record: dict[str, Any], process_index: int) -> dict[str
     stored = read_json(path)
     refuse_differences(folder, stored if isinstance(stored, dict) else {}, record)
     return stored
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether there is an index as it was written, and all its shards; an altered one is put together again."""
+    index = read_json(folder / INDEX_NAME)
+    is_unaltered = isinstance(index, dict) and index.get("content_hash") == content_hash(index)
+    return is_unaltered and all(is_whole(folder, shard) for shard in index["shards"])
 
 
 def _open(folder: Path, skip_corrupt: bool, process_index: int) -> LatentDataset:
