@@ -125,6 +125,7 @@ def load_latents(args, vae, accelerator, pretrained=None) -> LatentDataset:
     processes = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
     if args.train_data_dir is None and args.dataset_name is None:
         latents = LatentDataset(folder)
+        latents.validate(vae=vae, resolution=args.resolution, random_flip=args.random_flip)
     else:
         check_model(args, vae, pretrained)
         dataset, id2label, _ = load_image_dataset(**source_of(args))
@@ -136,7 +137,6 @@ def load_latents(args, vae, accelerator, pretrained=None) -> LatentDataset:
         latents = encode_dataset(dataset, folder, settings, vae=vae, id2label=id2label, **processes)
         if vae is not None:
             vae.to("cpu")  # where the pipeline has it between validations, and other processes never need it
-    latents.validate(vae=vae, resolution=args.resolution, random_flip=args.random_flip)
     latents.verify(**processes)
     return latents
 

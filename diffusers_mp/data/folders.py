@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from .pixels import is_image, unreadable_image
+from .formats import HEAD_SIZE, format_of, why_no_image
 
 
 # Folders of these names, in any case, are splits until the user says otherwise.
@@ -28,7 +28,6 @@ CONTAINER_SUFFIXES = frozenset(
 )
 # Tables whose rows name the images beside them: those of `datasets`, and `dataset.json` of StyleGAN and EDM.
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "dataset.json")
-HEAD_BYTES = 64
 
 
 @dataclass
@@ -120,10 +119,10 @@ def _take_file(listing: FolderListing, name: str, own_name: str) -> None:
         listing.containers.append(name)
     else:
         with open(listing.root / name, "rb") as file:
-            head = file.read(HEAD_BYTES)
-        if is_image(head, own_name):
+            head = file.read(HEAD_SIZE)
+        if format_of(head, own_name) is not None:
             listing.images.append(name)
-        elif (reason := unreadable_image(own_name)) is not None:
+        elif (reason := why_no_image(head, own_name)) is not None:
             listing.unreadable[reason].append(name)
         else:
             listing.left_out[f"{suffix or 'without a suffix'}, no image"].append(name)

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,32 +21,16 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import Dataset
 
-from ..files import read_json, sha256_of_file, sha256_of_weights
+from ..files import read_json, sha256_of_file
+from .settings import FORMAT_VERSION, refuse_differences, vae_fingerprint
 
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-FORMAT_VERSION = 3
 INDEX_NAME = "index.json"
+SHARD_NAME = re.compile(r"shard-\d+\.safetensors")
 REPAIR = "delete the file and encode again into the same folder, which makes what is missing"
-
-
-def vae_fingerprint(vae: "AutoencoderKL") -> dict[str, str]:
-    """SHA-256 of a VAE's configuration and of its weights: what decides whether encoded latents are its own.
-
-    Args:
-        vae (AutoencoderKL): in float32.
-    Returns:
-        dict: `config_hash` and `weights_hash`.
-    Raises:
-        ValueError: if the VAE is not in float32, where the same weights would have another fingerprint.
-    """
-    if vae.dtype != torch.float32:
-        raise ValueError(f"`vae` must be in float32 to encode, got {vae.dtype}: load it with torch.float32.")
-    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-    config_hash = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-    return {"config_hash": config_hash, "weights_hash": sha256_of_weights(vae.state_dict())}
 
 
 def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
@@ -62,7 +47,7 @@ def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
 def content_hash(index: dict[str, Any]) -> str:
     """SHA-256 of what an index says of the data; names of files left out and of the VAE depend on the place."""
     content = {key: value for key, value in index.items() if key not in ("content_hash", "skipped")}
-    if content["vae"] is not None:
+    if content.get("vae"):
         content["vae"] = {key: value for key, value in content["vae"].items() if key != "id"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -85,19 +70,24 @@ class LatentDataset(Dataset):
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        if not (self.folder / INDEX_NAME).is_file():
+        self.index = read_json(self.folder / INDEX_NAME)
+        if self.index is None:
             raise FileNotFoundError(
                 f"`folder` must hold a finished encoded data set, {INDEX_NAME} is not in {folder}."
             )
         keys = ("format_version", "content_hash", "vae", "shards", "id2label", "latents_mean", "latents_std")
         self.index = read_json(self.folder / INDEX_NAME, keys=keys, way_out=REPAIR)
-        if self.index["format_version"] != FORMAT_VERSION:
-            version = self.index["format_version"]
-            raise ValueError(f"`folder` must have format version {FORMAT_VERSION}, {folder} has {version}.")
+        version = self.index["format_version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"`folder` must have format version {FORMAT_VERSION}, {folder} has {version}: encode into another one."
+            )
         if self.index["content_hash"] != content_hash(self.index):
             raise ValueError(f"{self.folder / INDEX_NAME} must be as it was written, it was altered: {REPAIR}.")
         for shard in self.index["shards"]:
             path = self.folder / shard["name"]
+            if not SHARD_NAME.fullmatch(shard["name"]):  # it could lie elsewhere
+                raise ValueError(f"{self.folder / INDEX_NAME} must name shards beside it, got {shard['name']!r}.")
             num_bytes = path.stat().st_size if path.is_file() else 0
             if num_bytes != shard["num_bytes"]:
                 raise ValueError(f"{path} must have {shard['num_bytes']} bytes, found {num_bytes}: {REPAIR}.")
@@ -190,16 +180,7 @@ class LatentDataset(Dataset):
         Raises:
             ValueError: naming each difference.
         """
-        stored, differences = self.index["vae"], []
-        if (stored is None) != (vae is None):
-            differences.append(f"they hold {'pixels' if stored is None else 'latents'}")
-        elif vae is not None:
-            for key, wanted in vae_fingerprint(vae).items():
-                if stored[key] != wanted:
-                    differences.append(f"the VAE's {key} differs (they were encoded with {stored['id']!r})")
-        if self.index["resolution"] != resolution:
-            differences.append(f"their resolution is {self.index['resolution']}, not {resolution}")
-        if random_flip and not self.can_flip:
-            differences.append("they were encoded without `random_flip`")
-        if differences:
-            raise ValueError(f"The encoded data in {self.folder} do not fit: {'; '.join(differences)}. Encode again.")
+        wanted = {"vae": None if vae is None else vae_fingerprint(vae), "resolution": resolution}
+        if random_flip and vae is not None:  # mirror images that are there need not be asked for
+            wanted["random_flip"] = True
+        refuse_differences(self.folder, self.index, wanted)

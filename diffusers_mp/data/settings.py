@@ -1,16 +1,41 @@
 """What images are encoded to, and how: the argument of `encode_dataset` that its `settings.json` is made of."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .latents import FORMAT_VERSION, vae_fingerprint
+import torch
+
+from ..files import sha256_of_weights
 from .pixels import ground_of
 
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+
+FORMAT_VERSION = 4
+# Entries of a record that no argument sets.
+_IN_WORDS = {"format_version": "format version", "id2label": "classes", "num_rows": "number of images"}
+
+
+def vae_fingerprint(vae: "AutoencoderKL") -> dict[str, str]:
+    """SHA-256 of a VAE's configuration and of its weights: what decides whether encoded latents are its own.
+
+    Args:
+        vae (AutoencoderKL): in float32.
+    Returns:
+        dict: `config_hash` and `weights_hash`.
+    Raises:
+        ValueError: if the VAE is not in float32, where the same weights would have another fingerprint.
+    """
+    if vae.dtype != torch.float32:
+        raise ValueError(f"`vae` must be in float32 to encode, got {vae.dtype}: load it with torch.float32.")
+    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    config_hash = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+    return {"config_hash": config_hash, "weights_hash": sha256_of_weights(vae.state_dict())}
 
 
 @dataclass(frozen=True)
@@ -55,7 +80,7 @@ class EncodingSettings:
         ground_of(self.background)
 
     def for_vae(self, vae: "AutoencoderKL | None") -> "EncodingSettings":
-        """The same with the number of channels that a VAE takes; refuses a VAE that cannot encode such images.
+        """The same with what a VAE or its absence decides; refuses a VAE that cannot encode such images.
 
         Raises:
             ValueError: if the resolution does not suit the VAE, or images are neither grey nor RGB.
@@ -71,7 +96,8 @@ class EncodingSettings:
             raise ValueError(
                 f"`num_channels`, which a VAE brings with it, must be 1 (grey) or 3 (RGB), got {num_channels}."
             )
-        return replace(self, num_channels=num_channels)
+        # Pixels are mirrored on reading: the same are stored with and without.
+        return replace(self, num_channels=num_channels, random_flip=self.random_flip and vae is not None)
 
     def record(
         self, vae: "AutoencoderKL | None", id2label: Mapping[int, str] | None, num_rows: int | None
@@ -86,7 +112,7 @@ class EncodingSettings:
         """
         fingerprint = None
         if vae is not None:
-            fingerprint = {"id": self.vae_id or vae.config.get("_name_or_path"), **vae_fingerprint(vae)}
+            fingerprint = vae_fingerprint(vae) | {"id": self.vae_id or vae.config.get("_name_or_path")}
         return {
             "format_version": FORMAT_VERSION,
             "vae": fingerprint,
@@ -96,18 +122,33 @@ class EncodingSettings:
         }
 
 
-def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """In what two records differ, in words: a stream has any number of rows, and a VAE is itself under any name."""
-    wanted = dict(wanted)
-    if stored.get("num_rows") is None or wanted["num_rows"] is None:
-        wanted["num_rows"] = stored.get("num_rows")
-    if stored.get("vae") and wanted["vae"]:
-        wanted["vae"] = wanted["vae"] | {"id": stored["vae"]["id"]}
-    return [
-        f"{name} {shortened(stored.get(name))} (now {shortened(value)})"
-        for name, value in wanted.items()
-        if stored.get(name) != value
-    ]
+def refuse_differences(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuses encoded data that are not what is asked for.
+
+    Args:
+        folder (Path): of the data, for the message.
+        stored (mapping): what they were encoded with, as `EncodingSettings.record` has it.
+        wanted (mapping): the entries of such a record that have to agree. A VAE is itself under any name, and the
+            number of rows of a stream, None, agrees with any.
+    Raises:
+        ValueError: naming each difference.
+    """
+    found = []
+    for name, value in wanted.items():
+        former = stored.get(name)
+        if name == "num_rows" and None in (former, value):
+            continue
+        if isinstance(former, dict) and isinstance(value, dict):
+            names = [key for key in former | value if former.get(key) != value.get(key)]
+            if name == "vae" and not {*names} - {"id"}:
+                continue
+            former, value = ({key: entry[key] for key in names if key in entry} for entry in (former, value))
+        if former != value:
+            found.append(f"{_IN_WORDS.get(name, f'`{name}`')} {shortened(former)} (now {shortened(value)})")
+    if found:
+        raise ValueError(
+            f"{folder} was encoded with {', '.join(found)}. Give the same again, or another `folder` to encode to."
+        )
 
 
 def shortened(value: Any) -> str:

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, SchedulerMixin
 
 from ..class_embeddings import resize_class_embeddings_
-from ..data.latents import LatentDataset, vae_fingerprint
+from ..data.latents import LatentDataset
+from ..data.settings import vae_fingerprint
 from ..files import sha256_of_weights
 from ..pipeline_mpdit import MPDiTPipeline
 from ..presets import get_preset

@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 
 from ..averages.snapshots import discard_snapshots_after
 from ..data.latents import LatentDataset
@@ -30,7 +31,7 @@ def checkpoint_to_resume(args: argparse.Namespace, accelerator: Accelerator, cur
     """What the run is to go on from; None for a new run, which says so where one was to be resumed."""
     if args.resume_from_checkpoint is None:
         return None
-    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    checkpoint = _resolved_by_one(args, accelerator)
     if checkpoint is None:
         if (args.output_dir / "model_index.json").is_file():
             raise ValueError(
@@ -49,6 +50,20 @@ def checkpoint_to_resume(args: argparse.Namespace, accelerator: Accelerator, cur
                 "log and snapshots. Bring the checkpoints back, or give another `--output_dir`."
             )
         accelerator.print(f"No checkpoint in {args.output_dir} yet, starting from the beginning")
+    return checkpoint
+
+
+def _resolved_by_one(args: argparse.Namespace, accelerator: Accelerator) -> Path | None:
+    """`resolve_checkpoint` by the main process for all, since it reads checkpoints to their end; or all refuse."""
+    found = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+        except (OSError, ValueError) as error:
+            found[1] = error
+    checkpoint, refusal = broadcast_object_list(found)
+    if refusal is not None:
+        raise refusal
     return checkpoint
 
 

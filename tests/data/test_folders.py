@@ -26,7 +26,9 @@ def make(root, *names):
         path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith("/"):
             path.mkdir(exist_ok=True)
-        elif path.suffix in (".txt", ".csv", ".json", ".zip", ".heic", ".DS_Store"):
+        elif path.suffix == ".heic":
+            path.write_bytes(b"\0\0\0\x18ftypheic")
+        elif path.suffix in (".txt", ".csv", ".json", ".zip", ".DS_Store"):
             path.write_bytes(b"no image")
         else:
             path.write_bytes(PNG)

@@ -219,7 +219,8 @@ def test_webdataset_archives(tmp_path):
     assert [row["png"]["bytes"] for row in dataset] == [(tmp_path / f"{k}.png").read_bytes() for k in range(3)]
 
 
-def test_max_train_samples_of_a_stream(tmp_path):
+def test_max_train_samples_of_a_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # of a reader that is ended early
     source = save_table(tmp_path / "a", {"image": three_images() * 4, "row": list(range(12))})
     rows = [
         [row["row"] for row in load_image_dataset(**source, streaming=True, **options)[0]]

@@ -119,7 +119,7 @@ def test_an_encoder_that_another_one_overtakes_goes_on(image_data, tmp_path, vae
         save(tensors, path)
         if not overtaken:
             overtaken.append(path)
-            monkeypatch.setattr(shards.os, "getpid", lambda: 0)
+            monkeypatch.setattr(os, "getpid", lambda: 0)
             encode(dataset, tmp_path / "encoded", **options)
 
     monkeypatch.setattr(shards, "save_file", save_and_be_overtaken)

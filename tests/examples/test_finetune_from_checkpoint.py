@@ -16,7 +16,7 @@ from PIL import ImageOps
 from safetensors.torch import load_file, save_file
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, normalize_weights_
-from diffusers_mp.data.latents import vae_fingerprint
+from diffusers_mp.data.settings import vae_fingerprint
 from diffusers_mp.files import sha256_of_weights
 from diffusers_mp.training.arguments import DEFAULT_VAE
 

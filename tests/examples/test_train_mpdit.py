@@ -320,7 +320,7 @@ class TestErrors:
         assert not (tmp_path / "run" / "latents").exists()
 
     def test_latents_of_another_vae(self, data, plain_copy, tmp_path):
-        with pytest.raises(ValueError, match="holds an encoding with vae .* Take another folder"):
+        with pytest.raises(ValueError, match="was encoded with `vae` .* or another `folder`"):
             train(data, tmp_path / "other", "--vae", "none", "--latents_dir", str(plain_copy / "latents"))
 
     def test_averages_that_would_never_move(self, data, tmp_path):

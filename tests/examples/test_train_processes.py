@@ -22,11 +22,20 @@ from diffusers_mp.training import (
 pytestmark = pytest.mark.usefixtures("examples_run_here")
 
 
-# argv: a script, and JSON of the arguments of each run. The group of processes outlives the runs.
+# argv: a script, and JSON of the arguments of each run. The group of processes outlives the runs. Checkpoints that a
+# process reads to their end, to compare them with their manifest, are noted in a file of its own.
 RUNS = """
 import json, os, runpy, sys
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers_mp.training import checkpoints
+
+check_checkpoint = checkpoints.check_checkpoint
+def check_and_note(checkpoint):
+    with open(os.path.join(os.path.dirname(__file__), f"checked-by-{os.environ['RANK']}"), "a") as file:
+        print(checkpoint.name, file=file)
+    return check_checkpoint(checkpoint)
+checkpoints.check_checkpoint = check_and_note
 
 PartialState.destroy_process_group = lambda self, group=None: None
 script, *runs = sys.argv[1:]
@@ -71,6 +80,11 @@ def test_two_processes_are_the_same_run(coarse, two, run):
     assert MPDiTPipeline.from_pretrained(two / run).id2label == {0: "dark", 1: "light"}
     losses = [metrics(folder, "train/loss")[6] for folder in (coarse, two / run)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_one_process_reads_the_checkpoint_to_its_end(two):
+    assert (two / "checked-by-0").read_text() == "checkpoint-4\n"
+    assert not (two / "checked-by-1").exists()
 
 
 # argv: the trainer's arguments. The sender has to be another process: PyTorch's workers take SIGTERM from their parent

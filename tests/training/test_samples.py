@@ -364,8 +364,9 @@ def test_vectors_move_no_other_draw(with_vectors, image_data, tmp_path):
     "change, message",
     [
         (lambda vectors: [*vectors[:7], vectors[7][:3], *vectors[8:]], "all of one length"),
-        (lambda vectors: [[0.0, float("nan")]] * NUM_SAMPLES, r"lists of finite numbers, .* has \[0.0, NaN\]"),
-        (lambda vectors: [None] + vectors[1:], "lists of finite numbers, all of one length, .* has null"),
+        (lambda vectors: [[0.0, float("nan")]] * NUM_SAMPLES, r"finite in float32, .* is \[0.0, NaN\]"),
+        (lambda vectors: [[1e300, 1.0]] * NUM_SAMPLES, r"finite in float32, .* is \[1e\+300, 1.0\]"),
+        (lambda vectors: [None] + vectors[1:], r"all of one length, that of .*0\.png is null"),
     ],
 )
 def test_what_is_no_vector_is_refused(with_vectors, image_data, tmp_path, change, message):
@@ -377,5 +378,5 @@ def test_what_is_no_vector_is_refused(with_vectors, image_data, tmp_path, change
 
 def test_another_column_is_other_data(with_vectors, image_data):
     dataset, id2label = image_data
-    with pytest.raises(ValueError, match='pooled_column "clip" \\(now null\\)'):
+    with pytest.raises(ValueError, match='`pooled_column` "clip" \\(now null\\)'):
         encode(dataset, with_vectors[0].folder, id2label=id2label, shard_size=5)
