@@ -2,6 +2,7 @@
 
     python examples/encode_latents.py --train_data_dir photos --resolution 256 --random_flip --latents_dir latents
     accelerate launch examples/encode_latents.py --dataset_name somebody/images --streaming --latents_dir latents
+    python examples/encode_latents.py --train_data_dir photos --list
     python examples/encode_latents.py --latents_dir latents --verify
 
 Several processes share the shards (without accelerators: `ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2`); the
@@ -31,7 +32,7 @@ def make_parser() -> ScriptParser:
         description="Encode images into latents that the trainer reads.", formatter_class=HelpFormatter
     )
     add = parser.add_argument
-    add("--latents_dir", required=True, help="where encoded images are kept")
+    add("--latents_dir", help="where encoded images are kept")
     add_source_arguments(add, split_help="split to encode")
     add("--seed", type=seed, default=0, help="seed of the choice of --max_train_samples")
     add_encoding_arguments(add)
@@ -45,6 +46,7 @@ def make_parser() -> ScriptParser:
     add("--encode_batch_size", type=at_least(1), default=32, help="images per forward pass of the VAE")
     add("--shard_size", type=at_least(1), default=2048, help="images per file")
     add("--dataloader_num_workers", type=at_least(0), default=0, help="threads that decode images")
+    add("--list", action="store_true", help="encode nothing, print images, classes and what is left out")
     add("--verify", action="store_true", help="encode nothing, read all shards and name those that were altered")
     return parser
 
@@ -52,6 +54,10 @@ def make_parser() -> ScriptParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.verify and args.list:
+        parser.error("give one of --list and --verify")
+    if args.latents_dir is None and not args.list:
+        parser.error("--latents_dir must be given, or --list")
     if args.verify:
         check_effects(parser, sorted(parser.given - {"latents_dir", "verify", "debug"}), "with --verify")
     if args.train_data_dir is not None and args.dataset_name is not None:
@@ -94,9 +100,11 @@ def main(args):
         if accelerator.is_main_process:
             latents.verify()
     else:
+        dataset, id2label, report = load_image_dataset(**source_of(args))
+        accelerator.print("\n".join(report.lines()))
+        if args.list:
+            return
         vae, settings = load_vae(args.vae, args.cache_dir), EncodingSettings(**encoding_of(args))
-        settings.for_vae(vae)  # refuses what does not suit it before the data are opened
-        dataset, id2label, _ = load_image_dataset(**source_of(args))
         vae = None if vae is None else vae.to(accelerator.device)
         latents = encode_dataset(dataset, args.latents_dir, settings, vae=vae, id2label=id2label, **processes)
     state = "unaltered" if args.verify else "encoded"

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -66,6 +67,14 @@ def tiny_inputs(batch_size=3, channels=4, size=8, num_classes=10, seed=1, dtype=
 
 def forward(model, inputs):
     return model(**inputs).sample
+
+
+def write_table(dataset, folder):
+    """The rows of an image folder as a parquet file with the images in it; what `--dataset_name` takes."""
+    rows = [row | {"image": {"bytes": Path(row["image"]["path"]).read_bytes(), "path": None}} for row in dataset]
+    folder.mkdir()
+    datasets.Dataset.from_list(rows, features=dataset.features).to_parquet(folder / "train.parquet")
+    return str(folder)
 
 
 def gradients(model, inputs):

@@ -29,7 +29,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 def check_model(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained: Pretrained | None) -> None:
     """Refuse a model that latents of this size will not fit, before they are downloaded and encoded for hours."""
     factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    channels, size = args.image_channels if vae is None else vae.config.latent_channels, args.resolution // factor
+    channels = (args.image_channels or 3) if vae is None else vae.config.latent_channels
+    size = args.resolution // factor
     known = {"num_classes": None, "pooled_projection_dim": None}  # the data will tell; until then, as the config says
     if pretrained is not None:
         known |= pretrained.transformer.config

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from helpers import reset_accelerate
+from helpers import reset_accelerate, write_table
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
@@ -199,7 +199,11 @@ def test_streaming_does_not_change_the_run(data, plain, tmp_path, monkeypatch):
         return load(*args, **kwargs)
 
     monkeypatch.setattr(train_mpdit, "load_image_dataset", note)
-    streamed = train(data, tmp_path / "streamed", "--streaming")
+    images, _, _ = load(data / "images")
+    table = ("--dataset_name", write_table(images, tmp_path / "table"), "--streaming")
+    _, _, *others = arguments(data, tmp_path / "streamed")  # without --train_data_dir
+    train_mpdit.main(train_mpdit.parse_args([*others, *table]))
+    streamed = tmp_path / "streamed"
     assert asked == [True]
     assert_same_weights(weights(plain / "transformer"), weights(streamed / "transformer"))
     assert MPDiTPipeline.from_pretrained(streamed).id2label == {0: "dark", 1: "light"}
@@ -263,7 +267,7 @@ def test_encoded_images_of_other_data_are_refused(data, plain_copy, tmp_path):
         for path in sorted((data / "images" / name).iterdir())[1:]:
             (tmp_path / "other" / name / path.name).write_bytes(path.read_bytes())
     more = ("--train_data_dir", str(tmp_path / "other"), "--latents_dir", str(first / "latents"))
-    with pytest.raises(ValueError, match="num_rows 40"):
+    with pytest.raises(ValueError, match="number of images 40"):
         train(data, tmp_path / "second", *more)
     assert (first / "latents" / "index.json").is_file()
 
