@@ -23,8 +23,8 @@ _NO_PIXELS = {
     "GRIB": "it holds measurements",
     "HDF5": "it holds arrays",
 }
-# Signatures as short as two bytes or usual in other files: a text may begin with "P1" or "/*".
-_WEAK = set("BMP CUR DIB FLI GBR ICO MCIDAS MPEG MSP PCX PIXAR PPM SGI WMF XBM XPM".split())
+# Without a signature, or with one as short as two bytes: a text may begin with "P1" or "/*".
+_WEAK = set("BMP CUR DIB FLI GBR ICO IM IMT IPTC MCIDAS MPEG MSP PCD PCX PIXAR PPM SGI SPIDER TGA WMF XBM XPM".split())
 _HEIF = "`pip install pillow-heif` lets it be read"
 _AVIF = "`pip install pillow-avif-plugin` lets it be read"
 _JXL = "`pip install pillow-jxl-plugin` lets it be read"
@@ -72,19 +72,19 @@ def _accepts(format_: str, head: bytes) -> bool:
 
 
 def _candidates(head: bytes, name: str) -> Iterator[str]:
-    """Formats that a file may be of: of its extension, by its first bytes, then by its extension alone."""
+    """Formats that a file may be of: by extension and first bytes, by those alone, by the extension alone."""
     extension = os.path.splitext(name)[1].lower()
     named = _extensions().get(extension)
     if not head or _HINTS.get(extension) is _RAW:
         return
     if named is not None and _accepts(named, head):
         yield named
-    is_named_image = named is not None or extension in _HINTS or not extension
-    for format_ in Image.ID:
-        if format_ != named and (is_named_image or format_ not in _WEAK) and _accepts(format_, head):
-            yield format_
+    others = [format_ for format_ in Image.ID if format_ != named and _accepts(format_, head)]
+    yield from (format_ for format_ in others if format_ not in _WEAK)
     if named is not None and Image.OPEN[named][1] is None:
         yield named
+    if named is not None or extension in _HINTS or not extension:
+        yield from (format_ for format_ in others if format_ in _WEAK)
 
 
 def format_of(head: bytes, name: str = "") -> str | None:
@@ -146,7 +146,7 @@ def open_image(content: bytes, name: str = "") -> Image.Image:
         try:
             image = Image.OPEN[format_][0](io.BytesIO(content), "")
         except (SyntaxError, IndexError, TypeError, struct.error) as error:  # what Pillow's readers raise to decline
-            if Image.OPEN[format_][1] is not None:  # else only the extension said so
+            if format_ not in _WEAK:
                 damage = damage or f"it is damaged, or no {format_}: {error}"
             continue
         _check_opened(image)
