@@ -71,20 +71,26 @@ def _accepts(format_: str, head: bytes) -> bool:
         return False
 
 
-def _candidates(head: bytes, name: str) -> Iterator[str]:
+def _extension_of(name: str) -> str:
+    if "://" in name:  # zip://a.png::https://host/b.zip?token is an a.png
+        name = name.split("::")[0].split("?")[0]
+    return os.path.splitext(name)[1].lower()
+
+
+def _candidates(head: bytes, extension: str) -> Iterator[str]:
     """Formats that a file may be of: by extension and first bytes, by those alone, by the extension alone."""
-    extension = os.path.splitext(name)[1].lower()
     named = _extensions().get(extension)
-    if not head or _HINTS.get(extension) is _RAW:
+    if not head:
         return
     if named is not None and _accepts(named, head):
         yield named
     others = [format_ for format_ in Image.ID if format_ != named and _accepts(format_, head)]
+    if "TIFF" in others and _HINTS.get(extension) is _RAW:
+        others.remove("TIFF")  # of which it would be a preview
     yield from (format_ for format_ in others if format_ not in _WEAK)
     if named is not None and Image.OPEN[named][1] is None:
         yield named
-    if named is not None or extension in _HINTS or not extension:
-        yield from (format_ for format_ in others if format_ in _WEAK)
+    yield from (format_ for format_ in others if format_ in _WEAK)
 
 
 def format_of(head: bytes, name: str = "") -> str | None:
@@ -97,7 +103,12 @@ def format_of(head: bytes, name: str = "") -> str | None:
     Returns:
         str or None: such as "JPEG". The rest of the file may still be damaged.
     """
-    return next((format_ for format_ in _candidates(head, name) if format_ not in _NO_PIXELS), None)
+    extension = _extension_of(name)
+    is_named_image = extension in _extensions() or extension in _HINTS or not extension
+    for format_ in _candidates(head, extension):
+        if format_ not in _NO_PIXELS and (is_named_image or format_ not in _WEAK):
+            return format_
+    return None
 
 
 def why_no_image(head: bytes, name: str) -> str | None:
@@ -109,7 +120,7 @@ def why_no_image(head: bytes, name: str) -> str | None:
     Returns:
         str or None: the reason, and what helps; None for files that nobody takes for images, such as texts.
     """
-    extension = os.path.splitext(name)[1].lower()
+    extension = _extension_of(name)
     named = _extensions().get(extension)
     if not head and (named is not None or extension in _HINTS):
         return "it is empty"
@@ -121,14 +132,16 @@ def why_no_image(head: bytes, name: str) -> str | None:
         return _HINTS[extension]
     if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         return _JXL
-    for format_ in (*_candidates(head, name), named):
-        if format_ in _NO_PIXELS:
+    for format_ in (*_candidates(head, extension), named):
+        if format_ in _NO_PIXELS and (named is not None or format_ not in _WEAK):
             return _NO_PIXELS[format_]
     return "it holds no image that Pillow reads" if named is not None or extension in _HINTS else None
 
 
 def open_image(content: bytes, name: str = "") -> Image.Image:
     """An image opened by its content, nothing decoded yet: `PIL.Image.open` without what must not be opened.
+
+    Formats with a weak signature are tried under any name: here it is known that the file should be an image.
 
     Args:
         content (bytes): the whole file.
@@ -140,7 +153,7 @@ def open_image(content: bytes, name: str = "") -> Image.Image:
         ValueError: if it has no pixels, more than Pillow's limit, or is a preview.
     """
     head, damage = content[:HEAD_SIZE], None
-    for format_ in _candidates(head, name):
+    for format_ in _candidates(head, _extension_of(name)):
         if format_ in _NO_PIXELS:
             continue
         try:
