@@ -23,8 +23,8 @@ _NO_PIXELS = {
     "GRIB": "it holds measurements",
     "HDF5": "it holds arrays",
 }
-# Signatures as short as two bytes or usual in other files: a text may begin with "P1" or "/*".
-_WEAK = set("BMP CUR DIB FLI GBR ICO MCIDAS MPEG MSP PCX PIXAR PPM SGI WMF XBM XPM".split())
+# Without a signature, or with one as short as two bytes: a text may begin with "P1" or "/*".
+_WEAK = set("BMP CUR DIB FLI GBR ICO IM IMT IPTC MCIDAS MPEG MSP PCD PCX PIXAR PPM SGI SPIDER TGA WMF XBM XPM".split())
 _HEIF = "`pip install pillow-heif` lets it be read"
 _AVIF = "`pip install pillow-avif-plugin` lets it be read"
 _JXL = "`pip install pillow-jxl-plugin` lets it be read"
@@ -71,20 +71,26 @@ def _accepts(format_: str, head: bytes) -> bool:
         return False
 
 
-def _candidates(head: bytes, name: str) -> Iterator[str]:
-    """Formats that a file may be of: of its extension, by its first bytes, then by its extension alone."""
-    extension = os.path.splitext(name)[1].lower()
+def _extension_of(name: str) -> str:
+    if "://" in name:  # zip://a.png::https://host/b.zip?token is an a.png
+        name = name.split("::")[0].split("?")[0]
+    return os.path.splitext(name)[1].lower()
+
+
+def _candidates(head: bytes, extension: str) -> Iterator[str]:
+    """Formats that a file may be of: by extension and first bytes, by those alone, by the extension alone."""
     named = _extensions().get(extension)
-    if not head or _HINTS.get(extension) is _RAW:
+    if not head:
         return
     if named is not None and _accepts(named, head):
         yield named
-    is_named_image = named is not None or extension in _HINTS or not extension
-    for format_ in Image.ID:
-        if format_ != named and (is_named_image or format_ not in _WEAK) and _accepts(format_, head):
-            yield format_
+    others = [format_ for format_ in Image.ID if format_ != named and _accepts(format_, head)]
+    if "TIFF" in others and _HINTS.get(extension) is _RAW:
+        others.remove("TIFF")  # of which it would be a preview
+    yield from (format_ for format_ in others if format_ not in _WEAK)
     if named is not None and Image.OPEN[named][1] is None:
         yield named
+    yield from (format_ for format_ in others if format_ in _WEAK)
 
 
 def format_of(head: bytes, name: str = "") -> str | None:
@@ -97,7 +103,12 @@ def format_of(head: bytes, name: str = "") -> str | None:
     Returns:
         str or None: such as "JPEG". The rest of the file may still be damaged.
     """
-    return next((format_ for format_ in _candidates(head, name) if format_ not in _NO_PIXELS), None)
+    extension = _extension_of(name)
+    is_named_image = extension in _extensions() or extension in _HINTS or not extension
+    for format_ in _candidates(head, extension):
+        if format_ not in _NO_PIXELS and (is_named_image or format_ not in _WEAK):
+            return format_
+    return None
 
 
 def why_no_image(head: bytes, name: str) -> str | None:
@@ -109,7 +120,7 @@ def why_no_image(head: bytes, name: str) -> str | None:
     Returns:
         str or None: the reason, and what helps; None for files that nobody takes for images, such as texts.
     """
-    extension = os.path.splitext(name)[1].lower()
+    extension = _extension_of(name)
     named = _extensions().get(extension)
     if not head and (named is not None or extension in _HINTS):
         return "it is empty"
@@ -121,14 +132,16 @@ def why_no_image(head: bytes, name: str) -> str | None:
         return _HINTS[extension]
     if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         return _JXL
-    for format_ in (*_candidates(head, name), named):
-        if format_ in _NO_PIXELS:
+    for format_ in (*_candidates(head, extension), named):
+        if format_ in _NO_PIXELS and (named is not None or format_ not in _WEAK):
             return _NO_PIXELS[format_]
     return "it holds no image that Pillow reads" if named is not None or extension in _HINTS else None
 
 
 def open_image(content: bytes, name: str = "") -> Image.Image:
     """An image opened by its content, nothing decoded yet: `PIL.Image.open` without what must not be opened.
+
+    Formats with a weak signature are tried under any name: here it is known that the file should be an image.
 
     Args:
         content (bytes): the whole file.
@@ -140,13 +153,13 @@ def open_image(content: bytes, name: str = "") -> Image.Image:
         ValueError: if it has no pixels, more than Pillow's limit, or is a preview.
     """
     head, damage = content[:HEAD_SIZE], None
-    for format_ in _candidates(head, name):
+    for format_ in _candidates(head, _extension_of(name)):
         if format_ in _NO_PIXELS:
             continue
         try:
             image = Image.OPEN[format_][0](io.BytesIO(content), "")
         except (SyntaxError, IndexError, TypeError, struct.error) as error:  # what Pillow's readers raise to decline
-            if Image.OPEN[format_][1] is not None:  # else only the extension said so
+            if format_ not in _WEAK:
                 damage = damage or f"it is damaged, or no {format_}: {error}"
             continue
         _check_opened(image)

@@ -74,7 +74,8 @@ def _as_seen(image: Image.Image, ground: tuple[int, int, int]) -> Image.Image:
     """The first frame, upright, opaque, of mode L or RGB in sRGB."""
     rawmode = _rawmode(image)
     image.load()
-    profile, key = image.info.get("icc_profile"), image.info.get("transparency")
+    # L*a*b* is no colour of a device; a profile beside it is of what it was converted from.
+    profile, key = None if image.mode == "LAB" else image.info.get("icc_profile"), image.info.get("transparency")
     if image.format == "XBM":  # Pillow shows its black as white
         image = ImageChops.invert(image.convert("L"))
     if rawmode in _KEY_SCALES and key is not None:
