@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import content_of, encode, random_image, tiny_vae
+from helpers import content_of, content_without_source, encode, random_image, tiny_vae
 from processes import PRELOADED, TIMEOUT
 
 from diffusers_mp.data import encoding
@@ -217,15 +217,6 @@ def test_killed_with_two_processes_and_finished_by_three(encode_in_processes, ma
     assert not (tmp_path / "a" / "index.json").exists()
     assert encode_in_processes(tmp_path / "a", *shares(3)) == [0] * 3
     assert content_of(tmp_path / "a") == content_of(many / "reference")
-
-
-def content_without_source(folder):
-    """What the files hold, but for what tells a table from a stream: its length, and the state of its files."""
-    content = content_of(folder, "settings.json")
-    for name in [name for name in content if name.startswith("shard-") and name.endswith(".json")]:
-        content[name] = json.loads(content[name])
-        del content[name]["source_state"]
-    return content
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
