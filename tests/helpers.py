@@ -1,5 +1,6 @@
 """What several test modules share: the golden files and small real models."""
 
+import json
 import math
 from pathlib import Path
 
@@ -228,6 +229,15 @@ def pixels_of(dataset, num_channels=3):
 def content_of(folder, *without):
     """What the files of a folder hold, by their names."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in without}
+
+
+def content_without_source(folder):
+    """What an encoding holds, but for what tells a table from a stream: its length, and the state of its files."""
+    content = content_of(folder, "settings.json")
+    for name in [name for name in content if name.startswith("shard-") and name.endswith(".json")]:
+        content[name] = json.loads(content[name])
+        del content[name]["source_state"]
+    return content
 
 
 def means_of_blocks(images):

@@ -18,6 +18,7 @@ Processes wait for each other by looking for these files. Nothing is waited for 
 give up after minutes, while encoding takes hours.
 """
 
+import hashlib
 import itertools
 import logging
 import os
@@ -259,6 +260,7 @@ def _assemble(record: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[st
         "id2label": id2label,
         "num_samples_per_class": None if id2label is None else {id_: counts[id_] for id_ in id2label},
         "shards": [{key: shard[key] for key in ("name", "num_samples", "num_bytes", "sha256")} for shard in shards],
+        "rows_sha256": hashlib.sha256("".join(sidecar["row_digests"] for sidecar in sidecars).encode()).hexdigest(),
         "skipped": [name for sidecar in sidecars for name in sidecar["skipped"]],
     }
     return index | {"content_hash": content_hash(index)}

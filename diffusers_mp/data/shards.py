@@ -120,18 +120,20 @@ def make_shard(
     id2label,
 ) -> None:
     """Makes a shard and its sidecar; of a finished one compares the rows, if the state of their source is another."""
-    sidecar = finished_sidecar(folder, number)
+    path, sidecar = folder / _sidecar_name(number), finished_sidecar(folder, number)
     if sidecar is None:
-        (folder / _sidecar_name(number)).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         sidecar = _encode_shard(folder / shard_name(number), images.prepared(pool), images.settings, vae, id2label)
+        write_json(path, sidecar | {"source_state": state})
     elif state is not None and state == sidecar["source_state"]:
         images.progress_bar.update(sidecar["num_rows"])
-        return
     else:
         _compare(folder / shard_name(number), images.digests(pool), sidecar["row_digests"])
-        if state is None:
-            return
-    write_json(folder / _sidecar_name(number), sidecar | {"source_state": state})
+        if state is not None:
+            try:
+                write_json(path, sidecar | {"source_state": state})
+            except OSError as error:  # of a folder that may only be read
+                logger.warning("%s; the images of %s are read again at the next start", error, path)
 
 
 def _compare(path: Path, digests: Iterator[tuple[str, str]], stored: str) -> None:
@@ -140,8 +142,9 @@ def _compare(path: Path, digests: Iterator[tuple[str, str]], stored: str) -> Non
     for name, digest in digests:
         if digest != stored[number * DIGEST_LENGTH : (number + 1) * DIGEST_LENGTH]:
             raise ValueError(
-                f"`folder` must have been encoded from the same data: {name}, its image or its label, was edited, "
-                f"added or removed since {path} was made. Take another folder, or delete this one to encode anew."
+                f"`folder` must have been encoded from the same data: {name} is not what {path} was made from. It or "
+                "its label was edited, added or removed since, or other samples were drawn. Take another folder, or "
+                "delete this one to encode anew."
             )
         number += 1
     if number * DIGEST_LENGTH != len(stored):
@@ -241,7 +244,7 @@ def _sidecar_name(number: int) -> str:
 def finished_sidecar(folder: Path, number: int) -> dict[str, Any] | None:
     """The sidecar of a shard, None if the shard has to be made (again)."""
     way_out = "remove it, and the shard is made again"
-    keys = ("num_samples", "num_rows", "row_digests", "skipped")
+    keys = ("num_samples", "num_rows", "row_digests", "skipped", "source_state")
     sidecar = read_json(folder / _sidecar_name(number), keys=keys, way_out=way_out)
     return sidecar if sidecar is not None and (not sidecar["num_samples"] or is_whole(folder, sidecar)) else None
 

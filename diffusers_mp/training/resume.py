@@ -77,6 +77,7 @@ def run_facts(
     max_train_steps: int,
 ) -> dict[str, Any]:
     """What makes this run this run: kept with its checkpoints, and what a resumed one has to agree with."""
+    vae = latents.index["vae"]
     learning_rate, lr_warmup_steps, lr_constant_steps = (
         args.learning_rate,
         args.lr_warmup_steps,
@@ -98,6 +99,9 @@ def run_facts(
         **{name: getattr(args, name) for name in ("adam_beta1", "adam_beta2", "adam_epsilon")},
         **{name: getattr(args, name) for name in ("prediction_type", *OBJECTIVE_FLAGS)},
         **{f"model.{name}": value for name, value in model.config.items() if not name.startswith("_")},
+        # What was encoded and not the latents, whose last bits are a device's own.
+        "images_sha256": latents.index["rows_sha256"],
+        "vae_weights_sha256": None if vae is None else vae["weights_hash"],
         # Ids mean other classes in other data, while the label table fits.
         "id2label_sha256": hashlib.sha256(json.dumps(latents.id2label).encode()).hexdigest(),
         "pretrained_weights_sha256": None if pretrained is None else pretrained.weights_sha256,

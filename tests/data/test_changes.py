@@ -1,6 +1,7 @@
 """Encoded again after the source was edited, touched, moved or left alone: what is noticed, and what it costs."""
 
 import builtins
+import errno
 import io
 import json
 import os
@@ -79,7 +80,7 @@ def test_an_edited_image_is_named(bitmaps, encode_bitmaps, tmp_path, finished, w
     former = path.read_bytes(), path.stat()
     edit(path)
     assert path.stat().st_size == former[1].st_size
-    message = f"{path}, its image or its label, was edited, added or removed since .*shard-00002.* to encode anew"
+    message = f"{path} is not what .*shard-00002.* was made from. It or its label was edited, .* to encode anew"
     with pytest.raises(ValueError, match=message):
         encode_bitmaps(**options)
     # Its times put back, as a tool does that means well.
@@ -94,7 +95,7 @@ def test_an_edited_image_is_named(bitmaps, encode_bitmaps, tmp_path, finished, w
 def test_an_image_that_takes_the_place_of_another_is_named(bitmaps, encode_bitmaps):
     encode_bitmaps()
     (bitmaps / "a" / "2.bmp").rename(bitmaps / "a" / "3.bmp")
-    with pytest.raises(ValueError, match=r"3\.bmp, its image or its label, was edited, added or removed"):
+    with pytest.raises(ValueError, match=r"3\.bmp is not what .* was made from"):
         encode_bitmaps()
     (bitmaps / "a" / "3.bmp").unlink()
     with pytest.raises(ValueError, match=r"number of images 10 \(now 9\)"):
@@ -120,6 +121,35 @@ def test_only_shards_with_touched_images_are_read_and_once(bitmaps, encode_bitma
     opened.clear()
     encode_bitmaps()
     assert opened == []
+
+
+def test_an_image_that_is_edited_while_it_is_encoded_is_noticed(bitmaps, encode_bitmaps, monkeypatch):
+    read_bytes = shards.read_bytes
+
+    def read_and_edit(cell):
+        content = read_bytes(cell)
+        if cell["path"].endswith("4.bmp"):
+            edit(bitmaps / "a" / "4.bmp")
+        return content
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "read_bytes", read_and_edit)
+        encode_bitmaps()
+    with pytest.raises(ValueError, match=r"4\.bmp is not what .* was made from"):
+        encode_bitmaps()
+
+
+def test_an_encoding_that_may_only_be_read_is_opened(bitmaps, encode_bitmaps, monkeypatch, caplog):
+    first = encode_bitmaps()
+    touch(bitmaps / "a" / "8.bmp")
+
+    def refuse(path, content):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(shards, "write_json", refuse)
+    assert encode_bitmaps().index == first.index
+    assert "Read-only file system" in caplog.text
+    assert "shard-00001.json are read again at the next start" in caplog.text
 
 
 def test_a_process_compares_its_own_shards(bitmaps, encode_bitmaps, opened):
@@ -192,7 +222,7 @@ def test_a_table_made_otherwise_is_compared_by_content(table, tmp_path, monkeypa
     rows = dataset.to_list()
     rows[7]["image"]["bytes"] = rows[6]["image"]["bytes"]
     other = datasets.Dataset.from_list(rows, features=dataset.features)
-    with pytest.raises(ValueError, match=f"{rows[7]['image']['path']}, its image or its label, was edited"):
+    with pytest.raises(ValueError, match=f"{rows[7]['image']['path']} is not what"):
         encode(other, tmp_path / "encoded", id2label=id2label, shard_size=3)
 
 
@@ -204,7 +234,7 @@ def test_of_a_stream_finished_shards_are_compared_until_all_are(bitmaps, tmp_pat
     edit(bitmaps / "a" / "6.bmp")
     assert encode(stream, tmp_path / "encoded", **options).index == first.index  # as the docs say
     (tmp_path / "encoded" / "index.json").unlink()
-    with pytest.raises(ValueError, match=r"6\.bmp, its image or its label, was edited.*shard-00001"):
+    with pytest.raises(ValueError, match=r"6\.bmp is not what .*shard-00001"):
         encode(stream, tmp_path / "encoded", **options)
     edit(bitmaps / "a" / "6.bmp")
     assert encode(stream, tmp_path / "encoded", **options).index == first.index

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -88,6 +89,36 @@ def test_a_corrupt_image_without_a_path_is_named_by_its_row(tmp_path):
     for row in range(2):
         with pytest.raises(ValueError, match="Cannot read row 0: UnidentifiedImageError"):
             encode(dataset.select([row]), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "kind, empty, message",
+    [
+        ("int64", None, "must hold a class for each image, 'species' of .*{name} is empty"),
+        ("float64", None, "must hold a class for each image, 'species' of .*{name} is empty"),
+        ("float64", float("nan"), "must hold a class for each image, 'species' of .*{name} is empty"),
+        ("string", "", "must hold a class for each image, 'species' of .*{name} is empty"),
+        ("string", None, "must hold a class for each image, 'species' of .*{name} is empty"),
+        ("int64", 7, "must hold ids of `id2label`, 'species' of .*{name} is 7"),
+        ("float64", 0.5, "must hold ids of `id2label`, 'species' of .*{name} is 0.5"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_label_that_is_none_is_named_with_its_image(image_data, tmp_path, kind, empty, message, streaming):
+    dataset, id2label = image_data
+    path = dataset[0]["image"]["path"]
+    # The first alone: a column of floats or of text holds no ids, and is refused before.
+    rows = datasets.Dataset.from_dict(
+        {"image": [path], "species": [empty]},
+        features=datasets.Features({"image": datasets.Image(decode=False), "species": datasets.Value(kind)}),
+    )
+    rows = rows.to_iterable_dataset() if streaming else rows
+    with pytest.raises(ValueError, match="`label_column` " + message.format(name=os.path.basename(path))):
+        encode(rows, tmp_path, id2label=id2label, label_column="species")
+    anonymous = {"image": [{"path": None, "bytes": Path(path).read_bytes()}] * 2, "species": [empty] * 2}
+    rows = datasets.Dataset.from_dict(anonymous, features=rows.features)
+    with pytest.raises(ValueError, match="'species' of row 0 is"):
+        encode(rows, tmp_path / "b", id2label=id2label, label_column="species")
 
 
 def test_latents_that_are_not_finite_are_named(image_folder, tmp_path, vae, monkeypatch):

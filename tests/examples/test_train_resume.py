@@ -113,6 +113,20 @@ def test_resume_of_another_run_is_refused(data, plain_copy):
         train(data, output_dir, "--resume_from_checkpoint", "checkpoint-3")
 
 
+def test_other_images_on_resume_are_refused(data, plain_copy, tmp_path):
+    images = shutil.copytree(data / "images", tmp_path / "images")
+    content, more = (images / "dark" / "03.png").read_bytes(), ("--train_data_dir", str(images))
+    (images / "dark" / "03.png").write_bytes((images / "dark" / "04.png").read_bytes())
+    resume = (*more, "--resume_from_checkpoint", "latest")
+    with pytest.raises(ValueError, match=r"03\.png is not what .*latents/shard-00000.* was made from"):
+        train(data, plain_copy, *resume)
+    # Encoded elsewhere they are other data all the same.
+    with pytest.raises(ValueError, match=r"must go on with the run .*, which has images_sha256 .* \(now"):
+        train(data, plain_copy, *resume, "--latents_dir", str(tmp_path / "latents"))
+    (images / "dark" / "03.png").write_bytes(content)
+    train(data, plain_copy, *resume)
+
+
 def test_another_model_on_resume_is_refused(data, plain_copy, tmp_path):
     output_dir = plain_copy
     (tmp_path / "model.json").write_text(json.dumps({**MODEL, "cosine_attention": False}))
