@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,8 @@ from .settings import EncodingSettings, shortened
 
 
 logger = logging.getLogger(__name__)
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class ChannelStatistics:
@@ -192,9 +193,11 @@ def _encode_batch(pixels, vae, random_flip, statistics) -> dict[str, torch.Tenso
 
 def _vector(name: str, values: Any, dim: int | None) -> list[float]:
     is_vector = isinstance(values, (list, tuple)) and len(values) and all(isinstance(v, (int, float)) for v in values)
-    if not is_vector or not all(math.isfinite(value) for value in values) or len(values) != (dim or len(values)):
+    # As they are stored: beyond float32 they would be infinite.
+    if not is_vector or not all(abs(v) <= _FLOAT32_MAX for v in values) or len(values) != (dim or len(values)):
         raise ValueError(
-            f"Condition vectors must be lists of finite numbers, all of one length, {name} has {shortened(values)}."
+            "Condition vectors must be lists of finite numbers of float32's range, all of one length, "
+            f"{name} has {shortened(values)}."
         )
     return [float(value) for value in values]
 
