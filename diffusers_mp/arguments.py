@@ -125,7 +125,7 @@ def add_encoding_arguments(add: Callable[..., Any]) -> None:
         action="store_true",
         help="keep no copy of the source; until all is encoded, each restart of each process reads it from the start",
     )
-    add("--image_channels", type=int, choices=(1, 3), help="with `--vae none`: grey or RGB [3]")
+    add("--image_channels", type=int, choices=(1, 3), help="with `--vae none`: grey or RGB [3, or the checkpoint's]")
 
 
 def encoding_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -146,6 +146,7 @@ from diffusers_mp.training import (
     validation_timesteps,
 )
 from diffusers_mp.training.engine import start
+from diffusers_mp.training.model import check_finite
 
 
 def main(args):
@@ -166,6 +167,7 @@ def main(args):
     # 1. The base and its data
     source = {"revision": args.revision, "cache_dir": args.cache_dir}
     pipeline = DiTPipeline.from_pretrained(args.pretrained_model_name_or_path, **source)
+    check_finite(pipeline.transformer, args.pretrained_model_name_or_path)
     if args.swap != "none":
         # What the swap would refuse, before the work. Annealed shifts are cut out as well, at the end.
         check_model(pipeline.transformer)

@@ -59,7 +59,7 @@ from diffusers_mp.training import (
 )
 from diffusers_mp.training.checks import check_arguments, check_model
 from diffusers_mp.training.engine import lock_folder, start
-from diffusers_mp.training.model import load_pretrained, make_model, vae_of_pretrained
+from diffusers_mp.training.model import channels_of, load_pretrained, make_model, vae_of_pretrained
 from diffusers_mp.training.preview import validate
 from diffusers_mp.training.resume import (
     checkpoint_to_resume,
@@ -88,6 +88,7 @@ def main(args):
     objective, pretrained = training_objective(args), None
     if args.pretrained_model_name_or_path is not None:
         pretrained = load_pretrained(args, vae, objective.scheduler)
+    args.image_channels = channels_of(args, vae, pretrained)
     with lock_folder(args.output_dir, accelerator):
         checkpoint = checkpoint_to_resume(args, accelerator, curve)
         latents = load_latents(args, vae, accelerator, pretrained)

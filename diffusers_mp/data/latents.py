@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import Dataset
 
+from ..configuration import check_latent_statistics
 from ..files import read_json, sha256_of_file
 from .settings import FORMAT_VERSION, refuse_differences, vae_fingerprint
 
@@ -95,6 +96,7 @@ class LatentDataset(Dataset):
         self.id2label = None if names is None else {int(id_): name for id_, name in names.items()}
         self.latents_mean, self.latents_std = self.index["latents_mean"], self.index["latents_std"]
         self.latent_shape = tuple(self.index["latent_shape"])
+        check_latent_statistics(self.latents_mean, self.latents_std, self.latent_shape[0])
         self.pooled_projection_dim = self.index["pooled_projection_dim"]
         self._ends = list(itertools.accumulate(shard["num_samples"] for shard in self.index["shards"]))
         self._files = {}

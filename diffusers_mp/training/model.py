@@ -54,8 +54,10 @@ def load_pretrained(args: argparse.Namespace, vae: AutoencoderKL | None, schedul
         MPDiTPipeline.load_config(source, cache_dir=args.cache_dir)
     except OSError:  # no model_index.json
         transformer = MPDiTTransformer2DModel.from_pretrained(source, cache_dir=args.cache_dir)
+        check_finite(transformer, source)
         return Pretrained(transformer, sha256_of_weights(transformer.state_dict()))
     pipeline = MPDiTPipeline.from_pretrained(source, cache_dir=args.cache_dir)
+    check_finite(pipeline.transformer, source)
     if (pipeline.vae is None) != (vae is None) or (
         vae is not None and vae_fingerprint(pipeline.vae) != vae_fingerprint(vae)
     ):
@@ -73,6 +75,32 @@ def load_pretrained(args: argparse.Namespace, vae: AutoencoderKL | None, schedul
     transformer, config = pipeline.transformer, pipeline.config
     sha256 = sha256_of_weights(transformer.state_dict())
     return Pretrained(transformer, sha256, pipeline.id2label, config.latents_mean, config.latents_std)
+
+
+def channels_of(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained: Pretrained | None) -> int | None:
+    """What `--image_channels` is by default: that of a checkpoint of pixels, else 3; None with a VAE."""
+    if vae is not None:
+        if args.image_channels is not None:
+            raise ValueError("`image_channels` would have no effect with a VAE, which brings its own: leave it out.")
+        return None
+    if args.image_channels is None and pretrained is not None:
+        return pretrained.transformer.config.in_channels
+    return args.image_channels or 3
+
+
+def check_finite(model: torch.nn.Module, source: str) -> None:
+    """Refuse weights of which no training or measurement comes.
+
+    Raises:
+        ValueError: naming a tensor that is not finite, or was not in the file.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"the weights in {source} must be those that its config.json describes, {name} is missing."
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"the weights in {source} must be finite, {name} has NaN or infinity.")
 
 
 def model_config(
@@ -133,6 +161,11 @@ def make_model(
     pretrained: Pretrained | None,
 ) -> MPDiTTransformer2DModel:
     """The model of the run, with random weights or those it is to start from."""
+    if args.class_dropout_prob and num_classes is None and latents.pooled_projection_dim is None:
+        raise ValueError(
+            "`class_dropout_prob` would have no effect on data without labels and vectors, got "
+            f"{args.class_dropout_prob}: leave it out."
+        )
     pretrained_config = None if pretrained is None else pretrained.transformer.config
     config = model_config(args, latents.latent_shape, num_classes, latents.pooled_projection_dim, pretrained_config)
     if pretrained is None:

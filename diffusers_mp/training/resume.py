@@ -126,9 +126,15 @@ def resumed_facts(checkpoint: Path, facts: dict[str, Any], args: argparse.Namesp
 
 def resume(args: argparse.Namespace, run: Run, checkpoint: Path) -> None:
     """Go on where a checkpoint was left, with another learning rate if one is given."""
+    step = read_state(checkpoint)["step"]
+    if step > run.max_train_steps:
+        raise ValueError(
+            f"`max_train_steps` must be at least {step:,}, the updates that {checkpoint} has seen, got "
+            f"{run.max_train_steps:,}: to go back, resume from an earlier checkpoint."
+        )
     run.accelerator.print(f"Resuming from {checkpoint}")
     load_checkpoint(run.accelerator, checkpoint, run.state)
-    run.step = read_state(checkpoint)["step"]
+    run.step = step
     former = run.facts["learning_rate"]
     if args.learning_rate is not None and args.learning_rate != former:
         run.accelerator.print(f"Learning rate {former:g} of the checkpoint, now {args.learning_rate:g}")
