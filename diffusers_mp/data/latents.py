@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import Dataset
 
-from ..files import sha256_of_file, sha256_of_weights
+from ..files import plain_name, sha256_of_file, sha256_of_weights
 
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class LatentDataset(Dataset):
         if self.index["content_hash"] != content_hash(self.index):
             raise ValueError(f"{self.folder / INDEX_NAME} must be as it was written, it was altered: {REPAIR}.")
         for shard in self.index["shards"]:
-            path = self.folder / shard["name"]
+            path = self.folder / plain_name(shard["name"], self.folder / INDEX_NAME)
             num_bytes = path.stat().st_size if path.is_file() else 0
             if num_bytes != shard["num_bytes"]:
                 raise ValueError(f"{path} must have {shard['num_bytes']} bytes, found {num_bytes}: {REPAIR}.")
