@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from ..masking import masked
 from .latents import FORMAT_VERSION, vae_fingerprint
 
 
@@ -82,7 +83,7 @@ class EncodingSettings:
         """
         fingerprint = None
         if vae is not None:
-            fingerprint = {"id": self.vae_id or vae.config.get("_name_or_path"), **vae_fingerprint(vae)}
+            fingerprint = {"id": masked(self.vae_id or vae.config.get("_name_or_path")), **vae_fingerprint(vae)}
         return {
             "format_version": FORMAT_VERSION,
             "vae": fingerprint,

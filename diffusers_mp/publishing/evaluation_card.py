@@ -6,8 +6,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from ..files import whole_file
+from ..masking import mask
 from .cards import filled, table, text_of
-from .hub import CARD_NAME, HEAT_MAP_NAME, files_to_publish, is_repo_id, mask
+from .hub import CARD_NAME, HEAT_MAP_NAME, files_to_publish, is_repo_id
 
 
 def write_evaluation(folder: str | Path, results: Mapping) -> ModelCard:
@@ -36,7 +38,8 @@ def write_evaluation(folder: str | Path, results: Mapping) -> ModelCard:
     sections[place - 1] = sections[place - 1].rstrip("\n") + "\n\n"
     sections.insert(place, mask(f"{section}\n\n"))
     card = ModelCard("".join(sections).rstrip("\n") + "\n")
-    card.save(folder / CARD_NAME)
+    with whole_file(folder / CARD_NAME) as unfinished:
+        card.save(unfinished)
     return card
 
 
