@@ -23,7 +23,7 @@ from .cards import (
     write_card,
 )
 from .hub import CURVE_NAME, GRID_NAME, average_folders, files_to_publish, has_component, is_repo_id
-from .training_curve import curve_rows, draw_curve, read_log, seconds_of_updates
+from .training_curve import curve_rows, draw_curve, log_file, read_log, seconds_of_updates
 
 
 _REPORTED_ARGUMENTS = (
@@ -81,7 +81,7 @@ def write_model_card(
     files_to_publish(folder)
     index, config = read_json(folder / "model_index.json", {}), read_json(folder / "transformer" / "config.json", {})
     arguments = read_json(folder / "training_arguments.json", {})
-    log = read_log(folder / (arguments.get("logging_dir") or "logs") / "metrics.jsonl")
+    log = read_log(log_file(folder, arguments))
     given = [name for name, key in _CONDITIONS.items() if config.get(key) is not None]
     dataset, base = arguments.get("dataset_name"), arguments.get("pretrained_model_name_or_path")
     started = ""

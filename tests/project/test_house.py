@@ -12,7 +12,8 @@ import diffusers_mp
 PACKAGE = Path(diffusers_mp.__file__).parent
 # Each may import those on floors below its own, and within a wing its neighbours.
 FLOORS = (
-    {"arguments", "files", "masking", "sharding", "presets", "functional", "_registration"},
+    {"masking"},
+    {"arguments", "files", "sharding", "presets", "functional", "_registration"},
     {"fused"},
     {"rows"},
     {"layers"},
