@@ -125,15 +125,42 @@ def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:
         unfinished.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
+def plain_name(name: Any, source: str | Path) -> str:
+    """A name out of a file, if it can become a path: one component of it, on every system, and no way up.
+
+    Args:
+        name (Any): what the file has.
+        source (str or Path): the file, for the error.
+    Returns:
+        str: the name.
+    Raises:
+        ValueError: if it is empty, dots alone, has a separator, a drive or a control character, or is no text.
+    """
+    # Windows ends a name before dots and spaces, and knows both separators and "drive:" or "file:stream".
+    if not isinstance(name, str) or not name.strip(". ") or any(c in "/\\:" or ord(c) < 32 for c in name):
+        raise ValueError(f"{source} must name files and folders beside it by one plain name each, got {name!r}.")
+    return name
+
+
 def component_names(folder: str | Path) -> list[str]:
-    """Names of the parts that the pipeline in a folder has."""
+    """Names of the parts that the pipeline in a folder has, which are their folders' names.
+
+    Args:
+        folder (str or Path): with a `model_index.json`.
+    Returns:
+        list of str: in the order of the index.
+    Raises:
+        ValueError: if one is a path instead of a name.
+    """
     # Of a part: its library and its class, both null if it was left out. What begins with "_" is about the index.
-    way_out = "save the pipeline again, or take an intact copy"
-    index = read_json(Path(folder) / "model_index.json", MISSING_IS_AN_ERROR, way_out=way_out)
+    path, way_out = Path(folder) / "model_index.json", "save the pipeline again, or take an intact copy"
     return [
-        name
-        for name, value in index.items()
-        if name[0] != "_" and isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
+        plain_name(name, path)
+        for name, value in read_json(path, MISSING_IS_AN_ERROR, way_out=way_out).items()
+        if not name.startswith("_")
+        and isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(v, str) for v in value)
     ]
 
 

@@ -12,7 +12,10 @@ processes see. Killed, it goes on after the last finished cell when started agai
     evaluation/results.json, heat_map.png   everything measured, and how
     evaluation/cells/*.json, *.png          each cell, when it is finished, and its first images
     evaluation/reference/                   statistics of the real images, by content hash
-    evaluation/best/                        the pipeline of the best cell, for sweeps over widths and for Hub models
+    evaluation/best/                        the pipeline of the best cell with its card, for sweeps over widths, for
+                                            Hub models, and where it is published
+
+Nothing else is written, replaced or deleted; --write_card puts the table into the card of the model's own folder.
 """
 
 import argparse
@@ -42,12 +45,17 @@ def make_parser() -> ScriptParser:
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the pipeline")
     add("--scheduler", help="sampler, by its name in diffusers, instead of the pipeline's own")
     add("--output_dir", type=Path, default=Path("evaluation"), help="folder for everything")
+    add("--write_card", action="store_true", help="put the table into the card of the model's own folder")
 
     add = parser.add_argument_group("images").add_argument
     add("--num_samples", type=at_least(2), default=50_000, help="generated images for each cell")
     add("--batch_size", type=at_least(1), default=32, help="images that a process generates at once")
     add("--seed", type=seed, default=0, help="image i depends on this and i alone")
-    add("--class_labels", type=label, nargs="+", help="ids or names, taken in turn; all classes by default")
+    add(
+        "--class_labels",
+        nargs="+",
+        help="names, or ids where no class has that name [all]; drawn as often as the reference has them, or in turn",
+    )
 
     add = parser.add_argument_group("sweep (each combination is a cell)").add_argument
     add("--ema_stds", type=ema_width, nargs="+", help="widths, rebuilt from the run's ema_snapshots")
@@ -63,6 +71,7 @@ def make_parser() -> ScriptParser:
     add("--dataset_config_name", help="configuration of the data set")
     add("--split", help="its split [train], or the name of the folders to take images from")
     add("--image_column", default="image", help="column of the images")
+    add("--label_column", default="label", help="column of their classes; none: the pipeline's classes in turn")
     add("--max_reference_images", type=at_least(2), help="take this many only, drawn with seed 0")
 
     add = parser.add_argument_group("measures").add_argument
@@ -79,10 +88,6 @@ def make_parser() -> ScriptParser:
     add = parser.add_argument_group("publishing (the best pipeline, with the table)").add_argument
     add_hub_arguments(add, default_id="that of the model, or its folder's name")
     return parser
-
-
-def label(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -112,6 +117,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         values = getattr(args, name) or []
         if len(set(values)) < len(values):
             parser.error(f"--{name} must differ from each other, each is a cell, got {values}")
+    if args.write_card and (args.ema_stds is not None or not Path(args.pretrained_model_name_or_path).is_dir()):
+        parser.error(
+            "--write_card needs the folder of one pipeline; of a sweep over --ema_stds and of a model of the Hub the "
+            "best has its card in the folder best of --output_dir"
+        )
     if args.heat_map and importlib.util.find_spec("matplotlib") is None:
         parser.error("--heat_map needs matplotlib: `pip install matplotlib`")
     return args
@@ -124,8 +134,11 @@ import datetime
 import itertools
 import json
 import shutil
+from collections import Counter
 
 import diffusers
+import numpy as np
+import PIL
 import torch
 import transformers
 from accelerate import Accelerator
@@ -135,14 +148,23 @@ from diffusers.schedulers import SchedulerMixin
 import diffusers_mp
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.evaluation.cells import evaluate_cell, line_of, name_of
+from diffusers_mp.evaluation.classes import draw_classes
 from diffusers_mp.evaluation.features import load_extractor
 from diffusers_mp.evaluation.frechet import rank_warning
 from diffusers_mp.evaluation.heat_map import draw_heat_map
-from diffusers_mp.evaluation.model import EvaluatedModel
-from diffusers_mp.evaluation.reference import Processes, ReferenceStatistics, reference_statistics
-from diffusers_mp.files import read_json, write_json
+from diffusers_mp.evaluation.model import EvaluatedModel, sampler_options
+from diffusers_mp.evaluation.outputs import (
+    check_card,
+    check_outputs,
+    keep_settings,
+    read_own,
+    whole_pipeline,
+    write_own,
+)
+from diffusers_mp.evaluation.reference import Processes, RealImages, ReferenceStatistics, reference_statistics
+from diffusers_mp.masking import masked
 from diffusers_mp.publishing.evaluation_card import write_evaluation
-from diffusers_mp.publishing.hub import HEAT_MAP_NAME, check_hub_access, publish
+from diffusers_mp.publishing.hub import CARD_NAME, HEAT_MAP_NAME, check_hub_access, publish
 from diffusers_mp.publishing.model_card import write_model_card
 from diffusers_mp.training.engine import check_processes
 
@@ -150,6 +172,7 @@ from diffusers_mp.training.engine import check_processes
 def main(args):
     check_paths(args)
     check_sampler(args.scheduler)
+    check_folders(args)
     # The main process alone rebuilds averages and computes distances, which takes it minutes.
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
     accelerator = Accelerator(kwargs_handlers=[patience])
@@ -175,23 +198,25 @@ def main(args):
         revision=args.revision,
         cache_dir=args.cache_dir,
     )
-    model.check(args.guidance_scales, args.class_labels, args.scheduler)
+    pipe = model.without_weights(args.scheduler)
+    for scale in args.guidance_scales:
+        pipe.check_guidance(scale)
+    draw_classes(pipe, args.class_labels, None, args.num_samples)  # refuses labels before the reference is measured
     extractors = [
         load_extractor(name, output=args.extractor_output, device=accelerator.device, cache_dir=args.cache_dir)
         for name in args.extractors
     ]
     references = load_references(args, accelerator, extractors, *model.image_shape())
-    settings = describe(args, model, extractors, references)
+    draw = draw_classes(pipe, args.class_labels, references[0].description["class_counts"], args.num_samples)
+    settings = describe(args, model, pipe, draw, extractors, references)
+    warnings = warnings_of(args, draw, references)
+    for line in (*([] if draw is None else [draw.line()]), *(f"Warning: {text}" for text in warnings)):
+        accelerator.print(line)
     if accelerator.is_main_process:
         keep_settings(args.output_dir / "settings.json", settings)
 
     # The cells, of one width after another
-    cells = [
-        {"ema_std": std, "guidance_scale": scale, "num_inference_steps": steps}
-        for std in args.ema_stds or [None]
-        for scale in args.guidance_scales
-        for steps in args.num_inference_steps
-    ]
+    cells = cells_of(args)
     (unfinished,) = broadcast_object_list([[cell for cell in cells if not is_finished(args, cell)]])
     options = {"sampler": args.scheduler, "dtype": getattr(torch, args.dtype), "work_dir": args.output_dir}
     for std, of_width in itertools.groupby(unfinished, key=lambda cell: cell["ema_std"]):
@@ -202,19 +227,45 @@ def main(args):
                 cell,
                 pipe,
                 settings,
-                extractors,
-                references,
+                None if draw is None else draw.class_ids(),
+                [*zip(extractors, references, strict=True)],
                 accelerator,
                 batch_size=args.batch_size,
                 sample_grid=path.with_suffix(".png"),
             )
             if accelerator.is_main_process:
-                write_json(path, cell)
+                write_own(path, cell)
                 print(line_of(cell))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish(args, model, settings, references, cells, repo_id)
+        finish(args, model, settings, warnings, repo_id)
     accelerator.end_training()
+
+
+def check_folders(args) -> None:
+    """Refuse, before any work, what could not be written at its end or only in the place of something else."""
+    model_dir = Path(args.pretrained_model_name_or_path)
+    if model_dir.is_dir() and args.output_dir.resolve() == model_dir.resolve():
+        raise ValueError(f"`output_dir` must not be the model's own folder, got {args.output_dir}; one in it will do.")
+    cells = [cell_path(args, cell) for cell in cells_of(args)]
+    check_outputs(args.output_dir, cells, heat_map=args.heat_map, best=makes_best(args))
+    if args.write_card:
+        check_card(model_dir)
+
+
+def makes_best(args) -> bool:
+    """Whether the best becomes a folder: where there is none yet, or one that is not to be written to is published."""
+    is_local = Path(args.pretrained_model_name_or_path).is_dir()
+    return args.ema_stds is not None or not is_local or args.push_to_hub and not args.write_card
+
+
+def cells_of(args) -> list[dict]:
+    return [
+        {"ema_std": std, "guidance_scale": scale, "num_inference_steps": steps}
+        for std in args.ema_stds or [None]
+        for scale in args.guidance_scales
+        for steps in args.num_inference_steps
+    ]
 
 
 def check_sampler(name: str | None) -> None:
@@ -232,18 +283,17 @@ def load_references(args, accelerator, extractors, resolution, num_channels) -> 
         references = [ReferenceStatistics.load(path) for path in args.reference_statistics]
     else:
         with accelerator.main_process_first():
-            dataset = open_reference(args)
+            images = open_reference(args)
         processes = Processes(
             accelerator.num_processes, accelerator.process_index, gather=lambda part: gather_object([part])
         )
         references = [
             reference_statistics(
-                dataset,
+                images,
                 extractor,
                 resolution=resolution,
                 num_channels=num_channels,
                 cache_dir=args.output_dir / "reference",
-                image_column=args.image_column,
                 batch_size=args.batch_size,
                 processes=processes,
             )
@@ -251,10 +301,6 @@ def load_references(args, accelerator, extractors, resolution, num_channels) -> 
         ]
     for reference, extractor in zip(references, extractors, strict=True):
         reference.check(extractor, resolution, num_channels)
-        warnings = [*reference.description["warnings"]]
-        warnings.append(rank_warning(args.num_samples, len(reference.mean), "generated images"))
-        for warning in filter(None, warnings):
-            accelerator.print(f"Warning: {warning}")
         if args.nearest_k >= len(reference.features):
             raise ValueError(
                 f"--nearest_k must be less than the number of reference images ({len(reference.features)}), or 0, got "
@@ -263,59 +309,58 @@ def load_references(args, accelerator, extractors, resolution, num_channels) -> 
     return references
 
 
-def open_reference(args):
+def open_reference(args) -> RealImages:
+    """The real images, with the number of each class where their source tells it: none is refused for lack of that."""
+    options = {name: getattr(args, name) for name in ("dataset_name", "dataset_config_name", "cache_dir")}
+    options |= {"split": args.split, "image_column": args.image_column}
+    options |= {"max_train_samples": args.max_reference_images}
+    label_column = None if args.label_column == "none" else args.label_column
     try:
-        return load_image_dataset(
-            args.reference_dir,
-            dataset_name=args.dataset_name,
-            dataset_config_name=args.dataset_config_name,
-            split=args.split,
-            cache_dir=args.cache_dir,
-            image_column=args.image_column,
-            label_column=None,
-            max_train_samples=args.max_reference_images,
-        )[0]
+        try:
+            dataset, id2label, *_ = load_image_dataset(args.reference_dir, label_column=label_column, **options)
+        except ValueError:
+            if args.label_column != "label":
+                raise
+            dataset, id2label, *_ = load_image_dataset(args.reference_dir, label_column=None, **options)
     except ValueError as error:
         raise ValueError(str(error).replace("`train_data_dir`", "`reference_dir`")) from error
+    counts = None
+    if id2label:
+        found = Counter(dataset.select_columns(label_column)[:][label_column])
+        counts = {name: found[id_] for id_, name in id2label.items() if found[id_]}
+    return RealImages(dataset, args.image_column, counts)
 
 
-def describe(args, model, extractors, references) -> dict:
-    """All that the numbers of a cell depend on, beside the cell itself."""
-    num_classes = model.transformer_config.get("num_classes")
-    return {
+def warnings_of(args, draw, references) -> list[str]:
+    """What the numbers of all cells suffer from."""
+    warnings = [text for reference in references for text in reference.description["warnings"]]
+    warnings += [rank_warning(args.num_samples, len(reference.mean), "generated images") for reference in references]
+    if draw is not None and draw.mismatch:
+        warnings.append(f"{draw.mismatch}: classes come in turn, and the distance counts what that changes.")
+    return list(dict.fromkeys(filter(None, warnings)))
+
+
+def describe(args, model, pipe, draw, extractors, references) -> dict:
+    """All that the numbers of a cell depend on, beside the cell itself, as JSON has it."""
+    settings = {
         "model": args.pretrained_model_name_or_path,
+        "commit": model.commit,
         "model_sha256": model.sha256(),
         "step": model.step,
-        "scheduler": args.scheduler or model.scheduler_name,
+        "sampler": sampler_options(pipe),
+        "guided_by": "transformer" if pipe.guidance_transformer is None else "guidance_transformer",
         "dtype": args.dtype,
         "num_samples": args.num_samples,
         "seed": args.seed,
-        "class_labels": None if num_classes is None else args.class_labels or list(range(num_classes)),
+        "classes": None if draw is None else draw.description(),
         "nearest_k": args.nearest_k,
         "extractors": [extractor.description for extractor in extractors],
         "references": [
-            {key: value for key, value in reference.description.items() if key != "extractor"}
+            {key: value for key, value in reference.description.items() if key not in ("extractor", "warnings")}
             for reference in references
         ],
     }
-
-
-def keep_settings(path: Path, settings: dict) -> None:
-    """Refuse to mix cells that cannot be compared."""
-    if path.is_file():
-        stored = read_json(path, {})
-        # The same model may have moved.
-        different = sorted(name for name in settings if name != "model" and stored.get(name) != settings[name])
-        if different:
-            other_step = "step" in different and stored["step"] is not None
-            raise ValueError(
-                f"--output_dir must be new or hold cells of the same settings; {path} differs in "
-                + "; ".join(
-                    f"{name}: {shortened(stored.get(name))} and {shortened(settings[name])}" for name in different
-                )
-                + (f". `--step {stored['step']}` goes on with its cells" if other_step else "")
-            )
-    write_json(path, settings)
+    return json.loads(json.dumps(masked(settings)))
 
 
 def cell_path(args, cell: dict) -> Path:
@@ -323,56 +368,34 @@ def cell_path(args, cell: dict) -> Path:
 
 
 def is_finished(args, cell: dict) -> bool:
-    return "metrics" in read_json(cell_path(args, cell), {})
+    return "metrics" in (read_own(cell_path(args, cell)) or {})
 
 
-def finish(args, model, settings, references, cells, repo_id) -> None:
+def finish(args, model, settings, warnings, repo_id) -> None:
     """Results of all cells in the folder, also of earlier sweeps with the same settings."""
-    finished = [read_json(path, {}) for path in sorted((args.output_dir / "cells").glob("*.json"))]
-    finished = [cell for cell in finished if "metrics" in cell]
-    failed = [read_json(cell_path(args, cell), {}) for cell in cells if not is_finished(args, cell)]
+    cells = cells_of(args)
+    # Other files in the folder are not ours to read.
+    stored = {path: read_own(path) for path in sorted((args.output_dir / "cells").glob("*.json"))}
+    finished = {path: cell for path, cell in stored.items() if cell is not None and "metrics" in cell}
+    failed = [read_own(cell_path(args, cell)) for cell in cells if not is_finished(args, cell)]
     if finished:
-        best = min(finished, key=lambda cell: cell["metrics"][0]["frechet_distance"])
-        warnings = [warning for reference in references for warning in reference.description["warnings"]]
-        warnings += [warning for metrics in best["metrics"] for warning in metrics["warnings"]]
+        path = min(finished, key=lambda path: finished[path]["metrics"][0]["frechet_distance"])
+        best = finished[path]
+        modules = {module.__name__: module.__version__ for module in (diffusers_mp, torch, diffusers, transformers)}
         results = {
             "settings": settings,
-            "versions": {
-                "diffusers_mp": diffusers_mp.__version__,
-                "torch": torch.__version__,
-                "diffusers": diffusers.__version__,
-                "transformers": transformers.__version__,
-            },
-            "warnings": list(dict.fromkeys(warnings)),
+            "versions": modules | {"numpy": np.__version__, "pillow": PIL.__version__},
+            "warnings": warnings,
             "best": best,
-            "cells": finished,
+            "cells": [*finished.values()],
             "failed": failed,
         }
-        write_json(args.output_dir / "results.json", results)
+        write_own(args.output_dir / "results.json", results)
         if args.heat_map:
             draw_heat_map(args.output_dir / "heat_map.png", results)
         print(f"Best of {len(finished)}: {line_of(best)}")
-        pipeline_dir = model.folder
-        if model.snapshots_dir is not None or not Path(args.pretrained_model_name_or_path).is_dir():
-            pipeline_dir = args.output_dir / "best"  # neither the Hub client's files nor a run's are to be written to
-            model.save_best(best["ema_std"], pipeline_dir)
-        (pipeline_dir / HEAT_MAP_NAME).unlink(missing_ok=True)
-        if args.heat_map:
-            shutil.copyfile(args.output_dir / "heat_map.png", pipeline_dir / HEAT_MAP_NAME)
-        if not (pipeline_dir / "README.md").is_file():
-            grid = cell_path(args, best).with_suffix(".png")
-            write_model_card(pipeline_dir, repo_id, license=args.hub_license, sample_grid=grid)
-        write_evaluation(pipeline_dir, results)
-        print(f"Results: {args.output_dir / 'results.json'}, and in the card of {pipeline_dir}")
-        if args.push_to_hub:
-            url = publish(
-                pipeline_dir,
-                repo_id,
-                token=args.hub_token,
-                private=args.hub_private_repo or None,
-                commit_message=f"Evaluation: {name_of(best)}",
-            )
-            print(f"Published: {url}")
+        print(f"Results: {args.output_dir / 'results.json'}")
+        publish_best(args, model, results, path.with_suffix(".png"), repo_id)
     if failed:
         raise RunFailedError(
             f"{len(failed)} of {len(cells)} cells failed and are tried again when started again; the others are kept. "
@@ -380,9 +403,38 @@ def finish(args, model, settings, references, cells, repo_id) -> None:
         )
 
 
-def shortened(value) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
+def publish_best(args, model, results, sample_grid, repo_id) -> None:
+    """The card, as far as one is to be written, and the upload."""
+    best, folder = results["best"], model.folder
+    if makes_best(args):
+        folder = args.output_dir / "best"
+        record = {"model_sha256": results["settings"]["model_sha256"], "ema_std": best["ema_std"]}
+        with whole_pipeline(folder, record) as unfinished:
+            model.save_copy(best["ema_std"], unfinished)
+            write_card(args, unfinished, results, sample_grid, repo_id)
+    elif args.write_card:
+        write_card(args, folder, results, sample_grid, repo_id)
+    else:
+        return
+    print(f"Card: {folder / CARD_NAME}")
+    if args.push_to_hub:
+        url = publish(
+            folder,
+            repo_id,
+            token=args.hub_token,
+            private=args.hub_private_repo or None,
+            commit_message=f"Evaluation: {name_of(best)}",
+        )
+        print(f"Published: {url}")
+
+
+def write_card(args, folder, results, sample_grid, repo_id) -> None:
+    (folder / HEAT_MAP_NAME).unlink(missing_ok=True)  # of the table that is replaced
+    if args.heat_map:
+        shutil.copyfile(args.output_dir / "heat_map.png", folder / HEAT_MAP_NAME)
+    if not (folder / CARD_NAME).is_file():
+        write_model_card(folder, repo_id, license=args.hub_license, sample_grid=sample_grid)
+    write_evaluation(folder, results)
 
 
 if __name__ == "__main__":

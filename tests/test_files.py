@@ -1,13 +1,65 @@
-"""Hashes that files on disk carry."""
+"""Names out of files that become paths, and the hashes that files on disk carry."""
 
 import hashlib
+import json
 import re
 
 import numpy as np
 import pytest
 import torch
 
-from diffusers_mp.files import MISSING_IS_AN_ERROR, read_json, sha256_of_file, sha256_of_weights
+from diffusers_mp.files import (
+    MISSING_IS_AN_ERROR,
+    component_names,
+    plain_name,
+    read_json,
+    sha256_of_file,
+    sha256_of_weights,
+)
+
+
+# What would be a path elsewhere, here or on Windows, or none.
+PATHS = (
+    "/etc",
+    "..",
+    "../x",
+    "a/b",
+    "a/",
+    "./a",
+    "",
+    ".",
+    "...",
+    " ",
+    ".. ",
+    "a\\b",
+    "\\\\host",
+    "C:x",
+    "a:b",
+    "a\0b",
+    "a\nb",
+)
+
+
+@pytest.mark.parametrize("name", [*PATHS, None, 3, ["vae"]])
+def test_a_name_out_of_a_file_is_one_plain_component(name):
+    with pytest.raises(ValueError, match="index.json must name files and folders beside it by one plain name") as e:
+        plain_name(name, "index.json")
+    assert repr(name) in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["vae", "shard-00000.safetensors", ".hidden", "a b", "..a", "model.fp16"])
+def test_a_plain_name_stays(name):
+    assert plain_name(name, "index.json") == name
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_the_parts_of_a_pipeline_have_plain_names(name, tmp_path):
+    index = {"_class_name": "A", "vae": ["diffusers", "B"], "scheduler": [None, None], "id2label": {"0": "/"}}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert component_names(tmp_path) == ["vae"]
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, name: ["diffusers", "B"]}))
+    with pytest.raises(ValueError, match="model_index.json must name files and folders beside it by one plain name"):
+        component_names(tmp_path)
 
 
 def test_weights_are_hashed_by_name_and_value():

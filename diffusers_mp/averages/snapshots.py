@@ -126,8 +126,12 @@ def discard_snapshots_after(directory: str | Path, step: int) -> None:
         directory (str or Path): folder of the run's snapshots; it need not exist. If none stays, what was saved beside
             them goes too, and the folder if nothing else is in it.
         step (int): the last step that stays.
+    Raises:
+        ValueError: if the index beside the snapshots names a part by a path; then nothing is removed.
     """
     directory = Path(directory)
+    index = directory / PIPELINE_FILE
+    parts = component_names(directory) if index.is_file() else []  # refused before anything is deleted
     for snapshot in find_snapshots(directory):
         if snapshot.step > step:
             discard_folder(snapshot.path)
@@ -136,11 +140,9 @@ def discard_snapshots_after(directory: str | Path, step: int) -> None:
     # Nothing that `save_snapshots` has not written: it may be the folder of a run. A pipeline has a transformer.
     if find_snapshots(directory) or (directory / "transformer").exists():
         return
-    index = directory / PIPELINE_FILE
-    if index.is_file():
-        for name in component_names(directory):
-            shutil.rmtree(directory / name, ignore_errors=True)
-        index.unlink()
+    for name in parts:
+        shutil.rmtree(directory / name, ignore_errors=True)
+    index.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # other things are in it, or it is not there
         directory.rmdir()
 

@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from safetensors import safe_open
 from torch.utils.data import Dataset
 
 from ..configuration import check_latent_statistics
-from ..files import read_json, sha256_of_file
+from ..files import plain_name, read_json, sha256_of_file
 from .settings import FORMAT_VERSION, refuse_differences, vae_fingerprint
 
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 INDEX_NAME = "index.json"
-SHARD_NAME = re.compile(r"shard-\d+\.safetensors")
 REPAIR = "delete the file and encode again into the same folder, which makes what is missing"
 
 
@@ -86,9 +84,7 @@ class LatentDataset(Dataset):
         if self.index["content_hash"] != content_hash(self.index):
             raise ValueError(f"{self.folder / INDEX_NAME} must be as it was written, it was altered: {REPAIR}.")
         for shard in self.index["shards"]:
-            path = self.folder / shard["name"]
-            if not SHARD_NAME.fullmatch(shard["name"]):  # it could lie elsewhere
-                raise ValueError(f"{self.folder / INDEX_NAME} must name shards beside it, got {shard['name']!r}.")
+            path = self.folder / plain_name(shard["name"], self.folder / INDEX_NAME)
             num_bytes = path.stat().st_size if path.is_file() else 0
             if num_bytes != shard["num_bytes"]:
                 raise ValueError(f"{path} must have {shard['num_bytes']} bytes, found {num_bytes}: {REPAIR}.")

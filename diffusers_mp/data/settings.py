@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..files import sha256_of_weights
+from ..masking import masked
 from .pixels import ground_of
 
 
@@ -112,7 +113,7 @@ class EncodingSettings:
         """
         fingerprint = None
         if vae is not None:
-            fingerprint = vae_fingerprint(vae) | {"id": self.vae_id or vae.config.get("_name_or_path")}
+            fingerprint = vae_fingerprint(vae) | {"id": masked(self.vae_id or vae.config.get("_name_or_path"))}
         return {
             "format_version": FORMAT_VERSION,
             "vae": fingerprint,

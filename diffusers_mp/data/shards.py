@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..files import read_json, sha256_of_file, whole_file
+from ..files import plain_name, read_json, sha256_of_file, whole_file
 from .changes import DIGEST_LENGTH, row_digest
 from .latents import to_unit_range
 from .pixels import read_bytes, read_image
@@ -250,7 +250,7 @@ def finished_sidecar(folder: Path, number: int) -> dict[str, Any] | None:
 
 
 def is_whole(folder: Path, shard: dict[str, Any]) -> bool:
-    path = folder / shard["name"]
+    path = folder / plain_name(shard["name"], f"the JSON files of {folder}")
     return path.is_file() and path.stat().st_size == shard["num_bytes"]
 
 

@@ -13,11 +13,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers.utils import make_image_grid
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from .features import FeatureExtractor
 from .frechet import RunningStatistics
 from .generation import NonFiniteImageError, generate_images
+from .outputs import MARK
 from .precision_recall import MAX_FEATURES
 from .reference import ReferenceStatistics, image_metrics
 
@@ -73,8 +75,8 @@ def evaluate_cell(
     cell: Mapping[str, Any],
     pipe: "MPDiTPipeline",
     settings: Mapping[str, Any],
-    extractors: Sequence[FeatureExtractor],
-    references: Sequence[ReferenceStatistics],
+    class_ids: Sequence[int] | None,
+    measures: Sequence[tuple[FeatureExtractor, ReferenceStatistics]],
     accelerator: Accelerator,
     *,
     batch_size: int,
@@ -85,8 +87,9 @@ def evaluate_cell(
     Args:
         cell (mapping): `ema_std`, `guidance_scale` and `num_inference_steps`.
         pipe (MPDiTPipeline): with the average of that width.
-        settings (mapping): `num_samples`, `seed`, `class_labels` and `nearest_k`.
-        extractors (sequence of FeatureExtractor), references (sequence of ReferenceStatistics): of equal length.
+        settings (mapping): `num_samples`, `seed` and `nearest_k`.
+        class_ids (sequence of int, optional): class of each image; None for a pipeline without classes.
+        measures (sequence of tuple): extractors, each with the statistics of real images.
         accelerator (Accelerator): of this process.
         batch_size (int): images that a process generates at once.
         sample_grid (Path): where the first images are drawn.
@@ -94,10 +97,10 @@ def evaluate_cell(
         dict: the cell, on the main process with its `metrics` and circumstances; with an `error` on every process if
         an image is not finite.
     """
-    start, labels = time.perf_counter(), settings["class_labels"]
+    start, extractors = time.perf_counter(), [extractor for extractor, _ in measures]
     call = {
         "seed": settings["seed"],
-        "class_ids": None if labels is None else pipe.get_label_ids(labels),
+        "class_ids": class_ids,
         "num_inference_steps": cell["num_inference_steps"],
         "guidance_scale": cell["guidance_scale"],
     }
@@ -118,7 +121,7 @@ def evaluate_cell(
     if not is_main:
         return {**cell}
     metrics = []
-    for i, (extractor, reference) in enumerate(zip(extractors, references, strict=True)):
+    for i, (extractor, reference) in enumerate(measures):
         merged = RunningStatistics()
         for part in shares:
             merged.merge(part.statistics[i])
@@ -136,8 +139,12 @@ def evaluate_cell(
         "seconds": time.perf_counter() - start,
         "num_processes": accelerator.num_processes,
         "batch_size": batch_size,
-        "device": accelerator.device.type,
+        "device": _name_of_device(accelerator.device),
     }
+
+
+def _name_of_device(device: torch.device) -> str:
+    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
 
 
 def _in_order(parts: Iterable[dict[int, Any]]) -> list[Any]:
@@ -160,4 +167,7 @@ def _draw_grid(images: Sequence[np.ndarray], path: Path) -> None:
     columns = min(8, len(images))
     images = images[: len(images) // columns * columns]
     path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(images, rows=len(images) // columns, cols=columns).save(path)
+    notes = PngInfo()
+    for name, text in MARK.items():
+        notes.add_text(name, text)
+    make_image_grid(images, rows=len(images) // columns, cols=columns).save(path, pnginfo=notes)

@@ -19,6 +19,7 @@ import transformers
 from PIL import Image
 
 from ..files import sha256_of_weights
+from ..masking import masked
 
 
 INCEPTION = "torch-fidelity"
@@ -43,7 +44,7 @@ class FeatureExtractor:
         if not description.get("id"):
             raise ValueError(f"`description` must name the extractor under 'id', got {dict(description)}.")
         self.function = function
-        self.description = dict(description)
+        self.description = masked(description)  # it goes into every result
 
     @property
     def fingerprint(self) -> str:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from .outputs import MARK
+
 
 def draw_heat_map(path: Path, results: dict[str, Any]) -> None:
     """The first extractor's distances over guidance: by width with a panel for each number of steps, or by steps.
@@ -55,4 +57,4 @@ def draw_heat_map(path: Path, results: dict[str, Any]) -> None:
     ticks = np.unique((np.geomspace if isinstance(norm, LogNorm) else np.linspace)(low, high, 5))
     bar = figure.colorbar(image, ax=figure.axes, ticks=ticks, format="%.3g", label=f"Fréchet distance\n({name})")
     bar.minorticks_off()
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    figure.savefig(path, dpi=150, metadata={"Software": None} | MARK)

@@ -2,11 +2,13 @@
 
 import contextlib
 import hashlib
+import inspect
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -18,7 +20,8 @@ from ..averages.snapshots import check_snapshots, find_snapshots, pipeline_parts
 from ..files import read_json, write_json
 from ..pipeline_mpdit import MPDiTPipeline
 from ..publishing.hub import download_pipeline, files_to_publish, has_component
-from ..schedulers import sampler_for
+from ..publishing.training_curve import LOG_NAME, LOGGING_DIR, log_file
+from ..schedulers import sampler_for, sampler_of
 from ..transformer_mpdit import MPDiTTransformer2DModel
 
 
@@ -30,11 +33,13 @@ class EvaluatedModel:
         folder (Path): of the pipeline, or of the run.
         snapshots_dir (Path): of the run's snapshots, of which averages are rebuilt; None for a pipeline as it is.
         step (int): of these averages; None for a pipeline.
+        commit (str): of a pipeline on the Hub.
     """
 
     folder: Path
     snapshots_dir: Path | None = None
     step: int | None = None
+    commit: str | None = None
 
     @classmethod
     def find(
@@ -59,13 +64,14 @@ class EvaluatedModel:
         Raises:
             FileNotFoundError: if there are widths but no snapshots.
         """
-        folder = Path(name_or_path)
+        folder, commit = Path(name_or_path), None
         if not folder.is_dir():
             with accelerator.main_process_first():
                 folder = download_pipeline(name_or_path, **of_hub)
+            commit = folder.name  # as the Hub's client names its folders
         if ema_stds is None:
             files_to_publish(folder)
-            return cls(folder, step=step)
+            return cls(folder, step=step, commit=commit)
         snapshots_dir = folder / "ema_snapshots" if (folder / "ema_snapshots").is_dir() else folder
         snapshots = find_snapshots(snapshots_dir)
         if not snapshots:
@@ -93,11 +99,6 @@ class EvaluatedModel:
         transformer = find_snapshots(self.snapshots_dir)[0].path if self.snapshots_dir else self.folder / "transformer"
         return read_json(transformer / "config.json", {})
 
-    @property
-    def scheduler_name(self) -> str:
-        """Class of the pipeline's own sampler."""
-        return read_json(self.parts / "model_index.json")["scheduler"][1]
-
     def image_shape(self) -> tuple[int, int]:
         """Side in pixels and number of channels of the images that the pipeline generates."""
         config = self.transformer_config
@@ -106,16 +107,15 @@ class EvaluatedModel:
         vae = read_json(self.parts / "vae" / "config.json", {})
         return config["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1), vae["out_channels"]
 
-    def check(
-        self, guidance_scales: Sequence[float], class_labels: Sequence[int | str] | None, sampler: str | None
-    ) -> None:
-        """Refuse by the configs, without weights, what would be refused once the reference has been measured.
+    def without_weights(self, sampler: str | None) -> MPDiTPipeline:
+        """The pipeline as its configs have it, to refuse what does not suit it before the reference is measured.
 
         Args:
-            guidance_scales (sequence of float), class_labels (sequence, optional), sampler (str, optional): what
-                images will be generated with.
+            sampler (str, optional): class of diffusers, instead of the pipeline's own.
+        Returns:
+            MPDiTPipeline: with transformers on the meta device and without VAE.
         Raises:
-            ValueError: if the pipeline is of another kind, or does not take these.
+            ValueError: if the pipeline is of another kind, or does not take the sampler.
         """
         index, config = read_json(self.parts / "model_index.json", {}), self.transformer_config
         name = index.get("_class_name")
@@ -136,21 +136,18 @@ class EvaluatedModel:
                 f"the pipeline must generate images of 1 or 3 channels, it has {num_channels}"
                 + ("" if has_component(self.parts, "vae") else " and no VAE")
             )
-        scheduler = getattr(diffusers, self.scheduler_name).from_pretrained(self.parts, subfolder="scheduler")
+        scheduler_name = read_json(self.parts / "model_index.json")["scheduler"][1]
+        scheduler = getattr(diffusers, scheduler_name).from_pretrained(self.parts, subfolder="scheduler")
         options = {name: index.get(name) for name in ("id2label", "prediction_type")}
         with init_empty_weights():
             if has_component(self.parts, "guidance_transformer"):
                 weak = read_json(self.parts / "guidance_transformer" / "config.json", {})
                 options["guidance_transformer"] = MPDiTTransformer2DModel.from_config(weak)
-            pipe = MPDiTPipeline(
+            return MPDiTPipeline(
                 MPDiTTransformer2DModel.from_config(config),
                 scheduler if sampler is None else sampler_for(scheduler, sampler),
                 **options,
             )
-        for scale in guidance_scales:
-            pipe.check_guidance(scale)
-        if class_labels is not None:
-            pipe.get_label_ids(class_labels)
 
     def sha256(self) -> str:
         """Of all files that the images depend on, by their names in the folder."""
@@ -203,24 +200,41 @@ class EvaluatedModel:
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(accelerator.device)
 
-    def save_best(self, std: float | None, folder: Path) -> None:
+    def save_copy(self, std: float | None, folder: Path) -> None:
         """A pipeline that may be written to and published: a copy, or the average rebuilt, with the run's record.
 
         Args:
             std (float, optional): width of the average.
-            folder (Path): where to write it; what is there goes.
+            folder (Path): an empty folder.
         """
-        shutil.rmtree(folder, ignore_errors=True)
+        run, arguments = self.folder, read_json(self.folder / "training_arguments.json", {})
         if self.snapshots_dir is None:
-            shutil.copytree(self.folder, folder)
-            return
-        reconstruct_ema(self.snapshots_dir, folder, std, self.step)
+            for name in files_to_publish(self.folder):
+                _copy(self.folder / name, folder / name)
+        else:
+            reconstruct_ema(self.snapshots_dir, folder, std, self.step)
+            run = self.snapshots_dir.parent
+            arguments = read_json(run / "training_arguments.json", {})
+            arguments |= {"ema_stds": [std]} if arguments else {}
         # What the card tells of the training lies in the folder of the run.
-        run = self.snapshots_dir.parent
-        arguments = read_json(run / "training_arguments.json", {})
         if arguments:
-            write_json(folder / "training_arguments.json", {**arguments, "ema_stds": [std]})
-            for name in (f"{arguments.get('logging_dir') or 'logs'}/metrics.jsonl", "latents/index.json"):
-                if (run / name).is_file():
-                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(run / name, folder / name)
+            write_json(folder / "training_arguments.json", {**arguments, "logging_dir": LOGGING_DIR})
+        for source, name in (
+            (log_file(run, arguments), f"{LOGGING_DIR}/{LOG_NAME}"),
+            (run / "latents/index.json", "latents/index.json"),
+        ):
+            if source.is_file():
+                _copy(source, folder / name)
+
+
+def sampler_options(pipe: MPDiTPipeline) -> dict[str, Any]:
+    """Class and options of the scheduler that a pipeline samples with, of JSON values."""
+    sampler = sampler_of(pipe.scheduler, pipe.transformer)
+    # What another sampler had in the config plays no role for this one.
+    names = [name for name in inspect.signature(type(sampler)).parameters if name in sampler.config]
+    return {"class": type(sampler).__name__, **{name: sampler.config[name] for name in names}}
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)

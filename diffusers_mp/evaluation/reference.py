@@ -36,7 +36,7 @@ class ReferenceStatistics:
     """Features of real images, as far as they are needed: moments of all, and single ones for precision and recall.
 
     Attributes:
-        description (dict): extractor, resolution, channels, number and content hash of the images, warnings.
+        description (dict): extractor, resolution, channels, number, classes and content hash of the images, warnings.
         mean (torch.Tensor): float64, shape (D,).
         covariance (torch.Tensor): float64, shape (D, D).
         features (torch.Tensor): float32, shape (N, D), N at most `MAX_FEATURES`, drawn from all images.
@@ -146,14 +146,30 @@ class Processes:
 ALONE = Processes()
 
 
+@dataclass(frozen=True)
+class RealImages:
+    """What generated images are compared with.
+
+    Attributes:
+        dataset (datasets.Dataset): with an undecoded image column, as `load_image_dataset` opens it.
+        image_column (str): name of the column.
+        class_counts (dict of str to int): number of images of each class, None if unlabelled.
+        left_out (dict of str to int): number of files that are not among them, by the reason.
+    """
+
+    dataset: "datasets.Dataset"
+    image_column: str = "image"
+    class_counts: dict[str, int] | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
 def reference_statistics(
-    dataset: "datasets.Dataset",
+    images: RealImages,
     extractor: FeatureExtractor,
     *,
     resolution: int,
     num_channels: int,
     cache_dir: str | Path,
-    image_column: str = "image",
     batch_size: int = 32,
     processes: Processes = ALONE,
 ) -> ReferenceStatistics:
@@ -163,13 +179,13 @@ def reference_statistics(
     To be called on every process.
 
     Args:
-        dataset (datasets.Dataset): with an undecoded image column, as `load_image_dataset` opens it.
+        images (RealImages): at least two.
         extractor (FeatureExtractor): of the features.
         resolution (int): side in pixels of the generated images.
         num_channels (int): 1 for grey, 3 for RGB.
         cache_dir (str or Path): folder of the statistics, shared by all processes. The name of a file is the SHA-256
-            of all that its content depends on: the bytes of the images in order, extractor, size and colour.
-        image_column (str): name of the column.
+            of all that its content depends on: the bytes of the images in order, their classes, extractor, size and
+            colour.
         batch_size (int): images that the extractor is given at once.
         processes (Processes): how many share the work, and which one this is.
     Returns:
@@ -177,6 +193,7 @@ def reference_statistics(
     Raises:
         ValueError: if there are fewer than two images, one cannot be read, or the file in the cache is damaged.
     """
+    dataset, image_column = images.dataset, images.image_column
     if len(dataset) < 2:
         raise ValueError(f"the reference must hold at least 2 images, got {len(dataset)}.")
     own, gather = range(processes.index, len(dataset), processes.count), processes.gather
@@ -189,6 +206,8 @@ def reference_statistics(
         "resolution": resolution,
         "num_channels": num_channels,
         "num_images": len(dataset),
+        "class_counts": images.class_counts,
+        "left_out": images.left_out,
         "content_hash": hashlib.sha256("".join(digests).encode()).hexdigest(),
     }
     path = Path(cache_dir) / f"{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}.safetensors"
@@ -199,14 +218,14 @@ def reference_statistics(
     features = {}
     starts = range(0, len(own), batch_size)
     for start in tqdm(starts, desc="Reference", unit="batch", disable=processes.index != 0):
-        indices, images = own[start : start + batch_size], []
+        indices, batch = own[start : start + batch_size], []
         for index in indices:
             cell = dataset[index][image_column]
             pixels, reason = read_image(cell, resolution, num_channels)
             if pixels is None:
                 raise ValueError(f"every reference image must be readable, {_name_of(cell, index)} is not: {reason}")
-            images.append(pixels)
-        rows, _ = extractor(torch.stack(images))
+            batch.append(pixels)
+        rows, _ = extractor(torch.stack(batch))
         statistics.update(rows)
         # NumPy's rows: a row of a tensor would travel to other processes with the whole batch.
         features |= {index: row for index, row in zip(indices, rows.numpy(), strict=True) if index in kept}

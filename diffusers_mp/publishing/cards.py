@@ -9,7 +9,9 @@ from string import Template
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .hub import CARD_NAME, WEIGHTS, mask
+from ..files import whole_file
+from ..masking import mask, masked
+from .hub import CARD_NAME, WEIGHTS
 
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -24,9 +26,12 @@ def filled(templates: Sequence[str], parts: Mapping[str, str]) -> str:
 
 
 def write_card(folder: Path, card_data: ModelCardData, text: str) -> ModelCard:
-    """Put a card of this text, without anything that looks like a token, into a folder in place of another."""
+    """Put a card of these data and this text, without secrets, into a folder in place of another."""
+    # Before they are YAML, in which brackets have a meaning.
+    card_data = ModelCardData(**masked(card_data.to_dict()))
     card = ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{mask(text)}\n")
-    card.save(folder / CARD_NAME)
+    with whole_file(folder / CARD_NAME) as unfinished:
+        card.save(unfinished)
     return card
 
 

@@ -6,8 +6,17 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from ..files import whole_file
+from ..masking import mask
 from .cards import filled, table, text_of
-from .hub import CARD_NAME, HEAT_MAP_NAME, files_to_publish, is_repo_id, mask
+from .hub import CARD_NAME, HEAT_MAP_NAME, files_to_publish, is_repo_id
+
+
+# Options of samplers that images depend on most; results.json has all.
+_TOLD = (
+    *("prediction_type", "timestep_spacing", "algorithm_type", "solver_order", "solver_type", "use_karras_sigmas"),
+    *("variance_type", "shift", "flow_shift"),
+)
 
 
 def write_evaluation(folder: str | Path, results: Mapping) -> ModelCard:
@@ -36,13 +45,15 @@ def write_evaluation(folder: str | Path, results: Mapping) -> ModelCard:
     sections[place - 1] = sections[place - 1].rstrip("\n") + "\n\n"
     sections.insert(place, mask(f"{section}\n\n"))
     card = ModelCard("".join(sections).rstrip("\n") + "\n")
-    card.save(folder / CARD_NAME)
+    with whole_file(folder / CARD_NAME) as unfinished:
+        card.save(unfinished)
     return card
 
 
 def _evaluation(folder: Path, results: Mapping) -> str:
     settings, best = results["settings"], results["best"]
-    labels = settings["class_labels"]
+    classes, sampler = settings["classes"], settings["sampler"]
+    told = [name for name in _TOLD if sampler.get(name) is not None]
     names = [text_of(_extractor_name(extractor)) for extractor in settings["extractors"]]
     measures = ("frechet_distance", "precision", "recall", "inception_score")
     columns = [(i, key) for i, metrics in enumerate(best["metrics"]) for key in measures if key in metrics]
@@ -70,9 +81,10 @@ def _evaluation(folder: Path, results: Mapping) -> str:
     notes += [f"Warning: {text_of(warning)}" for warning in results["warnings"]]
     parts = {
         "num_samples": f"{settings['num_samples']:,}",
-        "classes": "unconditional" if labels is None else f"{len(labels)} classes in turn",
+        "classes": "unconditional" if classes is None else f"{len(classes['counts']):,} classes {classes['drawn']}",
         "seed": settings["seed"],
-        "scheduler": text_of(settings["scheduler"]),
+        "scheduler": text_of(sampler["class"]),
+        "sampler_options": "".join(f", {name} {text_of(sampler[name])}" for name in told),
         "dtype": settings["dtype"],
         **results["versions"],
         "heat_map": f"![Fréchet distances]({HEAT_MAP_NAME})" if (folder / HEAT_MAP_NAME).is_file() else "",

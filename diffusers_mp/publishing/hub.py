@@ -20,6 +20,7 @@ from huggingface_hub.utils import httpx, validate_repo_id
 
 from .. import __version__
 from ..files import component_names
+from ..masking import mask, masked
 
 
 CARD_NAME, GRID_NAME, CURVE_NAME = "README.md", "sample_grid.png", "training_curve.png"
@@ -29,12 +30,13 @@ _WEIGHTS_INDEX = f"{WEIGHTS}.index*.json"  # of a variant, its name stands befor
 _MODEL_FILES = ("config.json", WEIGHTS, _WEIGHTS_INDEX)
 # Components of a pipeline.
 _MODELS = ("transformer", "vae", "guidance_transformer")
+_AVERAGES = "transformer_ema_[0-9]*"  # by their width, as the trainer names them
 _GUIDER_CONFIG = "guider/guider_config.json"
 _PUBLISHED = (
     "model_index.json",
     "scheduler/scheduler_config.json",
     _GUIDER_CONFIG,
-    *(f"{folder}/{name}" for folder in (*_MODELS, "transformer_ema_*") for name in _MODEL_FILES),
+    *(f"{folder}/{name}" for folder in (*_MODELS, _AVERAGES) for name in _MODEL_FILES),
     *(CARD_NAME, GRID_NAME, CURVE_NAME, HEAT_MAP_NAME),
 )
 # What `save_rotation_adapter` writes.
@@ -42,9 +44,7 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 _PUBLISHED_ADAPTER = (ADAPTER_CONFIG_NAME, "adapter_model.safetensors", CARD_NAME)
 # Trackers that keep to what they are given; others record the command line, and with it `--hub_token`.
 _LOCAL_TRACKERS = ("none", "tensorboard")
-_TOKEN_PATTERN = re.compile(r"hf_[A-Za-z0-9]{16,}")
 _REPO_PATTERN = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_MASK = "[token removed]"
 # Arguments that are a local path or an id of the Hub; cards name the ids.
 _SOURCES = ("pretrained_model_name_or_path", "vae", "dataset_name")
 # Between the attempts at a commit; each of its uploads has been tried six times by the Hub's client before.
@@ -59,13 +59,13 @@ class HubError(RuntimeError):
 
 
 def public_arguments(arguments: argparse.Namespace | Mapping, token: str | None = None) -> dict:
-    """Arguments of a script as they may be logged, tracked and written: without `hub_token`, tokens masked elsewhere.
+    """Arguments of a script as they may be logged, tracked and written: without `hub_token`, other secrets masked.
 
     Sources that are local (`pretrained_model_name_or_path`, `vae`, `dataset_name`) become absolute paths.
 
     Args:
         arguments (argparse.Namespace or mapping): the arguments; left as they are.
-        token (str, optional): a token to mask wherever it stands, beside `hub_token` and what looks like one.
+        token (str, optional): a token to mask wherever it stands, beside `hub_token` and what `masked` knows.
     Returns:
         dict: a copy.
     """
@@ -75,17 +75,7 @@ def public_arguments(arguments: argparse.Namespace | Mapping, token: str | None 
         # A relative path would pass for an id of the Hub as soon as the card is written in another folder.
         if isinstance(arguments.get(name), (str, Path)) and Path(arguments[name]).exists():
             arguments[name] = str(Path(arguments[name]).absolute())
-
-    def _masked(value):
-        if isinstance(value, Mapping):
-            return {_masked(key): _masked(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [_masked(item) for item in value]
-        if isinstance(value, (str, Path)) and mask(str(value), *secrets) != str(value):
-            return mask(str(value), *secrets)
-        return value
-
-    return _masked(arguments)
+    return masked(arguments, *secrets)
 
 
 def check_trackers(report_to: str, hub_token: str | None) -> None:
@@ -102,13 +92,6 @@ def check_trackers(report_to: str, hub_token: str | None) -> None:
             f"`hub_token` must not be given together with `report_to={report_to!r}`, which may record the command "
             "line; use `hf auth login` or the environment variable HF_TOKEN instead."
         )
-
-
-def mask(text: str, *secrets: str) -> str:
-    """The text without secrets, nor what looks like a token."""
-    for secret in secrets:
-        text = text.replace(secret, _MASK)
-    return _TOKEN_PATTERN.sub(_MASK, text)
 
 
 def _find_token(token: str | None) -> str:
@@ -213,7 +196,7 @@ def files_to_publish(folder: str | Path) -> list[str]:
     if has_component(folder, "guider") and _GUIDER_CONFIG not in found:
         raise ValueError(f"`folder` must hold a complete pipeline, {folder} lacks {_GUIDER_CONFIG}.")
     components = [name for name in _MODELS if has_component(folder, name)]
-    for component in (*components, *sorted(path.name for path in folder.glob("transformer_ema_*"))):
+    for component in (*components, *(path.name for path in average_folders(folder))):
         indexed = set()
         for index in (folder / component).glob(_WEIGHTS_INDEX):
             indexed.update(json.loads(index.read_text())["weight_map"].values())
@@ -234,6 +217,11 @@ def files_to_publish(folder: str | Path) -> list[str]:
                 f"{component} anew (`pipe.{component} = pipe.{component}`), and save once more."
             )
     return found
+
+
+def average_folders(folder: Path) -> list[Path]:
+    """Folders of the averages beside a pipeline's own, sorted."""
+    return sorted(path for path in folder.glob(_AVERAGES) if path.is_dir())
 
 
 def _adapter_files(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +22,8 @@ from .cards import (
     weights,
     write_card,
 )
-from .hub import CURVE_NAME, GRID_NAME, files_to_publish, has_component, is_repo_id
-from .training_curve import curve_rows, draw_curve, read_log, seconds_of_updates
+from .hub import CURVE_NAME, GRID_NAME, average_folders, files_to_publish, has_component, is_repo_id
+from .training_curve import curve_rows, draw_curve, log_file, read_log, seconds_of_updates
 
 
 _REPORTED_ARGUMENTS = (
@@ -31,6 +32,7 @@ _REPORTED_ARGUMENTS = (
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "mixed_precision", "ema_stds", "snr_gamma"),
     *("logit_mean", "logit_std"),
 )
+_SAMPLES = re.compile(r"step-(\d+)\.png")
 # Conditions of the model, and the keys of its config that say so.
 _CONDITIONS = {"class": "num_classes", "vector": "pooled_projection_dim"}
 
@@ -79,7 +81,7 @@ def write_model_card(
     files_to_publish(folder)
     index, config = read_json(folder / "model_index.json", {}), read_json(folder / "transformer" / "config.json", {})
     arguments = read_json(folder / "training_arguments.json", {})
-    log = read_log(folder / (arguments.get("logging_dir") or "logs") / "metrics.jsonl")
+    log = read_log(log_file(folder, arguments))
     given = [name for name, key in _CONDITIONS.items() if config.get(key) is not None]
     dataset, base = arguments.get("dataset_name"), arguments.get("pretrained_model_name_or_path")
     started = ""
@@ -120,8 +122,10 @@ def write_model_card(
 
 
 def _samples(folder: Path, sample_grid: str | Path | None, arguments: dict) -> str:
-    samples = sorted((folder / "samples").glob("step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")))
-    source = sample_grid or (samples[-1] if samples else folder / GRID_NAME)
+    # Of the trainer's names alone: a user may keep others beside them.
+    found = [(_SAMPLES.fullmatch(path.name), path) for path in (folder / "samples").glob("step-*.png")]
+    samples = sorted((int(name[1]), path) for name, path in found if name)
+    source = sample_grid or (samples[-1][1] if samples else folder / GRID_NAME)
     if sample_grid is None and not source.is_file():
         return ""
     with Image.open(source) as image:
@@ -150,7 +154,7 @@ def _usage(folder: Path, index: dict, config: dict, repo_id: str | None, revisio
     if dim is not None:
         vectors = f"\nvectors = torch.randn({num_vectors}, {dim})  # in the place of those it was trained on"
         conditions.append("pooled_projections=vectors")
-    averages, others = "", sorted(path.name for path in folder.glob("transformer_ema_*"))
+    averages, others = "", sorted(path.name for path in average_folders(folder))
     if others:
         subfolder = f"{quoted(others[0])}{variant_option(folder, others[:1])}"
         names = ", ".join(f"`{name}`" for name in others)

@@ -2,10 +2,27 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 
 NUM_ROWS = 10
+LOGGING_DIR, LOG_NAME = "logs", "metrics.jsonl"
+
+
+def log_file(run: Path, arguments: Mapping) -> Path:
+    """Where the log of a run lies, there or not, by the arguments that its folder has.
+
+    Raises:
+        ValueError: if the arguments, which are a file's content, name a folder elsewhere.
+    """
+    path = run / (arguments.get("logging_dir") or LOGGING_DIR) / LOG_NAME
+    if not path.resolve().is_relative_to(run.resolve()):
+        raise ValueError(
+            f"{run / 'training_arguments.json'} must have a `logging_dir` inside that folder, got "
+            f"{arguments['logging_dir']!r}."
+        )
+    return path
 
 
 def read_log(path: Path) -> list[dict]:

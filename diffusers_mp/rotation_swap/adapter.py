@@ -21,6 +21,7 @@ from torch import nn
 
 from .. import __version__
 from ..files import read_json
+from ..masking import mask
 from ..publishing.hub import is_repo_id
 from .checks import check_loaded, check_model, check_plain, check_sites, check_swapped
 from .linear import RotationLinear, make_rotation_linears, rotation_linears, rotation_tensors
@@ -83,7 +84,7 @@ def save_rotation_adapter(
     config = {
         "adapter_type": ADAPTER_TYPE,
         "format_version": FORMAT_VERSION,
-        "base_model_name_or_path": str(base) if base else None,
+        "base_model_name_or_path": mask(str(base)) if base else None,
         "base_model_revision": base_model_revision,
         "base_model_subfolder": base_model_subfolder,
         "base_model_class": type(model).__mro__[1].__name__,

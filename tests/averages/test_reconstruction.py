@@ -335,6 +335,14 @@ class TestErrors:
         (snapshots_dir / "model_index.json").unlink()
         self.refused(snapshots_dir, FileNotFoundError, "must hold model_index.json")
 
+    @pytest.mark.parametrize("is_absolute", [True, False])
+    def test_an_index_that_names_other_folders(self, snapshots_dir, tmp_path, is_absolute):
+        (tmp_path / "mine").mkdir()
+        index = json.loads((snapshots_dir / "model_index.json").read_text())
+        hostile = str(tmp_path / "mine") if is_absolute else "../mine"
+        (snapshots_dir / "model_index.json").write_text(json.dumps(index | {hostile: ["diffusers", "DDPMScheduler"]}))
+        self.refused(snapshots_dir, ValueError, f"model_index.json must name .* one plain name each, got '{hostile}'")
+
     def test_what_was_put_into_output_dir_meanwhile_is_not_lost(self, snapshots_dir, tmp_path, monkeypatch):
         output_dir, save = tmp_path / "rebuilt", MPDiTTransformer2DModel.save_pretrained
 

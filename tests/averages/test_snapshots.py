@@ -1,10 +1,12 @@
 """Snapshots of averages: what is in them, and what a kill or another run leaves of them."""
 
+import json
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from helpers import small_run, tiny_model, tiny_vae, vector
-from training_runs import weights
+from training_runs import contents, weights
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, PowerFunctionEMA
 from diffusers_mp.averages.snapshots import discard_snapshots_after, find_snapshots, save_snapshots
@@ -105,6 +107,21 @@ def test_discarding_removes_nothing_that_saving_has_not_written(tmp_path):
     files = sorted(tmp_path.rglob("*"))
     discard_snapshots_after(tmp_path / "run", 0)
     assert sorted(tmp_path.rglob("*")) == files
+
+
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_an_index_that_names_other_folders_is_refused_and_nothing_removed(is_absolute, tmp_path):
+    snapshots = tmp_path / "ema_snapshots"
+    small_run(snapshots, num_steps=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    index = json.loads((snapshots / "model_index.json").read_text())
+    hostile = str(tmp_path / "mine") if is_absolute else "../mine"
+    (snapshots / "model_index.json").write_text(json.dumps(index | {hostile: ["diffusers", "DDPMScheduler"]}))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"model_index.json must name .* plain name each, got '{hostile}'"):
+        discard_snapshots_after(snapshots, 0)
+    assert contents(tmp_path) == before
 
 
 def test_saving_what_has_seen_nothing(tmp_path):

@@ -103,6 +103,19 @@ def test_an_unknown_format_is_refused(image_data, tmp_path):
         LatentDataset(tmp_path)
 
 
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_an_index_that_names_files_elsewhere_is_refused(image_data, tmp_path, is_absolute):
+    folder = tmp_path / "latents"
+    encode(image_data[0], folder)
+    (folder / "shard-00000.safetensors").rename(tmp_path / "mine.safetensors")
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][0]["name"] = str(tmp_path / "mine.safetensors") if is_absolute else "../mine.safetensors"
+    index["content_hash"] = content_hash(index)  # as one who means harm would do
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="index.json must name files and folders beside it by one plain name each"):
+        LatentDataset(folder)
+
+
 def test_altered_files_are_named(image_data, tmp_path):
     encode(image_data[0], tmp_path, shard_size=2).verify()
     for number in (1, 4):

@@ -18,6 +18,7 @@ from diffusers_mp.evaluation.features import FeatureExtractor
 from diffusers_mp.evaluation.frechet import RunningStatistics
 from diffusers_mp.evaluation.reference import (
     Processes,
+    RealImages,
     ReferenceStatistics,
     drawn,
     image_metrics,
@@ -39,9 +40,10 @@ def test_images_compared_are_drawn_from_all_classes():
 
 @pytest.fixture
 def reference_of(image_data, tmp_path):
-    def compute(dataset=image_data[0], extractor=BLOCKS, resolution=16, num_channels=3, **options):
+    def compute(dataset=image_data[0], extractor=BLOCKS, resolution=16, num_channels=3, class_counts=None, **options):
         options = {"cache_dir": tmp_path / "statistics", "batch_size": 3} | options
-        return reference_statistics(dataset, extractor, resolution=resolution, num_channels=num_channels, **options)
+        images = RealImages(dataset, class_counts=class_counts)
+        return reference_statistics(images, extractor, resolution=resolution, num_channels=num_channels, **options)
 
     return compute
 

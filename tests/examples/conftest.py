@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from helpers import EXAMPLES
+from evaluation_runs import make_pipeline, save_photos
+from helpers import EXAMPLES, tiny_vae
 from PIL import Image
 from training_runs import MODEL, train
 
@@ -63,3 +64,33 @@ def coarse(_train):
 @pytest.fixture
 def plain_copy(plain, tmp_path):
     return shutil.copytree(plain, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Real images without classes, to compare with."""
+    folder = tmp_path_factory.mktemp("photos")
+    save_photos(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A pipeline of the classes cat, dog and owl, to be evaluated."""
+    make_pipeline(tiny_vae()).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def arguments(photos, dinov2, folder, tmp_path):
+    """A call of the script that evaluates, to which options are appended; the last of each counts."""
+    return [
+        *("--pretrained_model_name_or_path", folder),
+        *("--reference_dir", photos),
+        *("--extractors", dinov2),
+        *("--cache_dir", tmp_path / "cache"),
+        *("--num_samples", 12),
+        *("--batch_size", 5),
+        *("--num_inference_steps", 3),
+        *("--output_dir", tmp_path / "evaluation"),
+    ]

@@ -14,13 +14,13 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.guiders import ClassifierFreeGuidance
+from evaluation_runs import NUM_PHOTOS, evaluate, make_pipeline, snapshots_of_a_run
 from helpers import EXAMPLES, random_image, tiny_model, tiny_vae
 from hub_client import TOKEN, client
 from PIL import Image
 from processes import run_processes
 
-from diffusers_mp import MPDiTPipeline, PowerFunctionEMA, frechet_distance, normalize_weights_, reconstruct_ema
-from diffusers_mp.averages.snapshots import save_snapshots
+from diffusers_mp import MPDiTPipeline, frechet_distance, reconstruct_ema
 from diffusers_mp.data.pixels import prepare_image
 from diffusers_mp.evaluation import model
 from diffusers_mp.evaluation.features import transformers_extractor
@@ -30,56 +30,7 @@ from diffusers_mp.evaluation.precision_recall import precision_recall
 from diffusers_mp.evaluation.reference import drawn
 
 
-NUM_PHOTOS = 24
-
-
 pytestmark = pytest.mark.usefixtures("examples_run_here")
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for k in range(NUM_PHOTOS):
-        random_image(rng, 40, 36).save(folder / f"{k:02d}.png")
-    return folder
-
-
-def make_pipeline(vae=None, num_classes=3, **config):
-    config = {"num_classes": num_classes, "class_dropout_prob": 0.1 if num_classes else 0.0, **config}
-    model = tiny_model(**config).eval()
-    statistics = [0.0] * model.config.in_channels, [1.0] * model.config.in_channels
-    scheduler = DDPMScheduler(variance_type="fixed_small", clip_sample=False)
-    names = None if num_classes is None else {0: "cat", 1: "dog", 2: "owl"}
-    return MPDiTPipeline(model, scheduler, vae, names, *statistics)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    make_pipeline(tiny_vae()).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def arguments(photos, dinov2, folder, tmp_path):
-    """A call of the script, to which options are appended; the last of each counts."""
-    return [
-        *("--pretrained_model_name_or_path", folder),
-        *("--reference_dir", photos),
-        *("--extractors", dinov2),
-        *("--cache_dir", tmp_path / "cache"),
-        *("--num_samples", 12),
-        *("--batch_size", 5),
-        *("--num_inference_steps", 3),
-        *("--output_dir", tmp_path / "evaluation"),
-    ]
-
-
-def evaluate(arguments, *more):
-    import evaluate as script
-
-    args = script.parse_args([str(argument) for argument in (*arguments, *more)])
-    script.main(args)
-    return json.loads((args.output_dir / "results.json").read_text())
 
 
 def without_circumstances(cell):
@@ -87,7 +38,7 @@ def without_circumstances(cell):
 
 
 def test_the_numbers_are_those_of_the_library(arguments, folder, photos, dinov2, capsys):
-    results = evaluate(arguments, "--guidance_scales", 2)
+    results = evaluate(arguments, "--guidance_scales", 2, "--write_card")
     (cell,) = results["cells"]
     extractor, pipe = transformers_extractor(dinov2), MPDiTPipeline.from_pretrained(folder)
     options = {"seed": 0, "class_ids": [0, 1, 2], "num_inference_steps": 3, "guidance_scale": 2.0}
@@ -100,12 +51,16 @@ def test_the_numbers_are_those_of_the_library(arguments, folder, photos, dinov2,
     assert metrics["num_images_compared"] == 12
     assert (metrics["precision"], metrics["recall"]) == precision_recall(real[drawn(NUM_PHOTOS, 12)], made)
     settings = results["settings"]
-    assert settings["scheduler"] == "DDPMScheduler"
-    assert settings["class_labels"] == [0, 1, 2]
+    sampler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    assert settings["sampler"] == {"class": "DDPMScheduler", **sampler}
+    assert settings["classes"] == {"drawn": "in turn", "counts": {"cat": 4, "dog": 4, "owl": 4}}
     assert settings["extractors"][0]["class"] == "Dinov2Model"
     assert settings["references"][0]["num_images"] == NUM_PHOTOS
-    assert results["warnings"] == []
-    assert f"frechet_distance {metrics['frechet_distance']:.5g}" in capsys.readouterr().out
+    unlabelled = "the reference has no class labels that are known here: classes come in turn"
+    assert [warning[: len(unlabelled)] for warning in results["warnings"]] == [unlabelled]
+    printed = capsys.readouterr().out
+    assert f"frechet_distance {metrics['frechet_distance']:.5g}" in printed
+    assert "Classes, in turn: cat (id 0) 4, dog (id 1) 4, owl (id 2) 4" in printed
     card = (folder / "README.md").read_text()
     assert f"| 2 | 3 | {metrics['frechet_distance']:.5g} | {metrics['precision']:.5g} |" in card
     assert str(dinov2.parent) not in card
@@ -174,24 +129,9 @@ def test_images_that_are_not_finite_fail_their_cell_alone(arguments, tmp_path):
     assert len(evaluate(arguments, "--guidance_scales", 1, 2)["cells"]) == 2
 
 
-def train(folder, last_step):
-    """Snapshots of a run, step by step: the next call of the generator trains on."""
-    pipe = make_pipeline(tiny_vae())
-    ema = PowerFunctionEMA(pipe.transformer, (0.05, 0.10))
-    for step in range(1, last_step + 1):
-        with torch.no_grad():
-            for parameter in pipe.transformer.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-        normalize_weights_(pipe.transformer)
-        ema.update(step)
-        if step % 2 == 0:
-            save_snapshots(ema, folder / "ema_snapshots", pipe)
-            yield step
-
-
 def test_sweep_over_widths(arguments, folder, tmp_path, capsys):
     run = tmp_path / "run"
-    assert list(train(run, 6)) == [2, 4, 6]
+    assert list(snapshots_of_a_run(run, 6)) == [2, 4, 6]
     (run / "training_arguments.json").write_text(json.dumps({"learning_rate": 0.01, "ema_stds": [0.05, 0.1]}))
     (run / "logs").mkdir()
     (run / "logs" / "metrics.jsonl").write_text('{"step": 6, "train/loss": 0.5}\n')
@@ -234,7 +174,7 @@ def test_sweep_over_widths(arguments, folder, tmp_path, capsys):
 
 
 def test_a_sweep_has_one_step_though_training_goes_on(arguments, tmp_path, monkeypatch):
-    training = train(tmp_path / "run", 8)
+    training = snapshots_of_a_run(tmp_path / "run", 8)
     assert (next(training), next(training)) == (2, 4)
     rebuild, steps = model.reconstruct_ema, []
 
@@ -252,12 +192,12 @@ def test_a_sweep_has_one_step_though_training_goes_on(arguments, tmp_path, monke
     with pytest.raises(ValueError, match="differs in model_sha256: .*; step: 4 and 8. `--step 4` goes on with its"):
         evaluate(sweep, 0.1)
     assert len(evaluate(sweep, 0.1, "--step", 4)["cells"]) == 3
-    with pytest.raises(ValueError, match=r'differs in scheduler: "DDPMScheduler" and "DDIMScheduler"$'):
+    with pytest.raises(ValueError, match=r'differs in sampler.class: "DDPMScheduler" and "DDIMScheduler"$'):
         evaluate(sweep, 0.1, "--step", 4, "--scheduler", "DDIMScheduler")
 
 
 def test_two_sweeps_at_once_measure_their_own_weights(arguments, tmp_path, monkeypatch):
-    list(train(tmp_path / "run", 4))
+    list(snapshots_of_a_run(tmp_path / "run", 4))
     sweep = [*arguments, "--pretrained_model_name_or_path", tmp_path / "run", "--ema_stds"]
     alone = evaluate([*sweep, 0.05, 0.1], "--output_dir", tmp_path / "alone")
     rebuild = model.reconstruct_ema
@@ -278,7 +218,7 @@ def test_a_grey_unconditional_model_of_pixels(arguments, tmp_path):
     shape = {"in_channels": 1, "out_channels": 1, "sample_size": 16}
     make_pipeline(num_classes=None, **shape).save_pretrained(tmp_path / "grey")
     results = evaluate(arguments, "--pretrained_model_name_or_path", tmp_path / "grey", "--nearest_k", 0)
-    assert results["settings"]["class_labels"] is None
+    assert results["settings"]["classes"] is None
     assert results["best"]["metrics"][0].keys() == {"extractor", "frechet_distance", "warnings"}
     (reference,) = results["settings"]["references"]
     assert (reference["resolution"], reference["num_channels"]) == (16, 1)
@@ -291,7 +231,7 @@ def test_several_extractors_samplers_and_classes(arguments, dinov2, tmp_path, mo
     monkeypatch.syspath_prepend(tmp_path)
     both = [*arguments, "--extractors", "my_features:colours", dinov2, "--class_labels", "owl", 0]
     results = evaluate(both, "--scheduler", "DDIMScheduler")
-    assert results["settings"]["class_labels"] == ["owl", 0]
+    assert results["settings"]["classes"] == {"drawn": "in turn", "counts": {"owl": 6, "cat": 6}}
     assert [metrics["extractor"] for metrics in results["best"]["metrics"]] == ["my_features:colours", str(dinov2)]
     first = results["best"]["metrics"][0]["frechet_distance"]
     assert first != results["best"]["metrics"][1]["frechet_distance"]
@@ -302,7 +242,7 @@ def test_several_extractors_samplers_and_classes(arguments, dinov2, tmp_path, mo
         hashes.add(other["best"]["images_sha256"])
     assert len(hashes) == 4
     assert len(list((tmp_path / "evaluation" / "reference").iterdir())) == 2
-    with pytest.raises(ValueError, match='settings; .* differs in scheduler: "DDIMScheduler" and "DDPMScheduler"'):
+    with pytest.raises(ValueError, match='differs in sampler.class: "DDIMScheduler" and "DDPMScheduler"'):
         evaluate(both)
 
 
@@ -322,9 +262,10 @@ def test_statistics_without_their_images(arguments, folder, tmp_path, capsys):
 
 def test_too_few_images_are_told(arguments, tmp_path, capsys):
     few = ["--num_samples", 8, "--max_reference_images", 8]
-    results = evaluate(arguments, *few)
+    results = evaluate(arguments, *few, "--write_card")
     assert "Warning: 8 generated images for 8 features" in capsys.readouterr().out
-    assert [warning[:22] for warning in results["warnings"]] == ["8 reference images for", "8 generated images for"]
+    starts = ["8 reference images for", "8 generated images for", "the reference has no c"]
+    assert [warning[:22] for warning in results["warnings"]] == starts
     assert "- Warning: 8 generated images for 8 features" in (tmp_path / "model" / "README.md").read_text()
     with pytest.raises(ValueError, match=r"--nearest_k must be less than the number of reference images \(3\), or 0"):
         evaluate(arguments, "--max_reference_images", 3, "--output_dir", tmp_path / "b")
@@ -354,6 +295,8 @@ def test_bad_input_is_refused_before_anything_is_generated(arguments, tmp_path, 
         (["--ema_stds", 0.3], "--ema_stds: must be in (0, 1/sqrt(12)), that is below 0.2887, got 0.3"),
         (["--scheduler", "Sampler"], "DPMSolverMultistepScheduler, got Sampler"),
         (["--scheduler", "AutoencoderKL"], "--scheduler must be a scheduler of diffusers"),
+        (["--write_card", "--ema_stds", 0.05], "--write_card needs the folder of one pipeline"),
+        (["--write_card", "--pretrained_model_name_or_path", "user/name"], "--write_card needs the folder of one"),
     ):
         with pytest.raises(SystemExit, match="2"):
             evaluate(arguments, *more)
@@ -419,7 +362,7 @@ def test_the_best_is_published_with_its_table(arguments, folder, server, tmp_pat
     tiny_model(num_classes=3, seed=7, class_dropout_prob=0.1).save_pretrained(folder / "transformer_ema_0.1")
     (folder / "secret.txt").write_text("private")
     push = [*arguments, "--guidance_scales", 1, 2, "--push_to_hub", "--hub_model_id", "user/name", "--hub_license"]
-    first = [*push, "mit", "--heat_map"]
+    first = [*push, "mit", "--heat_map", "--write_card"]
     # Evaluated again, from the Hub: what was published beside it stays.
     again = [*push, "mit", "--pretrained_model_name_or_path", "user/name", "--seed", 1, "--output_dir"]
     calls = [list(map(str, call)) for call in (first, [*again, tmp_path / "again"])]
@@ -434,7 +377,7 @@ def test_the_best_is_published_with_its_table(arguments, folder, server, tmp_pat
     assert card == table
     assert card.count("## Evaluation of samples") == 1
     assert "license: mit" in card
-    assert "12 images for each row, 3 classes in turn, seed 1, `DDPMScheduler`, float32" in card
+    assert "12 images for each row, 3 classes in turn, seed 1, `DDPMScheduler`, prediction_type epsilon" in card
     assert "seed 0" in (folder / "README.md").read_text()
     assert (folder / "evaluation.png").is_file()
     for path in (tmp_path / "evaluation", tmp_path / "again"):

@@ -9,7 +9,9 @@ from diffusers_mp.publishing.evaluation_card import write_evaluation
 def results(home, distance):
     extractor = {"id": f"{home}/dinov2", "revision": None, "weights_sha256": "abc", "output": "pooler_output"}
     reference = {"num_images": 5000, "resolution": 32, "preparation": "centre crop", "content_hash": "f" * 64}
-    settings = {"num_samples": 10000, "seed": 3, "class_labels": [0, 1], "scheduler": "DDIMScheduler", "nearest_k": 3}
+    sampler = {"class": "DPMSolverMultistepScheduler", "solver_order": 2, "beta_start": 0.1, "solver_type": None}
+    classes = {"drawn": "in turn", "counts": {"cat": 5000, "dog": 5000}}
+    settings = {"num_samples": 10000, "seed": 3, "classes": classes, "sampler": sampler, "nearest_k": 3}
     settings |= {"dtype": "float32", "extractors": [extractor], "references": [reference], "model": f"{home}/run"}
     metrics = {"precision": 0.5, "recall": 0.25, "num_images_compared": 5000}
     cells = [
@@ -40,7 +42,7 @@ def test_evaluation_takes_the_place_of_the_last_one(run):
         assert text[:start] + text[end:] == before
         assert "author" not in text[start:end]
     for fact in (
-        "10,000 images for each row, 2 classes in turn, seed 3, `DDIMScheduler`, float32",
+        "10,000 images for each row, 2 classes in turn, seed 3, `DPMSolverMultistepScheduler`, solver_order 2, f",
         "of diffusers-mp 1.2 (torch 3.4, diffusers 5.6)",
         "| width of the average | guidance scale | steps | Fréchet distance, dinov2 | precision, dinov2 | recall, din",
         "- Features of dinov2: weights_sha256 abc; output pooler_output. Reference: 5,000 images of 32x32 pixels",

@@ -227,3 +227,30 @@ def test_relative_paths_of_the_author_are_told_nowhere(tmp_path, monkeypatch):
     for name in names:
         content = hub._content(folder, name, names)
         assert b"runs/" not in (content if isinstance(content, bytes) else content.read_bytes()), name
+
+
+def test_secrets_are_in_neither_the_data_nor_the_text_of_a_card(run):
+    token, link = "ghp_" + "aB3" * 12, "https://me:open@host/licence?token=abc"
+    write_model_card(run, "user/name", license="other", license_name=token, license_link=link, data=f"of {token}")
+    card = ModelCard.load(run / "README.md")
+    assert card.data.license_name == "[removed]"
+    assert card.data.license_link == "https://me:[removed]@host/licence?token=[removed]"
+    assert "- source: of " in card.text
+    for secret in (token, "open@", "token=abc"):
+        assert secret not in str(card)
+
+
+def test_files_of_the_user_beside_those_of_the_trainer_are_left_out(run):
+    files = files_to_publish(run)
+    for name in ("samples/step-best.png", "samples/step-1000 (copy).png", "transformer_ema_0.1.zip"):
+        rewrite(run / name, "mine")
+    (run / "transformer_ema_old").mkdir()
+    rewrite(run / "transformer_ema_old" / "config.json", "{}")
+    grid = (run / "sample_grid.png").read_bytes()
+    text = str(write_model_card(run, "user/name"))
+    assert files_to_publish(run) == files
+    assert (run / "sample_grid.png").read_bytes() == grid
+    assert "ema_old" not in text
+    assert "ema_0.1.zip" not in text
+    assert not hub._belongs("transformer_ema_old/config.json")  # nor deleted from a repository
+    assert hub._belongs("transformer_ema_0.1/config.json")
