@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 
-# Those of `diffusers.optimization.get_scheduler` that need no rules beside the numbers of updates.
+# Those of `diffusers.optimization.get_scheduler` that need no rules in a text of their own.
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+# `lr_end` of its polynomial.
+POLYNOMIAL_END = 1e-7
 
 
 # Arguments of the package, and the flags that they are in scripts that have none of their name.
@@ -135,6 +137,32 @@ def encoding_of(args: argparse.Namespace) -> dict[str, Any]:
     flag_of |= {name: FLAG_OF_ARGUMENT[name] for name in ("vae_id", "num_channels", "batch_size", "num_workers")}
     encoding = {name: getattr(args, flag) for name, flag in flag_of.items() if flag in args}
     return encoding | {name: 3 for name in ("num_channels",) if encoding.get(name, 0) is None}
+
+
+def add_schedule_arguments(add: Callable[..., Any]) -> None:
+    """What diffusers' schedules take beside the numbers of updates."""
+    add("--lr_num_cycles", type=at_least(1), help="restarts of cosine_with_restarts; with 1 it is cosine [1]")
+    add("--lr_power", type=positive, help="power of polynomial, which decays to 1e-7; with 1.0 it is linear [1.0]")
+
+
+def check_schedule(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Defaults of what a schedule takes; refuses what it does not take, and a polynomial with nothing to decay."""
+    for name, owner, default in (("lr_num_cycles", "cosine_with_restarts", 1), ("lr_power", "polynomial", 1.0)):
+        if args.lr_scheduler == owner:
+            setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
+        elif getattr(args, name) is not None:
+            parser.error(f"--{name} has no meaning for --lr_scheduler {args.lr_scheduler}, only for {owner}")
+    if args.lr_scheduler == "polynomial":
+        if args.learning_rate is not None and args.learning_rate <= POLYNOMIAL_END:
+            parser.error(
+                f"--learning_rate must be above {POLYNOMIAL_END:g}, where --lr_scheduler polynomial ends, got "
+                f"{args.learning_rate:g}"
+            )
+        if args.max_train_steps is not None and (args.lr_warmup_steps or 0) >= args.max_train_steps:
+            parser.error(
+                f"--lr_warmup_steps must be below --max_train_steps ({args.max_train_steps}) for --lr_scheduler "
+                f"polynomial, got {args.lr_warmup_steps}"
+            )
 
 
 def add_hub_arguments(add: Callable[..., Any], default_id: str = "name of output_dir") -> None:

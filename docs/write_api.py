@@ -31,6 +31,7 @@ SECTIONS = {
         "training.checks",
         "training.model",
         "training.engine",
+        "training.optimizers",
         "training.run",
         "training.resume",
         "training.preview",

@@ -33,10 +33,12 @@ from diffusers_mp.arguments import (
     LR_SCHEDULERS,
     HelpFormatter,
     add_hub_arguments,
+    add_schedule_arguments,
     add_source_arguments,
     at_least,
     check_effects,
     check_paths,
+    check_schedule,
     check_source_effects,
     encoding_of,
     positive,
@@ -79,6 +81,7 @@ def make_parser():
     add("--learning_rate", type=at_least(0, float), default=1e-4, help="of AdamW, after warm-up")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup", help="how the rate goes on after it")
     add("--lr_warmup_steps", type=at_least(0), default=0, help="updates of linear warm-up")
+    add_schedule_arguments(add)
     add("--adam_weight_decay", type=at_least(0, float), default=0.0, help="AdamW's weight decay")
     add("--max_grad_norm", type=positive, default=1.0, help="clip gradients to this norm")
     add("--validation_steps", type=at_least(0), default=100, help="updates between validations; 0 for none")
@@ -104,6 +107,7 @@ def parse_args(argv=None):
         parser.error("--swap none has no rotations for --train rotation or --save adapter")
     if args.save == "adapter" and args.train == "all":
         parser.error("--save adapter does not hold the whole model: use --train rotation or --train modulation")
+    check_schedule(args, parser)
     if args.anneal_steps is not None and args.swap != "anneal":
         parser.error(f"--anneal_steps has no meaning for --swap {args.swap}")
     if args.swap == "anneal":
@@ -123,7 +127,6 @@ import torch.nn.functional as F
 from accelerate.utils import DistributedType
 from diffusers import DDPMScheduler, DiTPipeline
 from diffusers.models.embeddings import LabelEmbedding
-from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -147,6 +150,7 @@ from diffusers_mp.training import (
 )
 from diffusers_mp.training.engine import start
 from diffusers_mp.training.model import check_finite
+from diffusers_mp.training.optimizers import learning_rate_schedule
 
 
 def main(args):
@@ -229,8 +233,7 @@ def train(args, accelerator, transformer, teacher, parameters, samples, held_out
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
-    lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lengths)
+    lr_scheduler = learning_rate_schedule(args, optimizer, vars(args), args.max_train_steps)
     model, optimizer = accelerator.prepare(transformer, optimizer)
     # Autocast is for updates alone, below: evaluations before and after them have to be of one precision.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)

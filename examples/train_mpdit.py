@@ -25,7 +25,6 @@ import time
 import warnings
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -34,7 +33,6 @@ from diffusers_mp import (
     MPDiTPipeline,
     PowerFunctionEMA,
     normalize_weights_,
-    parameter_groups,
     training,
     trust_rows_,
 )
@@ -44,7 +42,6 @@ from diffusers_mp.data.encoding import encode_dataset, load_vae
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.latents import LatentDataset
 from diffusers_mp.data.settings import EncodingSettings
-from diffusers_mp.optimization import check_optimizer, inverse_sqrt_schedule
 from diffusers_mp.publishing.hub import check_hub_access, publish
 from diffusers_mp.publishing.model_card import write_model_card
 from diffusers_mp.training import (
@@ -60,6 +57,7 @@ from diffusers_mp.training import (
 from diffusers_mp.training.checks import check_arguments, check_model
 from diffusers_mp.training.engine import lock_folder, start
 from diffusers_mp.training.model import channels_of, load_pretrained, make_model, vae_of_pretrained
+from diffusers_mp.training.optimizers import learning_rate_schedule, make_optimizer
 from diffusers_mp.training.preview import validate
 from diffusers_mp.training.resume import (
     checkpoint_to_resume,
@@ -173,11 +171,7 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
         facts = resumed_facts(checkpoint, facts, args)
 
     # 3. The optimiser, and its rates over the run
-    optimizer = torch.optim.Adam(
-        parameter_groups(model, lr=facts["learning_rate"], eps=args.adam_epsilon),
-        betas=(args.adam_beta1, args.adam_beta2),
-    )
-    check_optimizer(model, optimizer)
+    optimizer = make_optimizer(args, model, facts["learning_rate"])
     lr_scheduler = learning_rate_schedule(args, optimizer, facts, max_train_steps)
 
     # 4. The pipeline. Averages are looked at in its model, which stays whole when an engine shards the other one. Made
@@ -207,15 +201,6 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
         facts=facts,
         total_batch_size=total_batch_size,
         max_train_steps=max_train_steps,
-    )
-
-
-def learning_rate_schedule(args, optimizer, facts, max_train_steps):
-    """The paper's schedule, or one of diffusers'."""
-    if args.lr_scheduler == "inverse_sqrt":
-        return inverse_sqrt_schedule(optimizer, facts["lr_warmup_steps"], facts["lr_constant_steps"])
-    return get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=facts["lr_warmup_steps"], num_training_steps=max_train_steps
     )
 
 

@@ -4,6 +4,7 @@ Nothing heavy is imported, so that `--help` and wrong flags are answered at once
 """
 
 import argparse
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from ..arguments import (
     HelpFormatter,
     add_encoding_arguments,
     add_hub_arguments,
+    add_schedule_arguments,
     add_source_arguments,
     at_least,
     check_effects,
+    check_schedule,
     check_source_effects,
     ema_width,
     finite,
@@ -44,6 +47,9 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "flow_prediction": ("FlowMatchObjective", {"logit_mean": 0.0, "logit_std": 1.0}),
 }
 OBJECTIVE_FLAGS = tuple(dict.fromkeys(name for _, flags in OBJECTIVES.values() for name in flags))
+# What a resumed run must not change about its optimiser and schedule, beside the numbers of updates.
+OPTIMIZER_FLAGS = ("optimizer", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay")
+OPTIMIZER_FLAGS += ("lr_num_cycles", "lr_power")
 # In the folder of a run, held by the process that trains there.
 LOCK_NAME = ".lock"
 
@@ -64,6 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     _check_objective(args, parser)
     _check_model(args, parser)
     _check_training(args, parser)
+    _check_optimizer(args, parser)
     _check_folders(args, parser)
     return args
 
@@ -156,9 +163,23 @@ def _add_training_arguments(add):
         help="updates of linear warm-up [max_train_steps / 150; none for constant]",
     )
     add("--lr_constant_steps", type=at_least(1), help="inverse_sqrt decays after it [max_train_steps / 10]")
+    add_schedule_arguments(add)
+    add(
+        "--optimizer",
+        default="adam",
+        choices=("adam", "adamw", "muon"),
+        help="muon updates the weights of the blocks, AdamW the rest, both at the learning rate",
+    )
+    add("--use_8bit_adam", action="store_true", help="moments of adam or adamw in 8 bits, by bitsandbytes")
     add("--adam_beta1", type=share, default=0.9, help="Adam's first decay rate")
     add("--adam_beta2", type=share, default=0.99, help="Adam's second decay rate")
     add("--adam_epsilon", type=positive, default=1e-8, help="Adam's epsilon, for rows of RMS 1")
+    add(
+        "--adam_weight_decay",
+        type=at_least(0, float),
+        default=0.0,
+        help="decoupled decay of weights that are not normalised, as in configurations A and B, by adamw and muon",
+    )
     add("--max_grad_norm", type=positive, help="clip gradients to this norm [no clipping]")
     add(
         "--on_non_finite",
@@ -269,6 +290,16 @@ def _check_model(args, parser):
     is_guided = args.validation_steps and args.validation_guidance_scale not in (None, 1)
     if is_guided and args.class_dropout_prob == 0:
         parser.error("--validation_guidance_scale needs dropped conditions in training, not --class_dropout_prob 0")
+
+
+def _check_optimizer(args, parser):
+    check_schedule(args, parser)
+    if args.adam_weight_decay and args.optimizer == "adam":
+        parser.error("--adam_weight_decay has no meaning for --optimizer adam: use adamw")
+    if args.use_8bit_adam and args.optimizer == "muon":
+        parser.error("--use_8bit_adam has no meaning for --optimizer muon: use adam or adamw")
+    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        parser.error("--use_8bit_adam needs bitsandbytes, which is not installed: pip install bitsandbytes")
 
 
 def _check_training(args, parser):

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
@@ -240,11 +241,14 @@ def _tensors(state: TrainingState) -> dict[str, Any]:
     was_empty = not optimizer.optimizer.state
     model_state, optimizer_state = get_state_dict(model, optimizer.optimizer)
     if was_empty:
-        for of_parameter in optimizer_state["state"].values():
+        # Where it counts by a number (bitsandbytes), the state that is saved is another than the optimiser's.
+        for of_parameter in (*optimizer_state["state"].values(), *optimizer.optimizer.state.values()):
             # Momentum alone (SGD, Muon) counts nothing; NAdam counts twice.
             for name, start in (("step", 0), ("mu_product", 1)):
-                if name in of_parameter:
+                if isinstance(of_parameter.get(name), torch.Tensor):
                     of_parameter[name].fill_(start)
+                elif name in of_parameter:
+                    of_parameter[name] = start
     return {"model": model_state, "optimizer": optimizer_state, "ema": ema.state_dict()}
 
 

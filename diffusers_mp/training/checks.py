@@ -10,10 +10,11 @@ from ..publishing.hub import check_trackers
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .arguments import make_parser
 from .model import Pretrained, model_config
+from .optimizers import optimizer_groups
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse, as the parser does, trackers that are not there and flags that make no model."""
+    """Refuse, as the parser does, trackers that are not there, flags that make no model, decay that does nothing."""
     parser, installed = make_parser(), [str(tracker) for tracker in get_available_trackers()]
     try:
         check_trackers(args.report_to, args.hub_token)
@@ -21,13 +22,14 @@ def check_arguments(args: argparse.Namespace) -> None:
             parser.error(f"--report_to {args.report_to}: not installed; there are {installed}")
         if args.preset is not None:
             with init_empty_weights():
-                MPDiTTransformer2DModel(**model_config(args, (4, 8, 8), 2))
+                model = MPDiTTransformer2DModel(**model_config(args, (4, 8, 8), 2))
+            optimizer_groups(args, model.train(), learning_rate=1.0)
     except ValueError as error:
         parser.error(str(error))
 
 
 def check_model(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained: Pretrained | None) -> None:
-    """Refuse a model that latents of this size will not fit, before they are downloaded and encoded for hours."""
+    """Refuse a model that latents of this size or the optimiser do not fit, before images are encoded for hours."""
     factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
     channels = (args.image_channels or 3) if vae is None else vae.config.latent_channels
     size = args.resolution // factor
@@ -40,9 +42,10 @@ def check_model(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained:
     source = known if pretrained is not None or args.model_config_name_or_path is not None else None
     try:
         with init_empty_weights():
-            MPDiTTransformer2DModel(**model_config(args, (channels, size, size), *conditions, source))
+            model = MPDiTTransformer2DModel(**model_config(args, (channels, size, size), *conditions, source))
     except ValueError as error:
         raise ValueError(
             f"`--resolution {args.resolution}` with this `--vae` makes latents of {channels} x {size} x {size}, which "
             f"the model must take: {error}"
         ) from error
+    optimizer_groups(args, model.train(), learning_rate=1.0)

@@ -44,6 +44,11 @@ def start(args: argparse.Namespace, logging_dir: Path) -> tuple[Accelerator, JSO
         kwargs_handlers=[patience],
     )
     check_engine(accelerator, args.gradient_accumulation_steps)
+    if accelerator.is_fsdp2 and getattr(args, "use_8bit_adam", False):
+        raise RuntimeError(
+            "`--use_8bit_adam` was asked for under FSDP2, whose shards bitsandbytes does not take: leave one of them "
+            "out."
+        )
     if accelerator.is_fsdp2:
         # Accelerate's policy rounds weights and timesteps to half precision. Autocast computes as under the other
         # engines: rows are normalised, and gradients summed, in float32.

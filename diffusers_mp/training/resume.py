@@ -17,7 +17,7 @@ from ..files import read_json, write_json
 from ..optimization import scale_learning_rate
 from ..publishing.hub import public_arguments
 from ..transformer_mpdit import MPDiTTransformer2DModel
-from .arguments import OBJECTIVE_FLAGS
+from .arguments import OBJECTIVE_FLAGS, OPTIMIZER_FLAGS
 from .checkpoints import find_checkpoints, load_checkpoint, read_state, resolve_checkpoint
 from .model import Pretrained
 from .run import Run
@@ -96,7 +96,7 @@ def run_facts(
         "lr_constant_steps": max(1, max_train_steps // 10) if lr_constant_steps is None else lr_constant_steps,
         "ema_stds": args.ema_stds,
         "ema_update_steps": args.ema_update_steps,
-        **{name: getattr(args, name) for name in ("adam_beta1", "adam_beta2", "adam_epsilon")},
+        **{name: getattr(args, name) for name in OPTIMIZER_FLAGS},
         **{name: getattr(args, name) for name in ("prediction_type", *OBJECTIVE_FLAGS)},
         **{f"model.{name}": value for name, value in model.config.items() if not name.startswith("_")},
         # What was encoded and not the latents, whose last bits are a device's own.

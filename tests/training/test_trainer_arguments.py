@@ -1,12 +1,13 @@
 """The trainer's command line: what it understands, and what it refuses before anything is imported or encoded."""
 
+import importlib.util
 import inspect
 import re
 import shlex
 
 import numpy as np
 import pytest
-from diffusers.optimization import SchedulerType
+from diffusers.optimization import SchedulerType, get_scheduler
 from helpers import EXAMPLES
 from training_runs import arguments
 
@@ -82,6 +83,10 @@ def test_preset_flags(tmp_path):
             ("--no-weight_normalization",),
             "`weight_normalization` must be True with `forced_weight_normalization=True`",
         ),
+        (
+            ("--optimizer", "adamw", "--adam_weight_decay", "0.1"),
+            "`adam_weight_decay` must be 0 for a model with normalised rows and nothing else but gains",
+        ),
     ],
 )
 def test_what_the_parser_cannot_tell_is_refused_as_it_would(examples_run_here, tmp_path, capsys, wrong, message):
@@ -91,6 +96,21 @@ def test_what_the_parser_cannot_tell_is_refused_as_it_would(examples_run_here, t
         train_mpdit.main(parse_args(["--train_data_dir", "x", "--output_dir", str(tmp_path / "new"), *wrong]))
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_bitsandbytes_that_is_not_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        parse_args(arguments(tmp_path, tmp_path, "--use_8bit_adam"))
+    assert "--use_8bit_adam needs bitsandbytes, which is not installed: pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("owner, values", [("cosine_with_restarts", (1, None)), ("polynomial", (None, 1.0))])
+def test_schedules_have_the_defaults_of_diffusers(owner, values):
+    args = parse_args(["--train_data_dir", "x", "--lr_scheduler", owner])
+    assert (args.lr_num_cycles, args.lr_power) == values
+    defaults = inspect.signature(get_scheduler).parameters
+    assert {defaults["num_cycles"].default, defaults["power"].default, None} == {*values, 1}
 
 
 def test_output_dir_in_use(tmp_path, capsys):
@@ -140,6 +160,28 @@ def test_output_dir_in_use(tmp_path, capsys):
             ("--lr_scheduler", "cosine", "--lr_constant_steps", "5"),
             "--lr_constant_steps has no meaning for --lr_scheduler cosine",
         ),
+        (
+            ("--lr_scheduler", "cosine", "--lr_num_cycles", "2"),
+            "--lr_num_cycles has no meaning for --lr_scheduler cosine, only for cosine_with_restarts",
+        ),
+        (("--lr_num_cycles", "1"), "--lr_num_cycles has no meaning for --lr_scheduler inverse_sqrt"),
+        (
+            ("--lr_scheduler", "linear", "--lr_power", "2"),
+            "--lr_power has no meaning for --lr_scheduler linear, only for polynomial",
+        ),
+        (("--lr_scheduler", "polynomial", "--lr_power", "0"), "argument --lr_power: must be positive, got 0"),
+        (
+            ("--lr_scheduler", "polynomial", "--learning_rate", "1e-7"),
+            "--learning_rate must be above 1e-07, where --lr_scheduler polynomial ends, got 1e-07",
+        ),
+        (
+            ("--lr_scheduler", "polynomial", "--lr_warmup_steps", "6"),
+            "--lr_warmup_steps must be below --max_train_steps (6) for --lr_scheduler polynomial, got 6",
+        ),
+        (("--adam_weight_decay", "-1"), "argument --adam_weight_decay: must be at least 0, got -1"),
+        (("--adam_weight_decay", "0.1"), "--adam_weight_decay has no meaning for --optimizer adam: use adamw"),
+        (("--use_8bit_adam", "--optimizer", "muon"), "--use_8bit_adam has no meaning for --optimizer muon"),
+        (("--optimizer", "lion"), "invalid choice: 'lion'"),
         (("--logging_dir", "../other/logs"), "got ../other/logs"),
         (("--logging_dir", "/dev/null/logs"), "--logging_dir must lie inside --output_dir"),
         (("--ema_update_steps", "7"), "--ema_update_steps must be at most --max_train_steps (6), got 7"),
