@@ -363,7 +363,7 @@ def train_transformer(args, data, vae, model):
         "--resolution": IMAGE_SIZE,
         "--model_config_name_or_path": model_config,
         "--output_dir": model,
-        "--train_batch_size": 64,
+        "--total_batch_size": 64,
         "--max_train_steps": args.max_train_steps,
         # Above the paper's 1e-2, which is for 400 000 updates: so short a run has to take longer steps.
         "--learning_rate": 3e-2,

@@ -41,9 +41,11 @@ from diffusers_mp.arguments import (
     share,
     source_of,
 )
+from diffusers_mp.training.batch_size import add_batch_arguments, check_batch_arguments
 
 
 SUBLAYERS = ("attention", "mlp", "final")
+BATCH_SIZE = 16
 
 
 def make_parser():
@@ -67,8 +69,7 @@ def make_parser():
     add("--output_dir", type=Path, default=Path("dit-rotation"), help="new or empty folder for the result")
     add("--seed", type=at_least(0), default=0, help="seed of every training sample")
     add("--class_dropout_prob", type=share, default=0.1, help="share of labels replaced by the null class")
-    add("--train_batch_size", type=at_least(1), default=16, help="samples per process and micro batch")
-    add("--gradient_accumulation_steps", type=at_least(1), default=1, help="micro batches per update")
+    add_batch_arguments(add, BATCH_SIZE)
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="[as `accelerate config` says]")
     add("--max_train_steps", type=at_least(0), default=1000, help="number of updates")
@@ -91,6 +92,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("give one of --train_data_dir and --dataset_name")
+    check_batch_arguments(args, parser, BATCH_SIZE)
     if args.swap == "none" and (args.train == "rotation" or args.save == "adapter"):
         parser.error("--swap none has no rotations for --train rotation or --save adapter")
     if args.save == "adapter" and args.train == "all":

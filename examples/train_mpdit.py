@@ -94,7 +94,7 @@ def main(args):
         clear_what_comes_again(args, run)
         accelerator.print(
             f"{sum(p.numel() for p in run.transformer.parameters()):,} parameters, {len(run.samples):,} training "
-            f"images, {len(run.held_out):,} held out, {run.max_train_steps:,} updates of {run.total_batch_size} from "
+            f"images, {len(run.held_out):,} held out, {run.max_train_steps:,} updates of {args.total_batch_size} from "
             f"update {run.step:,}"
         )
         with StopRequest() as stop, contextlib.ExitStack() as at_end:
@@ -163,8 +163,8 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
     )
 
     # 2. The length of the run, and what must not change when it is resumed
-    total_batch_size, max_train_steps = run_length(args, len(samples), accelerator.num_processes)
-    facts = run_facts(args, model, latents, pretrained, len(samples), total_batch_size, max_train_steps)
+    max_train_steps = run_length(args, len(samples))
+    facts = run_facts(args, model, latents, pretrained, len(samples), max_train_steps)
     if checkpoint is not None:
         facts = resumed_facts(checkpoint, facts, args)
 
@@ -201,7 +201,6 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
         ema=PowerFunctionEMA(transformer, args.ema_stds),
         pipeline=pipeline,
         facts=facts,
-        total_batch_size=total_batch_size,
         max_train_steps=max_train_steps,
     )
 
@@ -371,7 +370,7 @@ def finish(args, run, repo_id):
     if not run.accelerator.is_main_process:
         return
     pipeline.save_pretrained(args.output_dir)
-    num_images_seen = run.step * run.total_batch_size
+    num_images_seen = run.step * args.total_batch_size
     write_model_card(args.output_dir, repo_id, license=args.hub_license, num_images_seen=num_images_seen)
     print(f"Saved the pipeline to {args.output_dir}: MPDiTPipeline.from_pretrained({str(args.output_dir)!r})")
     if args.push_to_hub:

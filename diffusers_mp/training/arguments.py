@@ -21,6 +21,7 @@ from ..arguments import (
     share,
 )
 from ..presets import CONFIGURATIONS, get_preset
+from .batch_size import RECIPE_BATCH_SIZE, add_batch_arguments, check_batch_arguments
 
 
 MODEL_FLAGS = tuple(CONFIGURATIONS["E"])
@@ -134,8 +135,7 @@ def _add_objective_arguments(add):
 def _add_training_arguments(add):
     add("--output_dir", type=Path, default=Path("mpdit"), help="folder of the run and of the pipeline")
     add("--seed", type=at_least(0), default=0, help="seed of the weights and of every training sample")
-    add("--train_batch_size", type=at_least(1), default=256, help="samples per process and micro batch")
-    add("--gradient_accumulation_steps", type=at_least(1), default=1, help="micro batches per update")
+    add_batch_arguments(add, RECIPE_BATCH_SIZE)
     add("--max_train_steps", type=at_least(1), help="number of updates [400000, or as num_train_epochs says]")
     add("--num_train_epochs", type=positive, help="instead of max_train_steps")
     add("--learning_rate", type=positive, help="[1e-2; 1e-4 without weight normalisation]")
@@ -254,6 +254,7 @@ def _check_model(args, parser):
 def _check_training(args, parser):
     if args.max_train_steps is not None and args.num_train_epochs is not None:
         parser.error("give one of --max_train_steps and --num_train_epochs")
+    check_batch_arguments(args, parser, RECIPE_BATCH_SIZE)
     if args.lr_scheduler == "constant" and args.lr_warmup_steps:
         parser.error("--lr_warmup_steps has no meaning for --lr_scheduler constant: use constant_with_warmup")
     if args.lr_scheduler != "inverse_sqrt" and args.lr_constant_steps is not None:

@@ -56,7 +56,6 @@ def run_facts(
     latents: LatentDataset,
     pretrained: Pretrained | None,
     num_train_samples: int,
-    total_batch_size: int,
     max_train_steps: int,
 ) -> dict[str, Any]:
     """What makes this run this run: kept with its checkpoints, and what a resumed one has to agree with."""
@@ -69,7 +68,7 @@ def run_facts(
         learning_rate = 1e-2 if model.config.weight_normalization else 1e-4
     return {
         "seed": args.seed,
-        "total_batch_size": total_batch_size,
+        "total_batch_size": args.total_batch_size,
         "num_train_samples": num_train_samples,
         "random_flip": args.random_flip,
         "learning_rate": learning_rate,

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("examples_run_here")
 def test_resume_gives_the_weights_and_losses_of_an_uninterrupted_run(data, tmp_path, monkeypatch):
     import train_mpdit
 
-    more = ("--logging_steps", "1", "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.5", "--random_flip")
+    more = ("--logging_steps", "1", "--train_batch_size", "2", "--max_grad_norm", "0.5", "--random_flip")
     whole = train(data, tmp_path / "whole", *more)
     resumed, update = tmp_path / "parts", train_mpdit.PowerFunctionEMA.update
 
@@ -104,7 +104,7 @@ def test_another_rate_on_resume_is_applied(data, plain_copy, capfd):
 def test_resume_of_another_run_is_refused(data, plain_copy):
     output_dir = plain_copy
     with pytest.raises(ValueError, match=r"seed 0 \(now 1\), total_batch_size 4 \(now 8\)"):
-        train(data, output_dir, "--resume_from_checkpoint", "latest", "--seed", "1", "--train_batch_size", "8")
+        train(data, output_dir, "--resume_from_checkpoint", "latest", "--seed", "1", "--total_batch_size", "8")
     with pytest.raises(ValueError, match=r"ema_stds \[0.05, 0.1\] \(now \[0.05\]\)"):
         train(data, output_dir, "--resume_from_checkpoint", "latest", "--ema_stds", "0.05")
     with pytest.raises(ValueError, match=r"lr_constant_steps 1 \(now 3\)"):

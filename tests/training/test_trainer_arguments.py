@@ -40,7 +40,7 @@ def test_help_says_no_second_default(capsys):
         parse_args(["--help"])
     shown = capsys.readouterr().out
     assert "default: None" not in shown
-    assert "(default: 256)" in shown
+    assert "over all processes [256]" in shown
 
 
 @pytest.mark.parametrize("page", ["resume.md", "scale_out.md"])
@@ -107,6 +107,10 @@ def test_output_dir_in_use(tmp_path, capsys):
     [
         (("--dataset_name", "x"), "give one of --train_data_dir and --dataset_name"),
         (("--num_train_epochs", "2"), "give one of --max_train_steps and --num_train_epochs"),
+        (
+            ("--train_batch_size", "2", "--gradient_accumulation_steps", "2"),
+            "give one of --total_batch_size, from which accumulation follows, and --gradient_accumulation_steps",
+        ),
         (("--train_batch_size", "0"), "argument --train_batch_size: must be at least 1, got 0"),
         (("--preset", "S/3"), "--model_config_name_or_path stands instead of --preset"),
         (("--max_train_steps", "0"), "argument --max_train_steps: must be at least 1, got 0"),
