@@ -134,7 +134,7 @@ from diffusers_mp.training import (
     StreamBatchSampler,
     TrainingSamples,
     all_finite,
-    split_validation,
+    hold_out,
     validation_losses,
     validation_timesteps,
 )
@@ -167,7 +167,9 @@ def main(args):
     num_held_out = args.num_validation_images
     if num_held_out is None:
         num_held_out = max(1, min(256, len(latents) // 20))
-    train_indices, validation_indices = split_validation(len(latents), num_held_out, args.seed)
+    train_indices, validation_indices = hold_out(latents, num_held_out, args.seed)
+    if not len(validation_indices):
+        raise ValueError("the data must have two images or more of a class, of which one can be held out.")
     options = {"seed": args.seed, **sample_options(pipeline)}
     held_out = HeldOut(args, TrainingSamples(latents, **options, indices=validation_indices), objective)
     options |= {"class_dropout_prob": args.class_dropout_prob, "random_flip": args.random_flip}

@@ -51,9 +51,9 @@ from diffusers_mp.training import (
     TrainingSamples,
     Watchdog,
     conditions_of,
+    hold_out,
     leave_signals_to_main_process,
     save_checkpoint,
-    split_validation,
 )
 from diffusers_mp.training.checks import check_arguments, check_model
 from diffusers_mp.training.engine import lock_folder, start
@@ -148,10 +148,7 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
     units = {"latents_mean": latents.latents_mean, "latents_std": latents.latents_std}
     if pretrained is not None and pretrained.latents_mean is not None:
         units = {"latents_mean": pretrained.latents_mean, "latents_std": pretrained.latents_std}
-    num_held_out = args.num_validation_images
-    if num_held_out is None:
-        num_held_out = min(256, len(latents) // 20)
-    train_indices, validation_indices = split_validation(len(latents), num_held_out, args.seed)
+    train_indices, validation_indices = hold_out(latents, args.num_validation_images, args.seed)
     options = {"seed": args.seed, "num_classes": num_classes, **units}
     held_out = TrainingSamples(latents, **options, indices=validation_indices)
     samples = TrainingSamples(

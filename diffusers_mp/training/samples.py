@@ -54,10 +54,8 @@ def split_validation(
         last = torch.zeros(int(labels.max()) + 1, dtype=torch.int64)
         last = last.scatter_reduce(0, labels[order], torch.arange(num_samples), "amax")[labels.unique()]
         is_last = torch.zeros(num_samples, dtype=torch.bool).index_fill(0, last, True)
-        order, num_validation = (
-            torch.cat([order[~is_last], order[is_last]]),
-            min(num_validation, num_samples - len(last)),
-        )
+        order = torch.cat([order[~is_last], order[is_last]])
+        num_validation = min(num_validation, num_samples - len(last))
     return order[num_validation:].sort().values, order[:num_validation].sort().values
 
 
