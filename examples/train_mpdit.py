@@ -19,13 +19,11 @@ if __name__ == "__main__":
 import contextlib
 import copy
 import functools
-import time
 import warnings
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from diffusers_mp import (
     MagnitudeRecorder,
@@ -45,6 +43,7 @@ from diffusers_mp.data.settings import EncodingSettings
 from diffusers_mp.optimization import check_optimizer, inverse_sqrt_schedule
 from diffusers_mp.publishing.hub import check_hub_access, publish
 from diffusers_mp.publishing.model_card import write_model_card
+from diffusers_mp.sharding import whole
 from diffusers_mp.training import (
     StopRequest,
     StreamBatchSampler,
@@ -59,6 +58,7 @@ from diffusers_mp.training.checks import check_arguments, check_model
 from diffusers_mp.training.engine import lock_folder, start
 from diffusers_mp.training.model import load_pretrained, make_model, vae_of_pretrained
 from diffusers_mp.training.preview import validate
+from diffusers_mp.training.progress import Progress
 from diffusers_mp.training.resume import (
     checkpoint_to_resume,
     clear_what_comes_again,
@@ -67,6 +67,7 @@ from diffusers_mp.training.resume import (
     run_facts,
 )
 from diffusers_mp.training.run import Run, run_length
+from diffusers_mp.training.watchdog import gradient_norm
 
 
 def main(args):
@@ -232,9 +233,8 @@ def train(args, run, stop, at_end):
             recorder.load(magnitudes_file)
     # An update that was skipped is one by zero: the schedule goes on, also where it is the first.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-    bar = {"total": run.max_train_steps, "initial": run.step, "disable": not accelerator.is_local_main_process}
-    progress_bar = at_end.enter_context(tqdm(desc="Training", **bar))
-    losses, since_log, log_time = [], [], time.perf_counter()
+    progress, losses = Progress(args, run), []
+    at_end.callback(progress.bar.close)
 
     for batch in training_batches(args, run):
         # 1. A micro batch; the last one of an update changes the weights
@@ -246,7 +246,7 @@ def train(args, run, stop, at_end):
             watchdog.record(batch, loss)
             losses.append(loss.detach())
             if accelerator.sync_gradients:
-                since_log += losses if update_weights(args, run, watchdog) else []
+                progress.add(losses, update_weights(args, run, watchdog))
                 losses = []
         if not accelerator.sync_gradients:
             continue
@@ -261,7 +261,6 @@ def train(args, run, stop, at_end):
                 recorder.save(magnitudes_file)
         if run.step % args.ema_update_steps == 0:
             run.ema.update(run.step)
-        progress_bar.update()
 
         # 3. What is due; whether to stop, all processes have to agree
         last, logging_due = run.step == run.max_train_steps, run.step % args.logging_steps == 0
@@ -271,25 +270,24 @@ def train(args, run, stop, at_end):
             stopping = logging_due and accelerator.reduce(torch.tensor(stopping, device=accelerator.device).int()) > 0
         checkpoint_due = last or stopping or run.step % args.checkpointing_steps == 0
         # Logged before each checkpoint as well, so that a resumed run has nothing to remember of the entry under way.
-        if since_log and (logging_due or checkpoint_due):
-            log_training(args, run, progress_bar, since_log, time.perf_counter() - log_time)
-            since_log, log_time = [], time.perf_counter()
-        pause, failure = time.perf_counter(), None
-        if args.validation_steps and (run.step % args.validation_steps == 0 or last):
-            failure = validate(args, run)
-        if args.ema_snapshot_steps and (run.step % args.ema_snapshot_steps == 0 or last):
-            save_snapshots(run.ema, args.output_dir / "ema_snapshots", run.pipeline)
-
-        # 4. The checkpoint, after everything else of this update, which a run resumed from here will not do again
-        if checkpoint_due or failure is not None:
-            save_checkpoint(accelerator, args.output_dir, run.step, run.state, run.facts, args.checkpoints_total_limit)
+        if logging_due or checkpoint_due:
+            progress.log()
+        failure = None
+        with progress.paused():
+            if args.validation_steps and (run.step % args.validation_steps == 0 or last):
+                failure = validate(args, run)
+            if args.ema_snapshot_steps and (run.step % args.ema_snapshot_steps == 0 or last):
+                save_snapshots(run.ema, args.output_dir / "ema_snapshots", run.pipeline)
+            # After everything else of this update, which a run resumed from here will not do again.
+            if checkpoint_due or failure is not None:
+                limit = args.checkpoints_total_limit or None
+                save_checkpoint(accelerator, args.output_dir, run.step, run.state, run.facts, limit)
         if failure is not None:
             accelerator.print(
                 f"Validation failed after update {run.step:,}, whose checkpoint is saved: --resume_from_checkpoint "
                 "latest goes on after it"
             )
             raise failure
-        log_time += time.perf_counter() - pause
         if stopping and not last:
             break
 
@@ -325,36 +323,23 @@ def loss_of(run, batch):
 
 
 def update_weights(args, run, watchdog):
-    """A step of the optimiser, unless the loss or the gradient is not finite; whether there was one."""
-    accelerator, optimizer, grad_norm = run.accelerator, run.optimizer, None
+    """A step of the optimiser, unless the loss or the gradient is not finite; the norm of its gradient, or None."""
+    accelerator, optimizer = run.accelerator, run.optimizer
     if args.max_grad_norm is not None:
         grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
+    else:
+        accelerator.unscale_gradients()
+        grad_norm = gradient_norm(run.model)
+    grad_norm = whole(grad_norm)
     is_finite = watchdog.check(run.step + 1, grad_norm)
     if is_finite:
         optimizer.step()
-    elif accelerator.scaler is not None and grad_norm is not None:
-        # Clipping has unscaled the gradients, which the scaler refuses to do twice without an update.
+    elif accelerator.scaler is not None:
+        # The gradients are unscaled, which the scaler refuses to do twice without an update.
         accelerator.scaler.update()
     optimizer.zero_grad()
     # Updates that float16's scaler leaves out are treated as those that the watchdog does.
-    return is_finite and not accelerator.optimizer_step_was_skipped
-
-
-def log_training(args, run, progress_bar, losses, seconds):
-    """Mean loss, learning rate and speed since the last entry."""
-    accelerator, lr_scheduler = run.accelerator, run.lr_scheduler
-    loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
-    images_per_second = len(losses) * args.train_batch_size * accelerator.num_processes / seconds
-    progress_bar.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{images_per_second:.0f}"})
-    learning_rate_factor = lr_scheduler.get_last_lr()[0] / lr_scheduler.base_lrs[0]
-    accelerator.log(
-        {
-            "train/loss": loss,
-            "train/learning_rate": run.facts["learning_rate"] * learning_rate_factor,
-            "train/images_per_second": images_per_second,
-        },
-        step=run.step,
-    )
+    return grad_norm if is_finite and not accelerator.optimizer_step_was_skipped else None
 
 
 def finish(args, run, repo_id):

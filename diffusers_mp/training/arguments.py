@@ -170,7 +170,7 @@ def _add_training_arguments(add):
 
 def _add_log_arguments(add):
     add("--checkpointing_steps", type=at_least(1), default=5000, help="updates between checkpoints")
-    add("--checkpoints_total_limit", type=at_least(1), help="keep this many, delete the oldest")
+    add("--checkpoints_total_limit", type=at_least(0), default=3, help="the newest so many are kept; 0 keeps all")
     add(
         "--ema_snapshot_steps",
         type=at_least(0),

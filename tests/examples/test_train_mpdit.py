@@ -72,6 +72,40 @@ def test_run_becomes_a_pipeline(data, tmp_path, capfd):
     assert "6/6" in shown
 
 
+def test_the_log_has_the_norm_of_the_gradient_before_clipping_and_the_rate_of_the_update(
+    data, tmp_path, monkeypatch, capfd
+):
+    import train_mpdit
+
+    computed, check = {}, train_mpdit.Watchdog.check
+
+    def compute_and_check(self, step, grad_norm=None):
+        squares = [parameter.grad.double().square().sum() for parameter in self.model.parameters()]
+        computed[step] = sum(squares).sqrt().item(), train_mpdit_rates(self)
+        return check(self, step, grad_norm)
+
+    made, adam = [], torch.optim.Adam
+
+    def train_mpdit_rates(watchdog):
+        return next(group["lr"] for group in made[-1].param_groups if group["name"] == "as_published")
+
+    monkeypatch.setattr(train_mpdit.Watchdog, "check", compute_and_check)
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **kwargs: made.append(adam(*args, **kwargs)) or made[-1])
+    # Constant until update 1: the rates of updates 2 to 4 all differ.
+    more = ("--max_train_steps", "4", "--logging_steps", "1", "--train_batch_size", "2")
+    plain = train(data, tmp_path / "plain", *more)
+    norms, rates = metrics(plain, "train/grad_norm"), metrics(plain, "train/learning_rate")
+    assert norms == pytest.approx({step: norm for step, (norm, _) in computed.items()}, rel=1e-5)
+    assert rates == pytest.approx({step: rate for step, (_, rate) in computed.items()})
+    assert len({*rates.values()}) == 4
+    shown = capfd.readouterr().err
+    assert f"lr={rates[4]:.2g}, grad_norm={norms[4]:.3g}" in shown
+    assert "<00:00" in shown  # time left
+    clipped = train(data, tmp_path / "clipped", *more, "--max_grad_norm", "1e-3")
+    assert metrics(clipped, "train/grad_norm")[1] == pytest.approx(norms[1], rel=1e-5)
+    assert computed[1][0] == pytest.approx(1e-3, rel=1e-2)
+
+
 def test_loss_falls(data, tmp_path):
     output_dir = train(data, tmp_path / "run", "--max_train_steps", "150", "--checkpointing_steps", "150")
     losses = list(metrics(output_dir, "train/loss").values())
@@ -170,9 +204,9 @@ def test_every_scheduler_trains(data, tmp_path):
     for name in ("constant_with_warmup", "cosine"):
         more = ("--lr_scheduler", name, "--lr_warmup_steps", "2", "--logging_steps", "1", "--max_train_steps", "4")
         rates = metrics(train(data, tmp_path / name, *more, "--num_validation_images", "0"), "train/learning_rate")
-        # The rate logged after update u is that of update u + 1: half of it, then all, then the schedule's own way.
-        assert (rates[1], rates[2]) == pytest.approx((0.5e-2, 1e-2))
-        assert rates[4] == pytest.approx(1e-2 if name == "constant_with_warmup" else 0.0, abs=1e-9)
+        # diffusers' schedules begin at 0, then half of the rate, then all, then the schedule's own way.
+        assert (rates[1], rates[2], rates[3]) == pytest.approx((0, 0.5e-2, 1e-2))
+        assert rates[4] == pytest.approx(1e-2 if name == "constant_with_warmup" else 0.5e-2)
 
 
 def test_bf16(data, tmp_path):
