@@ -7,7 +7,7 @@ ends a script with "argument --train_batch_size: must be at least 1, got 0".
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -45,6 +45,13 @@ positive = within(float, "be positive", lambda value: 0 < value < math.inf)
 finite = within(float, "be finite", math.isfinite)
 share = within(float, "be in [0, 1)", lambda value: 0 <= value < 1)
 ema_width = within(float, "be in (0, 1/sqrt(12)), that is below 0.2887", lambda value: 0 < value < 12**-0.5)
+
+
+def check_ema_stds(stds: Sequence[float], parser: argparse.ArgumentParser) -> None:
+    """Refuse widths of averages of which two have one name, which is that of a folder."""
+    names = [f"{std:g}" for std in stds]
+    if len({*names}) < len(names):
+        parser.error(f"--ema_stds must differ in six digits, got {' '.join(map(str, stds))}")
 
 
 def add_source_arguments(add: Callable[..., Any], split_help: str = "split to train on") -> None:

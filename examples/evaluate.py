@@ -19,7 +19,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from diffusers_mp.arguments import HelpFormatter, add_hub_arguments, at_least, ema_width, finite
+from diffusers_mp.arguments import HelpFormatter, add_hub_arguments, at_least, check_ema_stds, ema_width, finite
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -89,7 +89,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.num_samples <= args.nearest_k:
         parser.error(f"--num_samples must be more than --nearest_k ({args.nearest_k}), got {args.num_samples}")
-    for name in ("ema_stds", "guidance_scales", "num_inference_steps"):
+    check_ema_stds(args.ema_stds or [], parser)
+    for name in ("guidance_scales", "num_inference_steps"):
         values = getattr(args, name) or []
         if len(set(values)) < len(values):
             parser.error(f"--{name} must differ from each other, each is a cell, got {values}")

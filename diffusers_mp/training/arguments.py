@@ -5,6 +5,7 @@ Nothing heavy is imported, so that `--help` and wrong flags are answered at once
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..arguments import (
     add_hub_arguments,
     add_source_arguments,
     at_least,
+    check_ema_stds,
     ema_width,
     finite,
     positive,
@@ -40,6 +42,19 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "flow_prediction": ("FlowMatchObjective", {"logit_mean": 0.0, "logit_std": 1.0}),
 }
 OBJECTIVE_FLAGS = tuple(dict.fromkeys(name for _, flags in OBJECTIVES.values() for name in flags))
+# What each tracker calls the name of a run, in the arguments that it is started with; tensorboard's is a folder.
+NAMES_OF_RUNS = {
+    "wandb": "name",
+    "trackio": "name",
+    "mlflow": "run_name",
+    "clearml": "task_name",
+    "swanlab": "experiment_name",
+}
+# What a run writes into its folder beside its log, and replaces or deletes there.
+OF_THE_RUN = re.compile(
+    r"checkpoint-.*|samples|latents|transformer.*|vae|scheduler|ema_snapshots|non_finite|\.lock|.*\.(json|md|png)",
+    re.IGNORECASE,
+)
 # In the folder of a run, held by the process that trains there.
 LOCK_NAME = ".lock"
 
@@ -60,6 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     _check_objective(args, parser)
     _check_model(args, parser)
     _check_training(args, parser)
+    _check_trackers(args, parser)
     _check_folders(args, parser)
     return args
 
@@ -195,7 +211,16 @@ def _add_log_arguments(add):
         help="updates between records of magnitudes, also kept in LOGGING_DIR/magnitudes.json; 0 for none",
     )
     add("--report_to", default="none", help="tensorboard, wandb, … or none; metrics.jsonl is always kept")
+    add("--tracker_project_name", type=file_name, help="project that the tracker files the run under [train_mpdit]")
+    add("--tracker_run_name", type=file_name, help="name of the run in it [the tracker's choice]")
     add("--logging_dir", default="logs", help="folder for logs inside output_dir")
+
+
+def file_name(text: str) -> str:
+    """A name that may become a folder, and leads to no other one."""
+    if text in ("", ".", "..") or "/" in text or "\\" in text:
+        raise argparse.ArgumentTypeError(f"must be a name without slashes, got {text!r}")
+    return text
 
 
 def latents_folder(args: argparse.Namespace) -> Path:
@@ -259,8 +284,7 @@ def _check_training(args, parser):
         parser.error("--lr_warmup_steps has no meaning for --lr_scheduler constant: use constant_with_warmup")
     if args.lr_scheduler != "inverse_sqrt" and args.lr_constant_steps is not None:
         parser.error(f"--lr_constant_steps has no meaning for --lr_scheduler {args.lr_scheduler}")
-    if len(set(args.ema_stds)) < len(args.ema_stds):
-        parser.error(f"--ema_stds must differ from each other, got {args.ema_stds}")
+    check_ema_stds(args.ema_stds, parser)
     if args.max_train_steps is not None and args.ema_update_steps > args.max_train_steps:
         parser.error(
             f"--ema_update_steps must be at most --max_train_steps ({args.max_train_steps}), got "
@@ -273,10 +297,25 @@ def _check_training(args, parser):
         )
 
 
+def _check_trackers(args, parser):
+    for name in ("tracker_project_name", "tracker_run_name"):
+        if getattr(args, name) is not None and args.report_to == "none":
+            parser.error(f"--{name} has no meaning without a tracker: give --report_to")
+    if args.tracker_run_name is not None and args.report_to not in ("tensorboard", *NAMES_OF_RUNS):
+        parser.error(f"--tracker_run_name is for {', '.join(['tensorboard', *NAMES_OF_RUNS])}, got {args.report_to}")
+
+
 def _check_folders(args, parser):
-    if not (args.output_dir / args.logging_dir).resolve().is_relative_to(args.output_dir.resolve()):
+    output_dir, latents = args.output_dir.resolve(), latents_folder(args).resolve()
+    logs = (output_dir / args.logging_dir).resolve()
+    if not logs.is_relative_to(output_dir):
         # Elsewhere the log of another run could be taken for this one's, and be shortened.
         parser.error(f"--logging_dir must lie inside --output_dir ({args.output_dir}), got {args.logging_dir}")
+    for name, folder in (("logging_dir", logs), ("latents_dir", latents)):
+        parts = folder.relative_to(output_dir).parts if folder.is_relative_to(output_dir) else ("elsewhere",)
+        is_taken = not parts or OF_THE_RUN.fullmatch(parts[0]) and (name, parts) != ("latents_dir", ("latents",))
+        if is_taken or latents == logs:
+            parser.error(f"--{name} must be a folder that the run uses for nothing else, got {getattr(args, name)}")
     # Encoded images alone are what a run leaves that stopped before its first update: nothing to lose, much to keep.
     found = [path.name for path in args.output_dir.iterdir()] if args.output_dir.is_dir() else []
     if args.resume_from_checkpoint is None and set(found) - {"latents", LOCK_NAME}:

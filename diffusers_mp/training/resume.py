@@ -12,6 +12,7 @@ from accelerate.logging import get_logger
 
 from ..averages.snapshots import discard_snapshots_after
 from ..data.latents import LatentDataset
+from ..files import read_json, whole_file
 from ..optimization import scale_learning_rate
 from ..publishing.hub import public_arguments
 from ..transformer_mpdit import MPDiTTransformer2DModel
@@ -19,7 +20,7 @@ from .arguments import OBJECTIVE_FLAGS
 from .checkpoints import find_checkpoints, load_checkpoint, read_state, resolve_checkpoint
 from .model import Pretrained
 from .run import Run
-from .tracking import JSONLinesTracker
+from .tracking import JSONLinesTracker, tracker_options
 
 
 logger = get_logger(__name__)
@@ -38,8 +39,8 @@ def checkpoint_to_resume(args: argparse.Namespace, accelerator: Accelerator, cur
                 "snapshots. Give another `--output_dir`."
             )
         # As the former try was called: this one may want them more often.
-        former = args.output_dir / "training_arguments.json"
-        due = json.loads(former.read_text())["checkpointing_steps"] if former.is_file() else args.checkpointing_steps
+        former = read_json(args.output_dir / "training_arguments.json", {})
+        due = former.get("checkpointing_steps", args.checkpointing_steps)
         if curve.last_step > due:
             raise ValueError(
                 f"`--resume_from_checkpoint latest` must find a checkpoint where a run has come to update "
@@ -128,5 +129,8 @@ def clear_what_comes_again(args: argparse.Namespace, run: Run) -> None:
                 shutil.rmtree(abandoned, ignore_errors=True)
                 later.rename(abandoned)
                 logger.warning("%s is of updates that come again, and is kept as %s", later.name, abandoned.name)
-        (args.output_dir / "training_arguments.json").write_text(json.dumps(arguments, indent=2, default=str) + "\n")
-    run.accelerator.init_trackers("train_mpdit", config={name: str(value) for name, value in arguments.items()})
+        with whole_file(args.output_dir / "training_arguments.json") as unfinished:
+            unfinished.write_text(json.dumps(arguments, indent=2, default=str) + "\n", encoding="utf-8")
+    project, init_kwargs = tracker_options(args, run.step)
+    config = {name: str(value) for name, value in arguments.items()}
+    run.accelerator.init_trackers(project, config=config, init_kwargs=init_kwargs)

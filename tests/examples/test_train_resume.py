@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import time
 
 import pytest
 from helpers import reset_accelerate
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import (
     MODEL,
     assert_same_weights,
@@ -52,6 +54,33 @@ def test_resume_gives_the_weights_and_losses_of_an_uninterrupted_run(data, tmp_p
     assert_same_weights(raw_weights(whole / "checkpoint-6"), raw_weights(resumed / "checkpoint-6"))
     for part in ("transformer", "transformer_ema_0.1"):
         assert_same_weights(weights(whole / part), weights(resumed / part))
+
+
+def test_tensorboard_shows_each_update_once_after_a_resume(data, tmp_path, monkeypatch):
+    import train_mpdit
+
+    more = ("--logging_steps", "1", "--report_to", "tensorboard", "--validation_steps", "3")
+    more += ("--tracker_project_name", "project", "--tracker_run_name", "first")
+    output_dir, update = tmp_path / "run", train_mpdit.PowerFunctionEMA.update
+
+    def update_and_die(self, step):
+        update(self, step)
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mpdit.PowerFunctionEMA, "update", update_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(data, output_dir, *more)
+    reset_accelerate()
+    time.sleep(1.1)  # files of events are read in the order of their names, which have the second
+    train(data, output_dir, *more, "--resume_from_checkpoint", "checkpoint-2")
+    assert len(list((output_dir / "logs" / "project" / "first").glob("events.*"))) == 2
+    events = EventAccumulator(str(output_dir / "logs" / "project" / "first")).Reload()
+    logged = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert logged == pytest.approx(metrics(output_dir, "train/loss"))
+    assert [event.step for event in events.Images("validation/samples")] == [3, 6]
 
 
 def test_going_back_leaves_no_later_checkpoint_for_latest(data, plain_copy, monkeypatch):
