@@ -57,7 +57,7 @@ from diffusers_mp.training import (
 from diffusers_mp.training.checks import check_arguments, check_model
 from diffusers_mp.training.engine import lock_folder, start
 from diffusers_mp.training.model import load_pretrained, make_model, vae_of_pretrained
-from diffusers_mp.training.preview import validate
+from diffusers_mp.training.preview import classes_of_samples, validate
 from diffusers_mp.training.progress import Progress
 from diffusers_mp.training.resume import (
     checkpoint_to_resume,
@@ -182,6 +182,7 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
     )
     if args.validation_steps and args.validation_guidance_scale is not None:
         pipeline.check_guidance(args.validation_guidance_scale)
+    classes_of_samples(args.validation_labels, pipeline)
 
     # 5. The engine's wrappers. Rows are normalised after every update: the forward need not do it.
     model, optimizer = accelerator.prepare(model, optimizer)

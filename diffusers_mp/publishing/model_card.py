@@ -121,7 +121,9 @@ def write_model_card(
 
 
 def _samples(folder: Path, sample_grid: str | Path | None, arguments: dict) -> str:
-    samples = sorted((folder / "samples").glob("step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")))
+    # Others are not the trainer's.
+    samples = [path for path in (folder / "samples").glob("step-*.png") if path.stem.removeprefix("step-").isdecimal()]
+    samples.sort(key=lambda path: int(path.stem.removeprefix("step-")))
     source = sample_grid or (samples[-1] if samples else folder / GRID_NAME)
     if sample_grid is None and not source.is_file():
         return ""

@@ -202,6 +202,7 @@ def _add_log_arguments(add):
     )
     add("--num_validation_levels", type=at_least(1), default=8, help="noise levels of the validation loss")
     add("--validation_inference_steps", type=at_least(1), default=50, help="steps of the validation samples")
+    add("--validation_labels", nargs="+", help="names of the classes that are sampled, or ids [the first ten]")
     add("--validation_guidance_scale", type=finite, help="guidance of the samples [pipeline's default]")
     add("--logging_steps", type=at_least(1), default=10, help="updates between log entries")
     add(
@@ -271,6 +272,9 @@ def _check_model(args, parser):
             get_preset(args.preset, args.configuration, args.modulation)
         except ValueError as error:
             parser.error(str(error).replace("`size`", "--preset").replace("`configuration`", "--configuration"))
+    if args.validation_labels is not None and (not args.validation_steps or args.pooled_column is not None):
+        reason = "condition vectors, which are those of held-out images" if args.validation_steps else "no validation"
+        parser.error(f"--validation_labels has no meaning with {reason}")
     is_guided = args.validation_steps and args.validation_guidance_scale not in (None, 1)
     if is_guided and args.class_dropout_prob == 0:
         parser.error("--validation_guidance_scale needs dropped conditions in training, not --class_dropout_prob 0")

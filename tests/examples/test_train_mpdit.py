@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -62,7 +63,11 @@ def test_run_becomes_a_pipeline(data, tmp_path, capfd):
     assert sum(name.startswith("validation/mse_t") for name in last) == 8
     assert sorted(path.name for path in (output_dir / "samples").iterdir()) == ["step-0000003.png", "step-0000006.png"]
     with Image.open(output_dir / "samples" / "step-0000006.png") as grid:
-        assert grid.size == (32, 16)
+        # Two images of 16 pixels, enlarged six times, with their classes' names above.
+        assert grid.size == (2 * (96 + 6), 20 + 96 + 6)
+        cell = np.asarray(grid.crop((0, 20, 96, 116)))
+        assert np.array_equal(cell, cell[::6, ::6].repeat(6, 0).repeat(6, 1))
+        assert grid.crop((0, 0, 96, 20)).convert("L").getextrema()[0] < 128
     events = EventAccumulator(str(next((output_dir / "logs").rglob("events.*")).parent)).Reload()
     assert [event.step for event in events.Images("validation/samples")] == [3, 6]
     assert "train/loss" in events.Tags()["scalars"]
@@ -207,6 +212,26 @@ def test_every_scheduler_trains(data, tmp_path):
         # diffusers' schedules begin at 0, then half of the rate, then all, then the schedule's own way.
         assert (rates[1], rates[2], rates[3]) == pytest.approx((0, 0.5e-2, 1e-2))
         assert rates[4] == pytest.approx(1e-2 if name == "constant_with_warmup" else 0.5e-2)
+
+
+def test_samples_are_of_the_classes_asked_for(data, tmp_path, monkeypatch):
+    asked, call = [], MPDiTPipeline.__call__
+
+    def note(self, class_labels, **kwargs):
+        asked.append(class_labels)
+        return call(self, class_labels, **kwargs)
+
+    monkeypatch.setattr(MPDiTPipeline, "__call__", note)
+    more = ("--max_train_steps", "1", "--validation_steps", "1", "--validation_labels")
+    train(data, tmp_path / "names", *more, "light", "0", "light")
+    assert asked == [[1, 0, 1]]
+    # A name that is a number is a name, not an id.
+    for name, number in (("dark", "1"), ("light", "0")):
+        shutil.copytree(data / "images" / name, tmp_path / "numbers" / number)
+    train(data, tmp_path / "numbered", *more, "1", "--train_data_dir", str(tmp_path / "numbers"))
+    assert asked[1:] == [[1]]
+    with pytest.raises(ValueError, match="`validation_labels` must be ids or names .* unknown name 'lihgt'.*'light'"):
+        train(data, tmp_path / "wrong", *more, "lihgt")
 
 
 def test_bf16(data, tmp_path):

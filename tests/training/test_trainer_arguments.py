@@ -163,6 +163,11 @@ def test_output_dir_in_use(tmp_path, capsys):
         (("--tracker_run_name", "x"), "--tracker_run_name has no meaning without a tracker: give --report_to"),
         (("--report_to", "aim", "--tracker_run_name", "x"), "--tracker_run_name is for tensorboard, wandb"),
         (("--report_to", "tensorboard", "--tracker_project_name", "../x"), "must be a name without slashes"),
+        (("--validation_labels", "cat"), "--validation_labels has no meaning with no validation"),
+        (
+            ("--validation_steps", "1", "--pooled_column", "x", "--validation_labels", "cat"),
+            "--validation_labels has no meaning with condition vectors",
+        ),
         (("--ema_update_steps", "7"), "--ema_update_steps must be at most --max_train_steps (6), got 7"),
         (("--preset", "B/2", "--no-mp_silu"), "--model_config_name_or_path stands instead of --preset, --mp_silu"),
     ],
