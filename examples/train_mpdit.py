@@ -55,8 +55,9 @@ from diffusers_mp.training import (
     save_checkpoint,
 )
 from diffusers_mp.training.checks import check_arguments, check_model
+from diffusers_mp.training.dry_run import dry_run
 from diffusers_mp.training.engine import lock_folder, start
-from diffusers_mp.training.model import load_pretrained, make_model, vae_of_pretrained
+from diffusers_mp.training.model import load_pretrained, make_model, num_known_classes, vae_of_pretrained
 from diffusers_mp.training.preview import classes_of_samples, validate
 from diffusers_mp.training.progress import Progress
 from diffusers_mp.training.resume import (
@@ -67,6 +68,8 @@ from diffusers_mp.training.resume import (
     run_facts,
 )
 from diffusers_mp.training.run import Run, run_length
+from diffusers_mp.training.summary import DataSummary, start_of_run
+from diffusers_mp.training.verdict import verdict
 from diffusers_mp.training.watchdog import gradient_norm
 
 
@@ -75,7 +78,7 @@ def main(args):
     accelerator, curve = start(args, args.output_dir / args.logging_dir)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     repo_id = None
-    if args.push_to_hub and accelerator.is_main_process:
+    if args.push_to_hub and accelerator.is_main_process and not args.dry_run:
         # Now, not after weeks: the token, the right to write, the repository.
         repo_id = check_hub_access(
             args.hub_model_id or args.output_dir.name, token=args.hub_token, private=args.hub_private_repo or None
@@ -86,6 +89,9 @@ def main(args):
     objective, pretrained = training_objective(args), None
     if args.pretrained_model_name_or_path is not None:
         pretrained = load_pretrained(args, vae, objective.scheduler)
+    if args.dry_run:
+        dry_run(args, accelerator, vae, pretrained, checkpoint_to_resume(args, accelerator, curve))
+        return
     with lock_folder(args.output_dir, accelerator):
         checkpoint = checkpoint_to_resume(args, accelerator, curve)
         latents = load_latents(args, vae, accelerator, pretrained)
@@ -93,11 +99,11 @@ def main(args):
         if checkpoint is not None:
             resume(args, run, checkpoint)
         clear_what_comes_again(args, run)
-        accelerator.print(
-            f"{sum(p.numel() for p in run.transformer.parameters()):,} parameters, {len(run.samples):,} training "
-            f"images, {len(run.held_out):,} held out, {run.max_train_steps:,} updates of {args.total_batch_size} from "
-            f"update {run.step:,}"
-        )
+        known = None if pretrained is None else num_known_classes(pretrained, latents.id2label)
+        data = DataSummary.of_latents(latents, len(run.held_out))
+        learning_rate, model = run.facts["learning_rate"], run.pipeline.transformer
+        lengths = run.max_train_steps, run.step
+        accelerator.print(start_of_run(args, accelerator, data, model, learning_rate, *lengths, known))
         with StopRequest() as stop, contextlib.ExitStack() as at_end:
             train(args, run, stop, at_end)
         if run.step < run.max_train_steps:
@@ -143,7 +149,7 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
     """Everything that a run consists of, before its first update."""
     # 1. The model, and the samples in the units that it knows
     num_classes = None if latents.id2label is None else len(latents.id2label)
-    model = make_model(args, accelerator, latents, num_classes, pretrained).train()
+    model = make_model(args, latents, num_classes, pretrained).train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     units = {"latents_mean": latents.latents_mean, "latents_std": latents.latents_std}
@@ -355,7 +361,7 @@ def finish(args, run, repo_id):
     pipeline.save_pretrained(args.output_dir)
     num_images_seen = run.step * args.total_batch_size
     write_model_card(args.output_dir, repo_id, license=args.hub_license, num_images_seen=num_images_seen)
-    print(f"Saved the pipeline to {args.output_dir}: MPDiTPipeline.from_pretrained({str(args.output_dir)!r})")
+    print(verdict(args.output_dir, pipeline, run.curve, run.step))
     if args.push_to_hub:
         url = publish(
             args.output_dir,

@@ -150,6 +150,7 @@ def _add_objective_arguments(add):
 
 def _add_training_arguments(add):
     add("--output_dir", type=Path, default=Path("mpdit"), help="folder of the run and of the pipeline")
+    add("--dry_run", action="store_true", help="say what would be trained on what, and end without writing anything")
     add("--seed", type=at_least(0), default=0, help="seed of the weights and of every training sample")
     add_batch_arguments(add, RECIPE_BATCH_SIZE)
     add("--max_train_steps", type=at_least(1), help="number of updates [400000, or as num_train_epochs says]")

@@ -20,6 +20,7 @@ from .arguments import OBJECTIVE_FLAGS
 from .checkpoints import find_checkpoints, load_checkpoint, read_state, resolve_checkpoint
 from .model import Pretrained
 from .run import Run
+from .summary import recipe_learning_rate
 from .tracking import JSONLinesTracker, tracker_options
 
 
@@ -66,7 +67,7 @@ def run_facts(
         args.lr_constant_steps,
     )
     if learning_rate is None:
-        learning_rate = 1e-2 if model.config.weight_normalization else 1e-4
+        learning_rate = recipe_learning_rate(model.config)
     return {
         "seed": args.seed,
         "total_batch_size": args.total_batch_size,

@@ -42,7 +42,7 @@ class Run:
         return TrainingState(self.transformer, self.optimizer, self.lr_scheduler, self.ema)
 
 
-def run_length(args: argparse.Namespace, num_train_samples: int) -> int:
+def run_length(args: argparse.Namespace, num_train_samples: int | None) -> int:
     """Number of updates.
 
     Raises:

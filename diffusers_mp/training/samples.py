@@ -69,9 +69,12 @@ def hold_out(latents: "LatentDataset", num_validation: int | None, seed: int) ->
     Returns:
         tuple[torch.Tensor, torch.Tensor]: as `split_validation` gives them.
     """
-    if num_validation is None:
-        num_validation = min(256, len(latents) // 20)
-    return split_validation(len(latents), num_validation, seed, latents.labels())
+    return split_validation(len(latents), num_to_hold_out(len(latents), num_validation), seed, latents.labels())
+
+
+def num_to_hold_out(num_samples: int, num_validation: int | None) -> int:
+    """How many samples are to be held out where no number is given: 256, at most one in 20."""
+    return min(256, num_samples // 20) if num_validation is None else num_validation
 
 
 class TrainingSamples(Dataset):

@@ -50,6 +50,11 @@ class JSONLinesTracker(GeneralTracker):
         """The last step that was logged, 0 if there is none."""
         return max((json.loads(line)["step"] or 0 for line in self._whole_lines()), default=0)
 
+    def values_of(self, name: str) -> list[float]:
+        """All that was logged under a name, in order."""
+        entries = map(json.loads, self._whole_lines())
+        return [entry[name] for entry in entries if name in entry]
+
     def _whole_lines(self) -> list[str]:
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
         return [line for line in lines if line.endswith("\n")]  # a kill can have cut the last one
