@@ -8,7 +8,7 @@ ends a script with "argument --train_batch_size: must be at least 1, got 0".
 import argparse
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,13 @@ def color(text: str) -> str:
     if channels != 3:
         raise argparse.ArgumentTypeError(f"must be a colour such as white, gray or #ff8800, got {text}")
     return text
+
+
+def check_ema_stds(stds: Sequence[float], parser: argparse.ArgumentParser) -> None:
+    """Refuse widths of averages of which two have one name, which is that of a folder."""
+    names = [f"{std:g}" for std in stds]
+    if len({*names}) < len(names):
+        parser.error(f"--ema_stds must differ in six digits, got {' '.join(map(str, stds))}")
 
 
 def add_source_arguments(add: Callable[..., Any], split_help: str = "split to train on") -> None:

@@ -33,7 +33,6 @@ EXAMPLES = Path(__file__).resolve().parent
 RECORD_NAME = "demo.json"
 INTERRUPTED = "interrupted: the same command goes on"
 IMAGE_SIZE, SCAN_SIZE = 32, 8
-CELL_SIZE = 96  # of the sheet of samples
 SAVING_STEPS = 50  # of the VAE's training
 # The order of `datasets.load_dataset("imagefolder")`, which sorts the names: the id of a class is its digit.
 CLASS_NAMES = [str(digit) for digit in range(10)]
@@ -127,13 +126,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from diffusers.image_processor import VaeImageProcessor
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import pairwise_distances
 from sklearn.svm import SVC
 from tqdm.auto import tqdm
 
 from diffusers_mp import MPDiTPipeline
+from diffusers_mp.sheets import CELL_SIZE, draw_sheet
 
 
 # Digits
@@ -336,22 +336,6 @@ def plot_losses(metrics_file, image_file):
     figure.savefig(image_file, dpi=150, bbox_inches="tight")
 
 
-def draw_samples(rows, title):
-    """A grey sheet of enlarged samples under a title, a class in each row; `rows` are names of classes to images."""
-    gap, margin, header, columns = 6, 60, 60, len(next(iter(rows.values())))
-    size = (margin + columns * (CELL_SIZE + gap), header + len(rows) * (CELL_SIZE + gap))
-    sheet = Image.new("L", size, 255)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((margin, header / 2), title, fill=0, font=ImageFont.load_default(24), anchor="lm")
-    for row, (name, images) in enumerate(rows.items()):
-        top = header + row * (CELL_SIZE + gap)
-        draw.text((margin / 2, top + CELL_SIZE / 2), name, fill=0, font=ImageFont.load_default(36), anchor="mm")
-        for column, image in enumerate(images):
-            enlarged = image.convert("L").resize((CELL_SIZE, CELL_SIZE), Image.Resampling.BICUBIC)
-            sheet.paste(enlarged, (margin + column * (CELL_SIZE + gap), top))
-    return sheet
-
-
 # The demo
 
 
@@ -365,7 +349,7 @@ def train_transformer(args, data, vae, model):
         "--resolution": IMAGE_SIZE,
         "--model_config_name_or_path": model_config,
         "--output_dir": model,
-        "--train_batch_size": 64,
+        "--total_batch_size": 64,
         "--max_train_steps": args.max_train_steps,
         # Above the paper's 1e-2, which is for 400 000 updates: so short a run has to take longer steps.
         "--learning_rate": 3e-2,
@@ -394,9 +378,10 @@ def sample(args, model):
         generator=torch.Generator().manual_seed(args.seed),
     ).images
     columns, first = min(10, args.num_images_per_class), range(0, len(images), args.num_images_per_class)
-    rows = {name: images[i : i + columns] for name, i in zip(CLASS_NAMES, first, strict=True)}
+    shown = [image.convert("L") for i in first for image in images[i : i + columns]]
+    shown = [image.resize((CELL_SIZE, CELL_SIZE), Image.Resampling.BICUBIC) for image in shown]
     title = f"MPDiT on digits: guidance {args.guidance_scale:g}, {args.num_inference_steps} steps, one class a row"
-    return images, draw_samples(rows, title)
+    return images, draw_sheet(shown, columns, row_names=CLASS_NAMES, title=title)
 
 
 def print_judgement(images, splits, vae):

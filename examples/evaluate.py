@@ -27,6 +27,7 @@ from diffusers_mp.arguments import (
     add_hub_arguments,
     at_least,
     check_effects,
+    check_ema_stds,
     check_paths,
     check_source_effects,
     ema_width,
@@ -113,7 +114,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.num_samples <= args.nearest_k:
         parser.error(f"--num_samples must be more than --nearest_k ({args.nearest_k}), got {args.num_samples}")
-    for name in ("ema_stds", "guidance_scales", "num_inference_steps"):
+    check_ema_stds(args.ema_stds or [], parser)
+    for name in ("guidance_scales", "num_inference_steps"):
         values = getattr(args, name) or []
         if len(set(values)) < len(values):
             parser.error(f"--{name} must differ from each other, each is a cell, got {values}")

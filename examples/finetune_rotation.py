@@ -47,9 +47,11 @@ from diffusers_mp.arguments import (
     source_of,
 )
 from diffusers_mp.scripts import ScriptParser, command_line, run_script
+from diffusers_mp.training.batch_size import add_batch_arguments, check_batch_arguments
 
 
 SUBLAYERS = ("attention", "mlp", "final")
+BATCH_SIZE = 16
 
 
 def make_parser():
@@ -73,8 +75,7 @@ def make_parser():
     add("--output_dir", type=Path, default=Path("dit-rotation"), help="new or empty folder for the result")
     add("--seed", type=seed, default=0, help="seed of every training sample")
     add("--class_dropout_prob", type=share, default=0.1, help="share of labels replaced by the null class")
-    add("--train_batch_size", type=at_least(1), default=16, help="samples per process and micro batch")
-    add("--gradient_accumulation_steps", type=at_least(1), default=1, help="micro batches per update")
+    add_batch_arguments(add, BATCH_SIZE)
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="[as `accelerate config` says]")
     add("--max_train_steps", type=at_least(0), default=1000, help="number of updates")
@@ -99,6 +100,7 @@ def parse_args(argv=None):
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("give one of --train_data_dir and --dataset_name")
     check_source_effects(args, parser)
+    check_batch_arguments(args, parser, BATCH_SIZE)
     if args.swap == "none":
         check_effects(parser, ["rank", "sublayers"], "with --swap none")
     if args.lr_scheduler == "constant" and args.lr_warmup_steps:
@@ -144,7 +146,7 @@ from diffusers_mp.training import (
     StreamBatchSampler,
     TrainingSamples,
     all_finite,
-    split_validation,
+    hold_out,
     validation_losses,
     validation_timesteps,
 )
@@ -181,7 +183,9 @@ def main(args):
     num_held_out = args.num_validation_images
     if num_held_out is None:
         num_held_out = max(1, min(256, len(latents) // 20))
-    train_indices, validation_indices = split_validation(len(latents), num_held_out, args.seed)
+    train_indices, validation_indices = hold_out(latents, num_held_out, args.seed)
+    if not len(validation_indices):
+        raise ValueError("the data must have two images or more of a class, of which one can be held out.")
     options = {"seed": args.seed, **sample_options(pipeline)}
     held_out = HeldOut(args, TrainingSamples(latents, **options, indices=validation_indices), objective)
     options |= {"class_dropout_prob": args.class_dropout_prob, "random_flip": args.random_flip}

@@ -11,7 +11,7 @@ The second line says how well each width can be rebuilt and writes nothing. The 
 import argparse
 from pathlib import Path
 
-from diffusers_mp.arguments import HelpFormatter, at_least, ema_width
+from diffusers_mp.arguments import HelpFormatter, at_least, check_ema_stds, ema_width
 from diffusers_mp.scripts import ScriptParser, command_line, run_script
 
 
@@ -29,6 +29,7 @@ def make_parser() -> ScriptParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = make_parser().parse_args(argv)
+    check_ema_stds(args.ema_stds, make_parser())
     if args.output_dir is not None and len(args.ema_stds) > 1:
         make_parser().error(f"--output_dir takes one pipeline, hence one of --ema_stds, got {args.ema_stds}")
     return args

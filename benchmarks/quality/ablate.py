@@ -318,7 +318,7 @@ def train(args, run, folder):
         "--seed": run.seed,
         "--learning_rate": run.learning_rate,
         "--max_train_steps": args.max_train_steps,
-        "--train_batch_size": args.train_batch_size,
+        "--total_batch_size": args.train_batch_size,
         "--ema_stds": EMA_STD,
         "--num_validation_images": args.num_validation_images,
         "--validation_steps": math.ceil(args.max_train_steps / 4),

@@ -141,6 +141,16 @@ class LatentDataset(Dataset):
             sample["pooled_projections"] = file.get_slice("pooled_projections")[row].clone()
         return sample
 
+    def labels(self) -> torch.Tensor | None:
+        """Class ids of all images, int64, (N,); None if unlabelled."""
+        if self.id2label is None:
+            return None
+        labels = []
+        for shard in self.index["shards"]:
+            with safe_open(self.folder / shard["name"], framework="pt") as file:
+                labels.append(file.get_tensor("label"))
+        return torch.cat(labels)
+
     def verify(self, *, num_processes: int = 1, process_index: int = 0) -> None:
         """Reads every shard, or this process's share of them, and compares it with its SHA-256.
 

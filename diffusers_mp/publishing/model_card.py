@@ -29,6 +29,7 @@ from .training_curve import curve_rows, draw_curve, log_file, read_log, seconds_
 _REPORTED_ARGUMENTS = (
     *("preset", "configuration", "variance_type", "prediction_type", "resolution", "random_flip", "seed"),
     *("class_dropout_prob", "optimizer", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_constant_steps"),
+    "total_batch_size",
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "mixed_precision", "ema_stds", "snr_gamma"),
     *("logit_mean", "logit_std"),
 )

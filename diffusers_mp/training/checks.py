@@ -30,9 +30,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def check_model(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained: Pretrained | None) -> None:
     """Refuse a model that latents of this size or the optimiser do not fit, before images are encoded for hours."""
-    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    channels = (args.image_channels or 3) if vae is None else vae.config.latent_channels
-    size = args.resolution // factor
+    channels, size, _ = shape = latent_shape_of(args, vae)
     known = {"num_classes": None, "pooled_projection_dim": None}  # the data will tell; until then, as the config says
     if pretrained is not None:
         known |= pretrained.transformer.config
@@ -42,10 +40,17 @@ def check_model(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained:
     source = known if pretrained is not None or args.model_config_name_or_path is not None else None
     try:
         with init_empty_weights():
-            model = MPDiTTransformer2DModel(**model_config(args, (channels, size, size), *conditions, source))
+            model = MPDiTTransformer2DModel(**model_config(args, shape, *conditions, source))
     except ValueError as error:
         raise ValueError(
             f"`--resolution {args.resolution}` with this `--vae` makes latents of {channels} x {size} x {size}, which "
             f"the model must take: {error}"
         ) from error
     optimizer_groups(args, model.train(), learning_rate=1.0)
+
+
+def latent_shape_of(args: argparse.Namespace, vae: AutoencoderKL | None) -> tuple[int, int, int]:
+    """Channels, height and width of what images will be encoded to."""
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    size = args.resolution // factor
+    return (args.image_channels or 3) if vae is None else vae.config.latent_channels, size, size

@@ -4,7 +4,6 @@ import argparse
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL, SchedulerMixin
 
 from ..class_embeddings import resize_class_embeddings_
@@ -153,9 +152,14 @@ def model_config(
     return {**config, **of_data, "class_dropout_prob": class_dropout_prob}
 
 
+def num_known_classes(pretrained: Pretrained, id2label: dict[int, str] | None) -> int | None:
+    """How many of the data's classes the pretrained model knows by name; None for data without classes."""
+    known = set((pretrained.id2label or {}).values())
+    return None if id2label is None else sum(name in known for name in id2label.values())
+
+
 def make_model(
     args: argparse.Namespace,
-    accelerator: Accelerator,
     latents: LatentDataset,
     num_classes: int | None,
     pretrained: Pretrained | None,
@@ -170,13 +174,10 @@ def make_model(
     config = model_config(args, latents.latent_shape, num_classes, latents.pooled_projection_dim, pretrained_config)
     if pretrained is None:
         return MPDiTTransformer2DModel(**config)
-    model, known = pretrained.transformer, set((pretrained.id2label or {}).values())
+    model = pretrained.transformer
     if num_classes is not None:
         generator = torch.Generator().manual_seed(args.seed)
         resize_class_embeddings_(model, pretrained.id2label, latents.id2label, generator)
-        num_known = sum(name in known for name in latents.id2label.values())
-        source = args.pretrained_model_name_or_path
-        accelerator.print(f"{source} knows {num_known:,} of {num_classes:,} classes by name")
     model.register_to_config(class_dropout_prob=config["class_dropout_prob"])
     # Of a snapshot of averages, and of weights that were saved in half precision, rows are shorter than 1.
     return normalize_weights_(model)

@@ -21,7 +21,8 @@ from .arguments import OBJECTIVE_FLAGS, OPTIMIZER_FLAGS
 from .checkpoints import find_checkpoints, load_checkpoint, read_state, resolve_checkpoint
 from .model import Pretrained
 from .run import Run
-from .tracking import JSONLinesTracker
+from .summary import recipe_learning_rate
+from .tracking import JSONLinesTracker, tracker_options
 
 
 logger = get_logger(__name__)
@@ -73,7 +74,6 @@ def run_facts(
     latents: LatentDataset,
     pretrained: Pretrained | None,
     num_train_samples: int,
-    total_batch_size: int,
     max_train_steps: int,
 ) -> dict[str, Any]:
     """What makes this run this run: kept with its checkpoints, and what a resumed one has to agree with."""
@@ -84,10 +84,10 @@ def run_facts(
         args.lr_constant_steps,
     )
     if learning_rate is None:
-        learning_rate = 1e-2 if model.config.weight_normalization else 1e-4
+        learning_rate = recipe_learning_rate(model.config)
     return {
         "seed": args.seed,
-        "total_batch_size": total_batch_size,
+        "total_batch_size": args.total_batch_size,
         "num_train_samples": num_train_samples,
         "random_flip": args.random_flip,
         "learning_rate": learning_rate,
@@ -158,4 +158,6 @@ def clear_what_comes_again(args: argparse.Namespace, run: Run) -> None:
                 logger.warning("%s is of updates that come again, and is kept as %s", later.name, abandoned.name)
         plain = json.loads(json.dumps(arguments, default=str))
         write_json(args.output_dir / "training_arguments.json", plain)
-    run.accelerator.init_trackers("train_mpdit", config={name: str(value) for name, value in arguments.items()})
+    project, init_kwargs = tracker_options(args, run.step)
+    config = {name: str(value) for name, value in arguments.items()}
+    run.accelerator.init_trackers(project, config=config, init_kwargs=init_kwargs)

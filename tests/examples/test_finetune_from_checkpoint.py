@@ -50,7 +50,7 @@ def data(tmp_path_factory):
 def parse(data, output_dir, *more, source=TINY):
     arguments = [
         *("--train_data_dir", data, "--resolution", 8),  # grey, as the checkpoint says
-        *("--output_dir", output_dir, "--train_batch_size", 16, "--max_train_steps", 6, "--checkpointing_steps", 3),
+        *("--output_dir", output_dir, "--total_batch_size", 16, "--max_train_steps", 6, "--checkpointing_steps", 3),
         *("--logging_steps", 1, "--validation_steps", 0, "--num_validation_images", 0, "--ema_stds", 0.05, 0.1),
         *(("--vae", "none", "--image_channels", 1) if source is None else ("--pretrained_model_name_or_path", source)),
         *more,
@@ -206,7 +206,7 @@ print("RESULTS " + json.dumps(None))
 """
     argv = [
         *("--train_data_dir", data, "--resolution", 8, "--image_channels", 1),
-        *("--output_dir", tmp_path / "run", "--train_batch_size", 16, "--max_train_steps", 1, "--validation_steps", 0),
+        *("--output_dir", tmp_path / "run", "--total_batch_size", 16, "--max_train_steps", 1, "--validation_steps", 0),
         *("--pretrained_model_name_or_path", "user/tiny", "--learning_rate", 1e-9),
     ]
     client(server, tmp_path / "home", code, [str(TINY), [*map(str, argv)]], HF_TOKEN=TOKEN)

@@ -29,8 +29,8 @@ OPTIONS = [
     *("--adam_epsilon", "1e-2", "--max_grad_norm", "0.5", "--validation_steps", "3", "--ema_snapshot_steps", "3"),
     *("--logging_steps", "1", "--random_flip"),
 ]
-ONE = ["--train_batch_size", "4", *OPTIONS]
-TWO = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2", *OPTIONS]
+ONE = ["--total_batch_size", "4", *OPTIONS]
+TWO = ["--total_batch_size", "4", "--train_batch_size", "1", *OPTIONS]
 BF16 = ["--mixed_precision", "bf16", "--max_train_steps", "3", "--prediction_type", "flow_prediction"]
 MUON = ["--optimizer", "muon"]
 SKIP = ["--on_non_finite", "skip", "--max_train_steps", "2"]

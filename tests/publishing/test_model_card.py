@@ -69,6 +69,14 @@ def test_card_and_images_tell_nothing_private(made):
         assert grid.tobytes() == made.image.tobytes()
 
 
+def test_files_among_the_samples_that_the_trainer_did_not_make_are_ignored(made, run):
+    for name in ("step-best.png", "step-0000100 (copy).png", "step-.png", "notes.txt"):
+        (run / "samples" / name).write_text("not an image")
+    write_model_card(run)
+    with Image.open(run / "sample_grid.png") as grid:
+        assert grid.tobytes() == made.image.tobytes()
+
+
 def test_card_without_matplotlib_has_the_table_alone(run, monkeypatch):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)

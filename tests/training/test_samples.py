@@ -15,6 +15,7 @@ from diffusers_mp.training.samples import (
     StreamBatchSampler,
     TrainingSamples,
     conditions_of,
+    hold_out,
     sample_generator,
     split_validation,
 )
@@ -199,6 +200,36 @@ def test_split_validation_is_a_partition():
     for count in (20, -1):
         with pytest.raises(ValueError, match=r"`num_validation` must be in \[0, 20\), got"):
             split_validation(20, count, seed=3)
+
+
+def test_a_class_keeps_its_last_image():
+    alone = torch.arange(40)
+    train, validation = split_validation(40, 39, seed=0, labels=alone)
+    assert (len(train), len(validation)) == (40, 0)
+    # Ids need not all occur, nor come in order.
+    labels = torch.tensor([7, 2, 7, 2, 2, 5, 7, 2])
+    for seed in range(20):
+        train, validation = split_validation(8, 7, seed=seed, labels=labels)
+        assert sorted(labels[train].tolist()) == [2, 5, 7]
+        assert sorted(train.tolist() + validation.tolist()) == list(range(8))
+        assert set(split_validation(8, 3, seed=seed, labels=labels)[1].tolist()) < set(validation.tolist())
+
+
+def test_large_classes_are_held_out_as_if_there_were_none():
+    labels = torch.arange(1000) % 3
+    for train, labelled in zip(split_validation(1000, 50, 1), split_validation(1000, 50, 1, labels), strict=True):
+        assert torch.equal(train, labelled)
+
+
+def test_a_hold_out_of_encoded_images(latents, image_data, tmp_path):
+    assert latents.labels().tolist() == [latents[index]["label"] for index in range(NUM_SAMPLES)]
+    # Twelve images in classes of four: one in 20 is none.
+    assert [len(part) for part in hold_out(latents, None, 0)] == [12, 0]
+    train, validation = hold_out(latents, 11, 0)
+    assert latents.labels()[train].sort().values.tolist() == [0, 1, 2]
+    unlabelled = encode(image_data[0], tmp_path)
+    assert unlabelled.labels() is None
+    assert [len(part) for part in hold_out(unlabelled, 11, 0)] == [1, 11]
 
 
 def test_pixels_and_unlabelled_data(image_data, tmp_path):
