@@ -167,13 +167,31 @@ def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
     return None if np.abs(changed - unchanged).max() <= 1 else transform
 
 
+def read_bytes(cell: dict | None) -> bytes:
+    """The file of an image: none at all of an empty cell.
+
+    Args:
+        cell (dict): of an undecoded image column: `bytes`, or None and a `path` or an address that fsspec opens.
+    Returns:
+        bytes: its content.
+    Raises:
+        OSError: if a file cannot be read, missing ones among them. Trouble of a disk or a network is no damage of an
+            image, which could be left out for good.
+    """
+    content, path = (cell or {}).get("bytes"), (cell or {}).get("path")
+    if content is None and path is not None:
+        with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
+            content = file.read()
+    return content or b""
+
+
 def read_image(
     cell: dict | None, resolution: int, num_channels: int, background: str = "white"
 ) -> tuple[torch.Tensor, None] | tuple[None, str]:
     """What `prepare_image` makes of a cell of an undecoded image column, or the reason why it cannot be read.
 
     Args:
-        cell (dict): `bytes`, or None and a `path` or an address that fsspec opens.
+        cell (dict): as in `read_bytes`; with `bytes`, the `path` still says what a file without a signature is.
         resolution, num_channels, background: as in `prepare_image`.
     Returns:
         tuple: pixels and None, or None and the reason in a line: the caller decides what a damaged image means.
@@ -182,17 +200,12 @@ def read_image(
         MemoryError: if the image does not fit, which is no damage either; it names the file.
         ValueError: if the background is no colour.
     """
-    content, path = (cell or {}).get("bytes"), (cell or {}).get("path")
     ground_of(background)  # no fault of the image
-    if content is None and path is not None:
-        # Trouble of a disk or a network is no damage of an image: it would be left out for good.
-        with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
-            content = file.read()
+    content, name = read_bytes(cell), (cell or {}).get("path") or ""
     try:
-        with open_image(content or b"", path or "") as image:
+        with open_image(content, name) as image:
             return prepare_image(image, resolution, num_channels, background), None
     except MemoryError as error:
-        size = len(content or b"")
-        raise MemoryError(f"Not enough memory for {path or 'an image'}, a file of {size} bytes.") from error
+        raise MemoryError(f"Not enough memory for {name or 'an image'}, a file of {len(content)} bytes.") from error
     except Exception as error:  # a damaged file raises whatever the parser of its format stumbles over
         return None, " ".join(f"{type(error).__name__}: {error}".split())
