@@ -232,8 +232,8 @@ def content_of(folder, *without):
 
 
 def content_without_source(folder):
-    """What an encoding holds, but for what tells a table from a stream: its length, and the state of its files."""
-    content = content_of(folder, "settings.json")
+    """What an encoding holds, but for the state of the source, which a stream has not."""
+    content = content_of(folder)
     for name in [name for name in content if name.startswith("shard-") and name.endswith(".json")]:
         content[name] = json.loads(content[name])
         del content[name]["source_state"]

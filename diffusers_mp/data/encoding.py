@@ -128,12 +128,14 @@ def encode_dataset(
     if not 0 <= process_index < num_processes:
         raise ValueError(f"`process_index` must be in [0, {num_processes}), got {process_index}.")
     num_rows = len(dataset) if hasattr(dataset, "__len__") else None
-    record = _claim(folder, settings.record(vae, id2label, num_rows), process_index)
-    is_finished = _is_finished(folder)
-    if is_finished and num_rows is None:
+    record = _claim(folder, settings.record(vae, id2label), process_index)
+    index = _finished_index(folder)
+    if index is not None and num_rows is None:
         # A stream would have to be read to its end to be compared.
         return _open(folder, settings.skip_corrupt, process_index)
-    if not is_finished and process_index == 0:
+    if index is not None:
+        refuse_differences(folder, index, {"num_rows": num_rows})
+    elif process_index == 0:
         (folder / INDEX_NAME).unlink(missing_ok=True)
 
     # The rows, without columns that nobody needs, and how many of them are this process's
@@ -181,11 +183,11 @@ def _claim(folder: Path, record: dict[str, Any], process_index: int) -> dict[str
     return stored
 
 
-def _is_finished(folder: Path) -> bool:
-    """Whether there is an index as it was written, and all its shards; an altered one is put together again."""
+def _finished_index(folder: Path) -> dict[str, Any] | None:
+    """The index, if it is as it was written and has all its shards; an altered one is put together again."""
     index = read_json(folder / INDEX_NAME)
     is_unaltered = isinstance(index, dict) and index.get("content_hash") == content_hash(index)
-    return is_unaltered and all(is_whole(folder, shard) for shard in index["shards"])
+    return index if is_unaltered and all(is_whole(folder, shard) for shard in index["shards"]) else None
 
 
 def _open(folder: Path, skip_corrupt: bool, process_index: int) -> LatentDataset:
@@ -251,7 +253,7 @@ def _assemble(record: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[st
             raise ValueError(f"Ids must run from 0 without a gap, {num_samples} images have ids up to {highest}.")
         id2label = {str(id_): str(id_) for id_ in range(highest + 1)}
     index = {
-        **{name: value for name, value in record.items() if name != "num_rows"},
+        **record,
         "latent_shape": shards[0]["latent_shape"],
         "pooled_projection_dim": dims.pop(),
         "num_samples": sum(shard["num_samples"] for shard in shards),
@@ -260,6 +262,7 @@ def _assemble(record: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[st
         "id2label": id2label,
         "num_samples_per_class": None if id2label is None else {id_: counts[id_] for id_ in id2label},
         "shards": [{key: shard[key] for key in ("name", "num_samples", "num_bytes", "sha256")} for shard in shards],
+        "num_rows": sum(sidecar["num_rows"] for sidecar in sidecars),
         "rows_sha256": hashlib.sha256("".join(sidecar["row_digests"] for sidecar in sidecars).encode()).hexdigest(),
         "skipped": [name for sidecar in sidecars for name in sidecar["skipped"]],
     }

@@ -102,6 +102,24 @@ def test_an_image_that_takes_the_place_of_another_is_named(bitmaps, encode_bitma
         encode_bitmaps()
 
 
+def test_a_damaged_image_may_be_taken_away_before_all_is_encoded(bitmaps, encode_bitmaps, tmp_path):
+    path = bitmaps / "b" / "7.bmp"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"7\.bmp"):
+        encode_bitmaps()
+    shards_before = {path: path.stat().st_ino for path in (tmp_path / "encoded").glob("shard-*")}
+    assert len(shards_before) == 4
+    path.unlink()
+    encoded = encode_bitmaps()
+    assert (len(encoded), encoded.index["num_rows"]) == (9, 9)
+    assert {path: path.stat().st_ino for path in shards_before} == shards_before
+    # One before them is another matter.
+    (tmp_path / "encoded" / "index.json").unlink()
+    (bitmaps / "a" / "0.bmp").unlink()
+    with pytest.raises(ValueError, match=r"2\.bmp is not what .*shard-00000.* was made from"):
+        encode_bitmaps()
+
+
 def test_a_finished_encoding_is_not_read_again_from_its_source(encode_bitmaps, opened, tmp_path):
     first = encode_bitmaps()
     assert sorted(opened) == [f"{k}.bmp" for k in range(10)]
