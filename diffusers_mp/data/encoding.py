@@ -31,6 +31,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..files import UNFINISHED, read_json
+from ..sources import check_reachable
 from .latents import FORMAT_VERSION, INDEX_NAME, LatentDataset, content_hash
 from .settings import EncodingSettings, differences
 from .shards import (
@@ -70,6 +71,9 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> "AutoencoderKL 
         return None
     from diffusers import AutoencoderKL
 
+    files = ("config.json", "vae/config.json")
+    instead = "the path of a VAE, or 'none' for images as they are"
+    check_reachable("vae", name_or_path, files, cache_dir=cache_dir, instead=instead)
     failures = []
     for subfolder in (None, "vae"):
         source = {"subfolder": subfolder, "cache_dir": cache_dir}

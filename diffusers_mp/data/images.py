@@ -7,6 +7,8 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
+from ..sources import check_dataset_reachable
+
 
 SHUFFLE_BUFFER_SIZE = 1000
 # What a column of text is, made by different libraries.
@@ -52,6 +54,7 @@ def load_image_dataset(
         sources = f"got {train_data_dir!r} and {dataset_name!r}"
         raise ValueError(f"Exactly one of `train_data_dir` and `dataset_name` must be given, {sources}.")
     if train_data_dir is None:
+        check_dataset_reachable(dataset_name, cache_dir)
         dataset = datasets.load_dataset(dataset_name, dataset_config_name, **options)
     elif not Path(train_data_dir).is_dir():
         raise ValueError(f"`train_data_dir` must be a folder of images, got {str(train_data_dir)!r}.")

@@ -19,6 +19,7 @@ from ..files import read_json, write_json
 from ..pipeline_mpdit import MPDiTPipeline
 from ..publishing.hub import download_pipeline, files_to_publish, has_component
 from ..schedulers import sampler_for
+from ..sources import check_reachable
 from ..transformer_mpdit import MPDiTTransformer2DModel
 
 
@@ -61,6 +62,7 @@ class EvaluatedModel:
         """
         folder = Path(name_or_path)
         if not folder.is_dir():
+            check_reachable("pretrained_model_name_or_path", name_or_path, ["model_index.json"], **of_hub)
             with accelerator.main_process_first():
                 folder = download_pipeline(name_or_path, **of_hub)
         if ema_stds is None:

@@ -12,7 +12,7 @@ import diffusers_mp
 PACKAGE = Path(diffusers_mp.__file__).parent
 # Each may import those on floors below its own, and within a wing its neighbours.
 FLOORS = (
-    {"arguments", "files", "sharding", "presets", "functional", "_registration"},
+    {"arguments", "files", "sharding", "sources", "presets", "functional", "_registration"},
     {"fused", "scripts"},
     {"rows"},
     {"layers"},
