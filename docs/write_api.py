@@ -50,7 +50,7 @@ SECTIONS = {
         "evaluation.heat_map",
     ],
     "Data": ["data.images", "data.pixels", "data.settings", "data.encoding", "data.latents"],
-    "Files": ["files"],
+    "Files": ["files", "sources"],
     "Publishing": [
         "publishing.hub",
         "publishing.model_card",

@@ -140,6 +140,7 @@ from diffusers_mp.publishing.hub import check_hub_access, check_trackers, public
 from diffusers_mp.publishing.rotation_card import write_rotation_card
 from diffusers_mp.rotation_swap.checks import check_model, check_sites
 from diffusers_mp.rotation_swap.sites import find_sites
+from diffusers_mp.sources import check_reachable
 from diffusers_mp.training import (
     DDPMObjective,
     NonFiniteError,
@@ -172,6 +173,8 @@ def main(args):
 
     # 1. The base and its data
     source = {"revision": args.revision, "cache_dir": args.cache_dir}
+    files = ["model_index.json"]
+    check_reachable("pretrained_model_name_or_path", args.pretrained_model_name_or_path, files, **source)
     pipeline = DiTPipeline.from_pretrained(args.pretrained_model_name_or_path, **source)
     check_finite(pipeline.transformer, args.pretrained_model_name_or_path)
     if args.swap != "none":

@@ -34,6 +34,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..files import UNFINISHED, read_json
+from ..sources import check_reachable
 from .changes import SourceState
 from .formats import register_formats
 from .latents import INDEX_NAME, LatentDataset, content_hash
@@ -75,6 +76,9 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> "AutoencoderKL 
         return None
     from diffusers import AutoencoderKL
 
+    files = ("config.json", "vae/config.json")
+    instead = "the path of a VAE, or 'none' for images as they are"
+    check_reachable("vae", name_or_path, files, cache_dir=cache_dir, instead=instead)
     failures = []
     for subfolder in (None, "vae"):
         source = {"subfolder": subfolder, "cache_dir": cache_dir}
