@@ -58,6 +58,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from huggingface_hub import hf_hub_download
 
 from diffusers_mp import OriginalDiTTransformer2DModel
+from diffusers_mp.publishing.hub import mask_places
 
 
 # Attention heads of the published widths; nothing in a checkpoint tells them.
@@ -334,6 +335,7 @@ def main(args: argparse.Namespace) -> None:
     if names is not None:
         # Of itself it would not store them.
         pipeline.register_to_config(id2label={str(id): name for id, name in names.items()})
+    mask_places(pipeline)
     pipeline.save_pretrained(args.output_dir)
     first_line = "import diffusers_mp; " if is_exact else ""
     print(f"Saved: {first_line}DiTPipeline.from_pretrained({str(args.output_dir)!r})")

@@ -87,6 +87,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sources = [args.reference_dir, args.dataset_name, args.reference_statistics]
     if sum(source is not None for source in sources) != 1:
         parser.error("exactly one of --reference_dir, --dataset_name and --reference_statistics must be given")
+    if args.reference_statistics is not None and args.label_column not in ("label", "none"):
+        parser.error("--label_column has no effect with --reference_statistics, which know their classes")
     if args.reference_statistics is not None and len(args.reference_statistics) != len(args.extractors):
         parser.error(
             f"--reference_statistics takes one file for each of --extractors ({len(args.extractors)}), got "
@@ -187,7 +189,8 @@ def main(args):
         for name in args.extractors
     ]
     references = load_references(args, accelerator, extractors, *model.image_shape())
-    draw = draw_classes(pipe, args.class_labels, references[0].description["class_counts"], args.num_samples)
+    counts = None if args.label_column == "none" else references[0].description["class_counts"]
+    draw = draw_classes(pipe, args.class_labels, counts, args.num_samples)
     settings = describe(args, model, pipe, draw, extractors, references)
     warnings = warnings_of(args, draw, references)
     for line in (*([] if draw is None else [draw.line()]), *(f"Warning: {text}" for text in warnings)):

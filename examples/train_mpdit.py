@@ -43,7 +43,7 @@ from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.latents import LatentDataset
 from diffusers_mp.data.settings import EncodingSettings
 from diffusers_mp.optimization import check_optimizer, inverse_sqrt_schedule
-from diffusers_mp.publishing.hub import check_hub_access, publish
+from diffusers_mp.publishing.hub import check_hub_access, mask_places, publish
 from diffusers_mp.publishing.model_card import write_model_card
 from diffusers_mp.training import (
     StopRequest,
@@ -182,6 +182,7 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
     pipeline = MPDiTPipeline(
         transformer=whole_model, scheduler=objective.scheduler, vae=vae, id2label=latents.id2label, **units
     )
+    mask_places(pipeline)
     if args.validation_steps and args.validation_guidance_scale is not None:
         pipeline.check_guidance(args.validation_guidance_scale)
 

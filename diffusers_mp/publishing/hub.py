@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -21,6 +21,10 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from .. import __version__
 from ..files import component_names
 from ..masking import mask, masked
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 CARD_NAME, GRID_NAME, CURVE_NAME = "README.md", "sample_grid.png", "training_curve.png"
@@ -76,6 +80,18 @@ def public_arguments(arguments: argparse.Namespace | Mapping, token: str | None 
         if isinstance(arguments.get(name), (str, Path)) and Path(arguments[name]).exists():
             arguments[name] = str(Path(arguments[name]).absolute())
     return masked(arguments, *secrets)
+
+
+def mask_places(pipeline: "DiffusionPipeline") -> None:
+    """Take secrets out of the places that a pipeline and its parts come from, which `save_pretrained` would write.
+
+    Args:
+        pipeline (DiffusionPipeline): changed in place, where there is a secret.
+    """
+    for part in (pipeline, *pipeline.components.values()):
+        place = getattr(part, "config", {}).get("_name_or_path")
+        if isinstance(place, str) and mask(place) != place:
+            part.register_to_config(_name_or_path=mask(place))
 
 
 def check_trackers(report_to: str, hub_token: str | None) -> None:
