@@ -141,7 +141,7 @@ from diffusers_mp.training.engine import start
 
 def main(args):
     try:
-        check_trackers(args.report_to, args.hub_token)
+        check_trackers(args.report_to, vars(args))
     except ValueError as error:
         make_parser().error(str(error))
     accelerator, _ = start(args, args.output_dir / "logs")

@@ -94,20 +94,26 @@ def mask_places(pipeline: "DiffusionPipeline") -> None:
             part.register_to_config(_name_or_path=mask(place))
 
 
-def check_trackers(report_to: str, hub_token: str | None) -> None:
-    """Refuse a token on the command line beside a tracker that records the command line.
+def check_trackers(report_to: str, arguments: Mapping) -> None:
+    """Refuse secrets on the command line beside a tracker that records the command line.
 
     Args:
         report_to (str): name of the tracker, or "none".
-        hub_token (str, optional): the token as given on the command line.
+        arguments (mapping): the command line by the names of its arguments.
     Raises:
-        ValueError: if both are given; a token that `hf auth login` or `HF_TOKEN` knows goes with every tracker.
+        ValueError: naming the argument; a token that `hf auth login` or `HF_TOKEN` knows goes with every tracker.
     """
-    if hub_token is not None and report_to not in _LOCAL_TRACKERS:
+    if report_to in _LOCAL_TRACKERS:
+        return
+    recorded = f"together with `report_to={report_to!r}`, which may record the command line"
+    if arguments.get("hub_token") is not None:
         raise ValueError(
-            f"`hub_token` must not be given together with `report_to={report_to!r}`, which may record the command "
-            "line; use `hf auth login` or the environment variable HF_TOKEN instead."
+            f"`hub_token` must not be given {recorded}; use `hf auth login` or the environment variable HF_TOKEN "
+            "instead."
         )
+    for name, value in arguments.items():
+        if mask(str(value)) != str(value):
+            raise ValueError(f"`{name}` must hold no token or password {recorded}, got {mask(str(value))}.")
 
 
 def _find_token(token: str | None) -> str:
