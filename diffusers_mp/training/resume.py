@@ -15,7 +15,7 @@ from ..data.latents import LatentDataset
 from ..optimization import scale_learning_rate
 from ..publishing.hub import public_arguments
 from ..transformer_mpdit import MPDiTTransformer2DModel
-from .arguments import OBJECTIVE_FLAGS
+from .arguments import LOCK_NAME, OBJECTIVE_FLAGS
 from .checkpoints import find_checkpoints, load_checkpoint, read_state, resolve_checkpoint
 from .model import Pretrained
 from .run import Run
@@ -29,6 +29,19 @@ def checkpoint_to_resume(args: argparse.Namespace, accelerator: Accelerator, cur
     """What the run is to go on from; None for a new run, which says so where one was to be resumed."""
     if args.resume_from_checkpoint is None:
         return None
+    # What else is in a folder without this file is somebody's, whose README.md the run would replace.
+    former = args.output_dir / "training_arguments.json"
+    found = (
+        [] if former.is_file() or not args.output_dir.is_dir() else [path.name for path in args.output_dir.iterdir()]
+    )
+    others = sorted(
+        name for name in found if name not in ("latents", LOCK_NAME) and not name.startswith("checkpoint-")
+    )
+    if others:
+        raise ValueError(
+            f"`--resume_from_checkpoint` must go on in the folder of a run or in an empty one: {args.output_dir} has "
+            f"{others[0]} but no {former.name}. Give another `--output_dir`."
+        )
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if checkpoint is None:
         if (args.output_dir / "model_index.json").is_file():
@@ -38,7 +51,6 @@ def checkpoint_to_resume(args: argparse.Namespace, accelerator: Accelerator, cur
                 "snapshots. Give another `--output_dir`."
             )
         # As the former try was called: this one may want them more often.
-        former = args.output_dir / "training_arguments.json"
         due = json.loads(former.read_text())["checkpointing_steps"] if former.is_file() else args.checkpointing_steps
         if curve.last_step > due:
             raise ValueError(
