@@ -64,6 +64,7 @@ from huggingface_hub import hf_hub_download
 
 from diffusers_mp import OriginalDiTTransformer2DModel
 from diffusers_mp.files import read_json
+from diffusers_mp.publishing.hub import mask_places
 from diffusers_mp.sources import check_reachable
 
 
@@ -347,6 +348,7 @@ def main(args: argparse.Namespace) -> None:
     if names is not None:
         # Of itself it would not store them.
         pipeline.register_to_config(id2label={str(id): name for id, name in names.items()})
+    mask_places(pipeline)
     pipeline.save_pretrained(args.output_dir)
     first_line = "import diffusers_mp; " if is_exact else ""
     print(f"Saved: {first_line}DiTPipeline.from_pretrained({str(args.output_dir)!r})")

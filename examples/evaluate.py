@@ -103,7 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.ema_stds is None:
         check_effects(parser, ["step"], "without --ema_stds")
     if args.reference_statistics is not None:
-        names = ["dataset_split", "image_column", "max_reference_images"]
+        names = ["split", "image_column", "label_column", "max_reference_images"]
         check_effects(parser, names, "with --reference_statistics, which are measured already")
     if all(name == "torch-fidelity" or ":" in name for name in args.extractors):
         check_effects(parser, ["extractor_output"], "without a model of transformers in --extractors")
@@ -209,7 +209,8 @@ def main(args):
         for name in args.extractors
     ]
     references = load_references(args, accelerator, extractors, *model.image_shape())
-    draw = draw_classes(pipe, args.class_labels, references[0].description["class_counts"], args.num_samples)
+    counts = None if args.label_column == "none" else references[0].description["class_counts"]
+    draw = draw_classes(pipe, args.class_labels, counts, args.num_samples)
     settings = describe(args, model, pipe, draw, extractors, references)
     warnings = warnings_of(args, draw, references)
     for line in (*([] if draw is None else [draw.line()]), *(f"Warning: {text}" for text in warnings)):

@@ -136,7 +136,7 @@ from diffusers_mp import drop_shift_, save_rotation_adapter, set_shift_scale, sw
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.settings import EncodingSettings
-from diffusers_mp.publishing.hub import check_hub_access, check_trackers, public_arguments, publish
+from diffusers_mp.publishing.hub import check_hub_access, check_trackers, mask_places, public_arguments, publish
 from diffusers_mp.publishing.rotation_card import write_rotation_card
 from diffusers_mp.rotation_swap.checks import check_model, check_sites
 from diffusers_mp.rotation_swap.sites import find_sites
@@ -158,7 +158,7 @@ from diffusers_mp.training.optimizers import learning_rate_schedule
 
 def main(args):
     try:
-        check_trackers(args.report_to, args.hub_token)
+        check_trackers(args.report_to, vars(args))
     except ValueError as error:
         make_parser().error(str(error))
     check_paths(args)
@@ -177,6 +177,7 @@ def main(args):
     check_reachable("pretrained_model_name_or_path", args.pretrained_model_name_or_path, files, **source)
     pipeline = DiTPipeline.from_pretrained(args.pretrained_model_name_or_path, **source)
     check_finite(pipeline.transformer, args.pretrained_model_name_or_path)
+    mask_places(pipeline)
     if args.swap != "none":
         # What the swap would refuse, before the work. Annealed shifts are cut out as well, at the end.
         check_model(pipeline.transformer)

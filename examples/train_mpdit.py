@@ -40,7 +40,7 @@ from diffusers_mp.data.encoding import encode_dataset, load_vae
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.latents import LatentDataset
 from diffusers_mp.data.settings import EncodingSettings
-from diffusers_mp.publishing.hub import check_hub_access, publish
+from diffusers_mp.publishing.hub import check_hub_access, mask_places, publish
 from diffusers_mp.publishing.model_card import write_model_card
 from diffusers_mp.sharding import whole
 from diffusers_mp.training import (
@@ -190,6 +190,7 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
     pipeline = MPDiTPipeline(
         transformer=whole_model, scheduler=objective.scheduler, vae=vae, id2label=latents.id2label, **units
     )
+    mask_places(pipeline)
     if args.validation_steps and args.validation_guidance_scale is not None:
         pipeline.check_guidance(args.validation_guidance_scale)
     classes_of_samples(args.validation_labels, pipeline)

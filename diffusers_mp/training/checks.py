@@ -18,7 +18,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse, as the parser does, trackers that are not there, flags that make no model, decay that does nothing."""
     parser, installed = make_parser(), [str(tracker) for tracker in get_available_trackers()]
     try:
-        check_trackers(args.report_to, args.hub_token)
+        check_trackers(args.report_to, vars(args))
         if args.report_to not in ("none", *installed):
             parser.error(f"--report_to {args.report_to}: not installed; there are {installed}")
         if args.preset is not None:
