@@ -10,6 +10,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ..files import whole_file
 from ..pipeline_mpdit import MPDiTPipeline
 from .run import Run
 from .validation import validation_losses, validation_timesteps
@@ -47,8 +48,8 @@ def validate_pipeline(args: argparse.Namespace, run: Run, pipeline: MPDiTPipelin
         losses = validation_losses(pipeline.transformer, objective, batches, levels, accelerator.device)
         accelerator.log({f"validation/{name}": value for name, value in losses.items()}, step=run.step)
     images = sample_images(args, run, pipeline)
-    (args.output_dir / "samples").mkdir(exist_ok=True)
-    make_image_grid(images, rows=1, cols=len(images)).save(args.output_dir / "samples" / f"step-{run.step:07d}.png")
+    with whole_file(args.output_dir / "samples" / f"step-{run.step:07d}.png") as unfinished:
+        make_image_grid(images, rows=1, cols=len(images)).save(unfinished, format="PNG")
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             stacked = np.stack([np.asarray(image.convert("RGB")) for image in images])

@@ -12,6 +12,7 @@ from accelerate.logging import get_logger
 
 from ..averages.snapshots import discard_snapshots_after
 from ..data.latents import LatentDataset
+from ..files import remove_unfinished
 from ..optimization import scale_learning_rate
 from ..publishing.hub import public_arguments
 from ..transformer_mpdit import MPDiTTransformer2DModel
@@ -29,6 +30,10 @@ def checkpoint_to_resume(args: argparse.Namespace, accelerator: Accelerator, cur
     """What the run is to go on from; None for a new run, which says so where one was to be resumed."""
     if args.resume_from_checkpoint is None:
         return None
+    if accelerator.is_main_process:
+        # The room that a former try has lost: to a kill, or to a disk that was full.
+        for folder in (args.output_dir, args.output_dir / args.logging_dir, args.output_dir / "ema_snapshots"):
+            remove_unfinished(folder)
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if checkpoint is None:
         if (args.output_dir / "model_index.json").is_file():
