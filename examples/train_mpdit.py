@@ -40,6 +40,7 @@ from diffusers_mp.data.encoding import encode_dataset, load_vae
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.latents import LatentDataset
 from diffusers_mp.data.settings import EncodingSettings
+from diffusers_mp.files import space_for
 from diffusers_mp.publishing.hub import check_hub_access, publish
 from diffusers_mp.publishing.model_card import write_model_card
 from diffusers_mp.training import (
@@ -83,7 +84,7 @@ def main(args):
     objective, pretrained = training_objective(args), None
     if args.pretrained_model_name_or_path is not None:
         pretrained = load_pretrained(args, vae, objective.scheduler)
-    with lock_folder(args.output_dir, accelerator):
+    with space_for(args.output_dir), lock_folder(args.output_dir, accelerator):
         checkpoint = checkpoint_to_resume(args, accelerator, curve)
         latents = load_latents(args, vae, accelerator, pretrained)
         run = set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkpoint)
@@ -95,7 +96,8 @@ def main(args):
             f"images, {len(run.held_out):,} held out, {run.max_train_steps:,} updates of {run.total_batch_size} from "
             f"update {run.step:,}"
         )
-        with StopRequest() as stop, contextlib.ExitStack() as at_end:
+        when = "this update" if accelerator.num_processes == 1 else "the next multiple of --logging_steps"
+        with StopRequest(when) as stop, contextlib.ExitStack() as at_end:
             train(args, run, stop, at_end)
         if run.step < run.max_train_steps:
             accelerator.print(
