@@ -1,7 +1,9 @@
 """What several test modules share: the golden files and small real models."""
 
+import contextlib
 import json
 import math
+import resource
 from pathlib import Path
 
 import datasets
@@ -280,3 +282,14 @@ def reset_accelerate():
     """As in a new process: Accelerate keeps what it was first told."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@contextlib.contextmanager
+def full_disk(num_bytes=0):
+    """No file may grow beyond so many bytes: writes fail in the kernel, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

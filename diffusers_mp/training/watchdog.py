@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils._pytree import tree_flatten_with_path
 
+from ..files import whole_file, write_json
 from ..sharding import unwrapped, whole
 from .trace import find_first, is_finite
 
@@ -213,17 +214,17 @@ class Watchdog:
                 tensor = whole(tensor.detach())
                 if process == 0:
                     weights[name] = tensor
-        folder.mkdir(parents=True, exist_ok=True)
         if is_witness:
             for number, (batch, _) in enumerate(recorded):
                 tensors, others = _flatten(batch)
                 metadata = {name: json.dumps(value, default=repr) for name, value in others.items()}
-                path = folder / f"batch-process{process}-{number}.safetensors"
-                save_file(_to_save(tensors), path, metadata=metadata)
+                with whole_file(folder / f"batch-process{process}-{number}.safetensors") as path:
+                    save_file(_to_save(tensors), path, metadata=metadata)
         if process == 0:
+            write_json(folder / REPORT_FILE, summary)
             if weights:
-                save_file(_to_save(weights), folder / "weights.safetensors")
-            (folder / REPORT_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+                with whole_file(folder / "weights.safetensors") as path:
+                    save_file(_to_save(weights), path)
 
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:
