@@ -43,6 +43,7 @@ SECTIONS = {
         "evaluation.frechet",
         "evaluation.precision_recall",
         "evaluation.generation",
+        "evaluation.classes",
         "evaluation.model",
         "evaluation.cells",
         "evaluation.reference",
@@ -50,7 +51,7 @@ SECTIONS = {
         "evaluation.heat_map",
     ],
     "Data": ["data.images", "data.pixels", "data.settings", "data.encoding", "data.latents"],
-    "Files": ["files", "sources"],
+    "Files": ["files", "sheets", "sources"],
     "Publishing": [
         "publishing.hub",
         "publishing.model_card",

@@ -74,7 +74,9 @@ def forward(model, inputs):
 
 def write_table(dataset, folder):
     """The rows of an image folder as a parquet file with the images in it; what `--dataset_name` takes."""
-    rows = [row | {"image": {"bytes": Path(row["image"]["path"]).read_bytes(), "path": None}} for row in dataset]
+    paths = [Path(row["image"]["path"]) for row in dataset]
+    cells = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    rows = [row | {"image": cell} for row, cell in zip(dataset, cells, strict=True)]
     folder.mkdir()
     datasets.Dataset.from_list(rows, features=dataset.features).to_parquet(folder / "train.parquet")
     return str(folder)

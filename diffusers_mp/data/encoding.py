@@ -189,9 +189,17 @@ def _claim(folder: Path, record: dict[str, Any], process_index: int) -> dict[str
 
 def _finished_index(folder: Path) -> dict[str, Any] | None:
     """The index, if it is as it was written and has all its shards; an altered one is put together again."""
-    index = read_json(folder / INDEX_NAME)
-    is_unaltered = isinstance(index, dict) and index.get("content_hash") == content_hash(index)
+    index = _read_index(folder)
+    is_unaltered = "content_hash" in index and index["content_hash"] == content_hash(index)
     return index if is_unaltered and all(is_whole(folder, shard) for shard in index["shards"]) else None
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """Empty if there is none, or it is damaged: the sidecars have all that it says."""
+    try:
+        return read_json(folder / INDEX_NAME, {})
+    except ValueError:
+        return {}
 
 
 def _open(folder: Path, skip_corrupt: bool, process_index: int) -> LatentDataset:
@@ -232,10 +240,10 @@ def _complete(folder: Path, record: dict[str, Any], num_shards: int, process_ind
         # What killed processes left; safetensors has temporary files too.
         for path in (*folder.glob(f"*{UNFINISHED}"), *folder.glob(".tmp*")):
             path.unlink(missing_ok=True)
-        if read_json(folder / INDEX_NAME) != index:
+        if _read_index(folder) != index:
             write_json(folder / INDEX_NAME, index)
     # Its content, not its presence: it could be the one of before a repair, about to be replaced.
-    _wait_until(lambda: read_json(folder / INDEX_NAME) == index, folder / INDEX_NAME)
+    _wait_until(lambda: _read_index(folder) == index, folder / INDEX_NAME)
 
 
 def _assemble(record: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[str, Any]:
