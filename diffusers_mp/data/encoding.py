@@ -37,7 +37,7 @@ from ..files import UNFINISHED, read_json
 from ..sources import check_reachable
 from .changes import SourceState
 from .formats import register_formats
-from .latents import INDEX_NAME, LatentDataset, content_hash
+from .latents import INDEX_NAME, REPAIR, LatentDataset, content_hash
 from .settings import EncodingSettings, refuse_differences
 from .shards import (
     ChannelStatistics,
@@ -189,9 +189,10 @@ def _claim(folder: Path, record: dict[str, Any], process_index: int) -> dict[str
 
 def _finished_index(folder: Path) -> dict[str, Any] | None:
     """The index, if it is as it was written and has all its shards; an altered one is put together again."""
-    index = read_json(folder / INDEX_NAME)
-    is_unaltered = isinstance(index, dict) and index.get("content_hash") == content_hash(index)
-    return index if is_unaltered and all(is_whole(folder, shard) for shard in index["shards"]) else None
+    index = read_json(folder / INDEX_NAME, way_out=REPAIR)
+    if index is None or index.get("content_hash") != content_hash(index):
+        return None
+    return index if all(is_whole(folder, shard) for shard in index["shards"]) else None
 
 
 def _open(folder: Path, skip_corrupt: bool, process_index: int) -> LatentDataset:
