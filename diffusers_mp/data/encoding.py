@@ -37,7 +37,7 @@ from ..files import UNFINISHED, read_json
 from ..sources import check_reachable
 from .changes import SourceState
 from .formats import register_formats
-from .latents import INDEX_NAME, LatentDataset, content_hash
+from .latents import INDEX_NAME, REPAIR, LatentDataset, content_hash
 from .settings import EncodingSettings, refuse_differences
 from .shards import (
     ChannelStatistics,
@@ -189,17 +189,10 @@ def _claim(folder: Path, record: dict[str, Any], process_index: int) -> dict[str
 
 def _finished_index(folder: Path) -> dict[str, Any] | None:
     """The index, if it is as it was written and has all its shards; an altered one is put together again."""
-    index = _read_index(folder)
-    is_unaltered = "content_hash" in index and index["content_hash"] == content_hash(index)
-    return index if is_unaltered and all(is_whole(folder, shard) for shard in index["shards"]) else None
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    """Empty if there is none, or it is damaged: the sidecars have all that it says."""
-    try:
-        return read_json(folder / INDEX_NAME, {})
-    except ValueError:
-        return {}
+    index = read_json(folder / INDEX_NAME, way_out=REPAIR)
+    if index is None or index.get("content_hash") != content_hash(index):
+        return None
+    return index if all(is_whole(folder, shard) for shard in index["shards"]) else None
 
 
 def _open(folder: Path, skip_corrupt: bool, process_index: int) -> LatentDataset:
@@ -240,10 +233,10 @@ def _complete(folder: Path, record: dict[str, Any], num_shards: int, process_ind
         # What killed processes left; safetensors has temporary files too.
         for path in (*folder.glob(f"*{UNFINISHED}"), *folder.glob(".tmp*")):
             path.unlink(missing_ok=True)
-        if _read_index(folder) != index:
+        if read_json(folder / INDEX_NAME) != index:
             write_json(folder / INDEX_NAME, index)
     # Its content, not its presence: it could be the one of before a repair, about to be replaced.
-    _wait_until(lambda: _read_index(folder) == index, folder / INDEX_NAME)
+    _wait_until(lambda: read_json(folder / INDEX_NAME) == index, folder / INDEX_NAME)
 
 
 def _assemble(record: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[str, Any]:

@@ -243,11 +243,9 @@ def _sidecar_name(number: int) -> str:
 
 def finished_sidecar(folder: Path, number: int) -> dict[str, Any] | None:
     """The sidecar of a shard, None if the shard has to be made (again)."""
+    way_out = "remove it, and the shard is made again"
     keys = ("num_samples", "num_rows", "row_digests", "skipped", "source_state")
-    try:
-        sidecar = read_json(folder / _sidecar_name(number), keys=keys)
-    except ValueError:  # it is damaged
-        return None
+    sidecar = read_json(folder / _sidecar_name(number), keys=keys, way_out=way_out)
     return sidecar if sidecar is not None and (not sidecar["num_samples"] or is_whole(folder, sidecar)) else None
 
 
