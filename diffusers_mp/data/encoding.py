@@ -148,6 +148,8 @@ def encode_dataset(
         columns["label"] = settings.label_column
     if settings.pooled_column is not None:
         columns["pooled_projections"] = settings.pooled_column
+    if settings.pooled_column not in (None, *(there := dataset.column_names or [settings.pooled_column])):
+        raise ValueError(f"`pooled_column` must be one of {there}, got {settings.pooled_column!r}.")
     source, dataset = SourceState(dataset, columns), dataset.select_columns(list(columns.values()))
     shard_size, own_rows = settings.shard_size, None
     if num_rows is not None:
