@@ -1,7 +1,8 @@
 """What a configuration of the model stands for: the rules of its values, and the parts that it makes a model of."""
 
+import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from diffusers.configuration_utils import FrozenDict
@@ -9,6 +10,7 @@ from torch import nn
 
 from .layers import MPEmbedding, MPLeakyReLU, MPLinear, MPSiLU
 from .modulation import Modulation, check_kinds
+from .presets import CONFIGURATIONS
 
 
 ACTIVATIONS = {
@@ -18,6 +20,8 @@ ACTIVATIONS = {
 }
 _COUNTS = ("num_attention_heads", "attention_head_dim", "num_layers", "in_channels", "sample_size", "patch_size")
 _COUNTS_OR_NONE = ("out_channels", "num_classes", "pooled_projection_dim")
+_SWITCHES = tuple(CONFIGURATIONS["E"])
+_NUMBERS = ("mlp_ratio", "class_dropout_prob", "residual_t")
 _MEANING = "rows that are not normalised on use carry meaning in their norm"
 
 
@@ -31,12 +35,20 @@ def check_configuration(config: FrozenDict) -> dict[str, Any]:
     Raises:
         ValueError: if a value is outside of the rules.
     """
+    for name in _SWITCHES:
+        if not isinstance(config[name], bool):
+            raise ValueError(f"`{name}` must be True or False, got {config[name]!r}.")
+    for name in _NUMBERS:
+        value = config[name]
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
     counts = {name: config[name] for name in (*_COUNTS, *_COUNTS_OR_NONE)}
     for name, count in counts.items():
         is_optional = name in _COUNTS_OR_NONE
-        if not (is_optional and count is None) and not (isinstance(count, Integral) and count >= 1):
+        is_count = isinstance(count, Integral) and not isinstance(count, bool) and count >= 1
+        if not is_count and not (is_optional and count is None):
             rule = "an integer of at least 1, or None" if is_optional else "an integer of at least 1"
-            raise ValueError(f"`{name}` must be {rule}, got {count}.")
+            raise ValueError(f"`{name}` must be {rule}, got {count!r}.")
     check_kinds(config.modulation)
 
     heads, head_dim = config.num_attention_heads, config.attention_head_dim
@@ -62,6 +74,33 @@ def check_configuration(config: FrozenDict) -> dict[str, Any]:
             raise ValueError(f"`{name}` must {rule}, got {config[name]!r}.")
     counts = {name: count if count is None else int(count) for name, count in counts.items()}
     return {"modulation": list(config.modulation), **counts}
+
+
+def check_latent_statistics(
+    latents_mean: Sequence[float] | None, latents_std: Sequence[float] | None, num_channels: int
+) -> None:
+    """Check mean and standard deviation of latents, one of each for a channel, or neither.
+
+    Raises:
+        ValueError: if only one is given, a length or a kind is wrong, or a deviation is not positive.
+    """
+    if (latents_mean is None) != (latents_std is None):
+        raise ValueError(
+            "`latents_mean` and `latents_std` must be given together, got "
+            f"{'only `latents_std`' if latents_mean is None else 'only `latents_mean`'}."
+        )
+    for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
+        if values is None:
+            continue
+        if isinstance(values, str) or len(values) != num_channels:
+            raise ValueError(
+                f"`{name}` must have one value for each of the {num_channels} input channels of the transformer, "
+                f"got {values if isinstance(values, str) else len(values)}."
+            )
+        numbers = [value for value in values if isinstance(value, Real) and math.isfinite(value)]
+        if len(numbers) < num_channels or name == "latents_std" and min(numbers) <= 0:
+            rule = "positive numbers" if name == "latents_std" else "finite numbers"
+            raise ValueError(f"`{name}` must hold {rule}, got {list(values)}.")
 
 
 class Parts:

@@ -5,15 +5,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 
+if TYPE_CHECKING:
+    import torch
 
 # What a killed process leaves has this suffix, and may be deleted once no process writes there.
 UNFINISHED = ".unfinished"
+MISSING_IS_AN_ERROR = object()
 
 
 @contextlib.contextmanager
@@ -78,12 +80,43 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def read_json(path: str | Path, default: Any = None) -> Any:
-    """Content of a JSON file, or `default` if there is no such file."""
+def read_json(
+    path: str | Path, default: Any = None, *, keys: Iterable[str] = (), way_out: str = "restore it, or remove it"
+) -> Any:
+    """Content of a JSON file that holds an object, or `default` if there is no such file.
+
+    Args:
+        path (str or Path): the file.
+        default: what is returned without it; `MISSING_IS_AN_ERROR` raises.
+        keys (iterable of str): what the object must have.
+        way_out (str): what to do about a damaged file, for the message.
+    Raises:
+        FileNotFoundError: if there is none and must be one.
+        ValueError: if it is damaged, or holds something else; names the file.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
+        if default is MISSING_IS_AN_ERROR:
+            raise FileNotFoundError(f"{path} is missing: {way_out}.") from None
         return default
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged, it is no text ({error.reason}): {way_out}.") from error
+    return parse_json(content, path, keys=keys, way_out=way_out)
+
+
+def parse_json(text: str, source: str | Path, *, keys: Iterable[str] = (), way_out: str) -> dict[str, Any]:
+    """What a JSON text holds, which must be an object with these keys; a `ValueError` names `source`."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        said = str(error) if text.strip() else "it is empty"
+        raise ValueError(f"{source} is damaged, it is no JSON ({said}): {way_out}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{source} must hold a JSON object, it holds a {type(content).__name__}: {way_out}.")
+    if missing := [key for key in keys if key not in content]:
+        raise ValueError(f"{source} is damaged, it lacks {', '.join(missing)}: {way_out}.")
+    return content
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:
@@ -120,10 +153,10 @@ def component_names(folder: str | Path) -> list[str]:
         ValueError: if one is a path instead of a name.
     """
     # Of a part: its library and its class, both null if it was left out. What begins with "_" is about the index.
-    path = Path(folder) / "model_index.json"
+    path, way_out = Path(folder) / "model_index.json", "save the pipeline again, or take an intact copy"
     return [
         plain_name(name, path)
-        for name, value in json.loads(path.read_text(encoding="utf-8")).items()
+        for name, value in read_json(path, MISSING_IS_AN_ERROR, way_out=way_out).items()
         if not name.startswith("_")
         and isinstance(value, list)
         and len(value) == 2
@@ -143,7 +176,7 @@ def sha256_of_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_of_weights(tensors: Mapping[str, torch.Tensor]) -> str:
+def sha256_of_weights(tensors: Mapping[str, "torch.Tensor"]) -> str:
     """SHA-256 of names and values, whatever device they are on. What it gives is stored with latents and statistics.
 
     Args:
@@ -151,6 +184,8 @@ def sha256_of_weights(tensors: Mapping[str, torch.Tensor]) -> str:
     Returns:
         str: 64 hexadecimal digits.
     """
+    import torch  # here, so that what reads JSON alone starts at once
+
     content = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         # As bytes, since NumPy has no bfloat16.

@@ -1,7 +1,8 @@
-"""The optimiser's side: rates for weights stored as unit rows, and the paper's schedule."""
+"""The optimiser's side: rates for weights stored as unit rows, Muon beside Adam, and the paper's schedule."""
 
 import math
 import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from .layers import MPEmbedding, MPLinear
 # their step depends on the gradient's scale. docs/optimizers.md has the derivation, tests/test_optimizers.py follows
 # both trajectories.
 ADAM_LIKE = frozenset(
-    ("Adam", "AdamW", "NAdam", "Adamax", "RMSprop", "Adagrad", "Muon", "Adam8bit", "AdamW8bit", "Lion")
+    ("Adam", "AdamW", "NAdam", "Adamax", "RMSprop", "Adagrad", "Muon", "MuonWithAdam")
+    + ("Adam8bit", "AdamW8bit", "Lion")
 )
 SCALINGS = {
     # scaling: (power of the fan-in that divides the rate, optimisers)
@@ -25,7 +27,12 @@ SCALINGS = {
 
 
 def parameter_groups(
-    model: nn.Module, lr: float = 1e-2, eps: float = 1e-8, weight_decay: float = 0.0, scaling: str = "adam"
+    model: nn.Module,
+    lr: float = 1e-2,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    scaling: str = "adam",
+    muon: bool = False,
 ) -> list[dict[str, Any]]:
     """Parameter groups that give an optimiser on unit rows the trajectory it has on rows of RMS 1.
 
@@ -40,26 +47,24 @@ def parameter_groups(
         model (nn.Module): any model; weights of `MPLinear` are grouped by fan-in.
         lr (float): published learning rate, for rows of RMS 1.
         eps (float): the optimiser's epsilon, for rows of RMS 1.
-        weight_decay (float): decay of parameters that are not normalised; must be 0 if any are.
+        weight_decay (float): decay of what is neither a normalised row nor a gain.
         scaling (str): "adam" for Adam and its kin, Muon included, "sgd" for gradient descent with or without momentum.
             `check_optimizer` warns where the two do not fit.
+        muon (bool): groups for `MuonWithAdam`: hidden matrices, which are the weights of linear maps within the
+            model's `ModuleList`s, apart from embeddings, gains, and the layers before and after these blocks.
     Returns:
         list of dict: groups with `name`, `params`, `lr`, `eps`, `weight_decay` and `scaling`, for an optimiser. What
-        is set here wins over what the optimiser is given beside it.
+        is set here wins over what the optimiser is given beside it. With `muon` each has `muon`, whether it is of
+        hidden matrices, and these have no `eps`: Muon's is another quantity.
     Raises:
-        ValueError: if `weight_decay` is not 0 and the model has normalised rows, on which it only changes the rate, or
-            `scaling` is unknown.
+        ValueError: if `weight_decay` is not 0 and everything that it could act on is a normalised row, whose norm
+            carries no meaning, or a gain; if `muon` finds no hidden matrix; or `scaling` is unknown.
     Warns:
         UserWarning: if rows to be trained are in evaluation mode, in which they are used as they are stored.
     """
     if scaling not in SCALINGS:
         raise ValueError(f"`scaling` must be one of {list(SCALINGS)}, got {scaling!r}.")
-    normalized = _normalized_weights(model)
-    if weight_decay and normalized:
-        raise ValueError(
-            "`weight_decay` must be 0 for a model with normalised rows: their norm carries no meaning, so that decay "
-            f"would only change the effective learning rate. Got {weight_decay}."
-        )
+    normalized, matrices = _normalized_weights(model), _hidden_matrices(model) if muon else set()
     if any(
         layer.weight.requires_grad and layer.forced_weight_normalization and not layer.training
         for layer in normalized.values()
@@ -70,24 +75,38 @@ def parameter_groups(
             stacklevel=2,
         )
     power, _ = SCALINGS[scaling]
-    groups: dict[int, dict[str, Any]] = {}
-    for parameter in model.parameters():
+    groups: dict[tuple[bool, int, bool], dict[str, Any]] = {}
+    for parameter_name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = normalized.get(id(parameter))
+        layer, is_matrix = normalized.get(id(parameter)), id(parameter) in matrices
         fan_in = layer.in_features if isinstance(layer, MPLinear) else 1
+        is_decayed = weight_decay != 0 and layer is None and parameter_name.rpartition(".")[2] != "gain"
+        name = f"unit_rows_{fan_in}" if fan_in > 1 else "as_published"
         group = groups.setdefault(
-            fan_in,
+            (is_matrix, fan_in, is_decayed),
             {
-                "name": f"unit_rows_{fan_in}" if fan_in > 1 else "as_published",
+                "name": f"muon_{name}" if is_matrix else name,
                 "params": [],
                 "lr": lr / fan_in**power,
-                "eps": eps * math.sqrt(fan_in),
-                "weight_decay": weight_decay,
+                **({} if is_matrix else {"eps": eps * math.sqrt(fan_in)}),
+                "weight_decay": weight_decay if is_decayed else 0.0,
                 "scaling": scaling,
+                **({"muon": is_matrix} if muon else {}),
             },
         )
         group["params"].append(parameter)
+    if weight_decay and not any(group["weight_decay"] for group in groups.values()):
+        raise ValueError(
+            "`weight_decay` must be 0 for a model with normalised rows and nothing else but gains: the norm of such "
+            f"rows carries no meaning, so that decay would only change their effective learning rate. Got "
+            f"{weight_decay}."
+        )
+    if muon and not any(group["muon"] for group in groups.values()):
+        raise ValueError(
+            "`muon` must be False for a model without a linear map to be trained in a `ModuleList`: Muon is for "
+            f"hidden matrices, and a {type(model).__name__} has none that can be told from its ends. Use Adam."
+        )
     return list(groups.values())
 
 
@@ -138,6 +157,78 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def _normalized_weights(model: nn.Module) -> dict[int, MPLinear | MPEmbedding]:
     return {id(module.weight): module for module in model.modules() if isinstance(module, (MPLinear, MPEmbedding))}
+
+
+def _hidden_matrices(model: nn.Module) -> set[int]:
+    blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
+    layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+    return {id(layer.weight) for layer in layers}
+
+
+class MuonWithAdam(torch.optim.Optimizer):
+    """Muon for hidden matrices and AdamW for all other parameters, as one optimiser.
+
+        optimizer = MuonWithAdam(parameter_groups(model, lr=1e-2, muon=True))
+        optimizer.step()
+        normalize_weights_(model)
+
+    Both are PyTorch's, and work on the groups and the state of this one: one learning rate schedule, one scaler, one
+    state in a checkpoint. Muon (https://kellerjordan.github.io/posts/muon) makes the singular values of an update
+    about equal. Its rule for the shape is "match_rms_adamw" (arXiv 2502.16982): entries of an (A, B) matrix change by
+    0.2 of the rate in RMS, as AdamW's do, so that one rate is for both. A unit row, whose rate `parameter_groups`
+    divides by sqrt(B), turns by 0.2 lr radians, RMS over the rows.
+
+    Args:
+        params (iterable of dict): groups with `muon`, a bool, as `parameter_groups(..., muon=True)` makes them.
+        lr (float): rate of groups that have none.
+        betas (tuple of float): of AdamW.
+        momentum (float): of Muon, Nesterov's, as in its publication.
+    Raises:
+        ValueError: if a group does not say whose it is, or one of the two has no group.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        momentum: float = 0.95,
+    ):
+        groups = list(params)
+        if not all(isinstance(group, dict) and "muon" in group for group in groups):
+            raise ValueError("`params` must be groups as `parameter_groups(model, muon=True)` makes them.")
+        matrices = [group for group in groups if group["muon"]]
+        rest = [group for group in groups if not group["muon"]]
+        if not matrices or not rest:
+            raise ValueError(
+                "`params` must have groups for Muon and for Adam, got "
+                f"{len(matrices)} and {len(rest)}: use one optimiser of torch.optim."
+            )
+        self._muon = torch.optim.Muon(
+            matrices, lr=lr, weight_decay=0.0, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+        )
+        self._adam = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0)
+        super().__init__([*self._muon.param_groups, *self._adam.param_groups], {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure (callable, optional): computes the loss again, as for any optimiser of PyTorch.
+        Returns:
+            what `closure` returns, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in (self._muon, self._adam):
+            # Here rather than once: a state that is loaded replaces both.
+            optimizer.state = self.state
+            optimizer.param_groups = [g for g in self.param_groups if g["muon"] == (optimizer is self._muon)]
+            optimizer.step()
+        return loss
 
 
 def inverse_sqrt_schedule(

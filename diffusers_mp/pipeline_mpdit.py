@@ -16,6 +16,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from . import guidance, schedulers
+from .configuration import check_latent_statistics
 from .transformer_mpdit import MPDiTTransformer2DModel
 
 
@@ -78,17 +79,7 @@ class MPDiTPipeline(DiffusionPipeline):
                 f"`vae` must have as many latent channels as the transformer has input channels ({in_channels}), got "
                 f"{vae.config.latent_channels}."
             )
-        if (latents_mean is None) != (latents_std is None):
-            raise ValueError(
-                "`latents_mean` and `latents_std` must be given together, got "
-                f"{'only `latents_std`' if latents_mean is None else 'only `latents_mean`'}."
-            )
-        for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
-            if values is not None and len(values) != in_channels:
-                raise ValueError(
-                    f"`{name}` must have one value for each of the {in_channels} input channels of the transformer, "
-                    f"got {len(values)}."
-                )
+        check_latent_statistics(latents_mean, latents_std, in_channels)
         # JSON knows string keys only.
         id2label = None if id2label is None else {int(id): label for id, label in id2label.items()}
         if id2label is not None and sorted(id2label) != list(range(num_classes or 0)):

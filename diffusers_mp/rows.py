@@ -224,16 +224,21 @@ class ModelOfRows:
         """As `ModelMixin.from_pretrained`, with the rows exactly as they were saved.
 
         Raises:
-            ValueError: if a model whose rows are normalised on use (`weight_normalization` without
-                `forced_weight_normalization`) is quantised: quantised maps use rows as they are stored.
+            ValueError: if the file lacks weights that the config describes, or has others, unless the caller asks for
+                them by `output_loading_info`; if a model whose rows are normalised on use (`weight_normalization`
+                without `forced_weight_normalization`) is quantised: quantised maps use rows as they are stored.
         """
+        wants_info = kwargs.pop("output_loading_info", False)
         with rows_as_loaded():
-            loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # `output_loading_info`
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         quantizer = getattr(model, "hf_quantizer", None)
         if quantizer is not None and model._has_free_rows():
             raise ValueError(_NOT_QUANTISED.format(type(quantizer.quantization_config).__name__))
-        return loaded
+        if wants_info:
+            return model, info
+        if quantizer is None:  # whose tensors have names of their own
+            _check_all_are_loaded(model, info)
+        return model
 
     def train(self, mode: bool = True):
         """As `torch.nn.Module.train`; leaving training mode puts rows back to their norm."""
@@ -292,6 +297,19 @@ class AdaptedModelOfRows(ModelOfRows):
                 "`fuse_lora` and PEFT's merges need rows that are used as they are stored; with "
                 "`forced_weight_normalization=False` they are normalised on use: keep the LoRA unmerged."
             )
+
+
+def _check_all_are_loaded(model: nn.Module, info: dict) -> None:
+    """Refuse a file of other weights than its config describes: part of a model would be trained or sampled."""
+    kinds = ("missing", "unexpected")
+    if any(info[f"{kind}_keys"] for kind in kinds):
+        told = "; ".join(
+            f"{kind} {len(names)}, such as {min(names)}" for kind in kinds if (names := info[f"{kind}_keys"])
+        )
+        raise ValueError(
+            f"the weights in {model.config._name_or_path} must be those that its config.json describes ({told}): one "
+            "of the two files is of another model."
+        )
 
 
 def _check_start(adapter_config) -> None:

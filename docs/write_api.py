@@ -31,11 +31,12 @@ SECTIONS = {
         "training.checks",
         "training.model",
         "training.engine",
+        "training.optimizers",
         "training.run",
         "training.resume",
         "training.preview",
     ],
-    "Command lines": ["arguments"],
+    "Command lines": ["arguments", "scripts"],
     "Averages of weights": ["averages.ema", "averages.snapshots", "averages.reconstruction"],
     "Diagnostics": ["diagnostics.recorder", "diagnostics.history", "diagnostics.plots"],
     "Evaluation": [
@@ -49,7 +50,7 @@ SECTIONS = {
         "evaluation.heat_map",
     ],
     "Data": ["data.images", "data.pixels", "data.settings", "data.encoding", "data.latents"],
-    "Files": ["files"],
+    "Files": ["files", "sources"],
     "Publishing": [
         "publishing.hub",
         "publishing.model_card",

@@ -21,16 +21,16 @@ every DiT has. To go on from a DiT with this package, see `swap_adaln_for_rotati
 """
 
 import argparse
-import json
 import math
 import pickle
 from pathlib import Path
 
-from diffusers_mp.arguments import at_least
+from diffusers_mp.arguments import at_least, check_paths
+from diffusers_mp.scripts import ScriptParser, command_line, run_script
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> ScriptParser:
+    parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="file of the original release, .pt")
     add("--output_dir", type=Path, required=True, help="new folder of the DiTPipeline")
@@ -43,6 +43,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="original",
         help="those of training, or those of diffusers' plain class, which predicts otherwise",
     )
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.output_dir.exists():
         parser.error(f"--output_dir must be a new folder, got {args.output_dir}, which exists")
@@ -50,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before the imports below, which take seconds
+    args = command_line(parse_args, make_parser())  # before the imports below, which take seconds
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +63,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from huggingface_hub import hf_hub_download
 
 from diffusers_mp import OriginalDiTTransformer2DModel
+from diffusers_mp.files import read_json
 from diffusers_mp.publishing.hub import mask_places
+from diffusers_mp.sources import check_reachable
 
 
 # Attention heads of the published widths; nothing in a checkpoint tells them.
@@ -286,15 +293,18 @@ def read_names(path: str | None, num_classes: int) -> dict[int, str] | None:
         return None
     if path is None:
         try:
+            check_reachable("id2label", NAMES_REPOSITORY, ["model_index.json"], instead="a JSON file of id and name")
             index = hf_hub_download(NAMES_REPOSITORY, "model_index.json")
         except OSError as error:
             raise ValueError(
                 f"`id2label` must be given where the names of ImageNet cannot be fetched from {NAMES_REPOSITORY} on "
                 f"the Hub: a JSON file of id and name. {type(error).__name__}: {error}"
             ) from error
-        names = json.loads(Path(index).read_text(encoding="utf-8"))["id2label"]
+        names = read_json(index, keys=["id2label"])["id2label"]
     else:
-        names = json.loads(Path(path).read_text(encoding="utf-8"))
+        names = read_json(path, way_out='`id2label` takes a JSON file such as {"0": "cat", "1": "dog"}')
+    if wrong := [id for id, name in names.items() if not id.isdecimal() or not isinstance(name, str)]:
+        raise ValueError(f"`id2label` must map ids to names, {path} has {wrong[0]!r}: {names[wrong[0]]!r}.")
     names = {int(id): name for id, name in names.items()}
     if sorted(names) != list(range(num_classes)):
         raise ValueError(f"`id2label` must name the ids 0 to {num_classes - 1}, got {len(names)} ids.")
@@ -302,10 +312,13 @@ def read_names(path: str | None, num_classes: int) -> dict[int, str] | None:
 
 
 def main(args: argparse.Namespace) -> None:
+    check_paths(args)
     weights = load_weights(args.checkpoint_path)
     config = read_config(weights, args.num_heads)
     num_classes = config["num_embeds_ada_norm"]
-    names, vae = read_names(args.id2label, num_classes), AutoencoderKL.from_pretrained(args.vae)
+    names = read_names(args.id2label, num_classes)
+    check_reachable("vae", args.vae, ["config.json"], instead="the path of a VAE")
+    vae = AutoencoderKL.from_pretrained(args.vae)
     is_exact = args.time_features == "original"
     transformer = (OriginalDiTTransformer2DModel if is_exact else DiTTransformer2DModel)(**config).eval()
     try:
@@ -342,4 +355,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(args)
+    run_script(main, args, make_parser())

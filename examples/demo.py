@@ -11,7 +11,7 @@ The digits are the 1797 scans that scikit-learn ships: no network is needed. VAE
 class, the classifier that reads the samples another quarter; what the last one scores a perfect model would score.
 """
 
-import argparse
+import functools
 import hashlib
 import json
 import os
@@ -24,14 +24,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import diffusers_mp
-from diffusers_mp.arguments import HelpFormatter, at_least
+from diffusers_mp.arguments import HelpFormatter, at_least, finite, seed
+from diffusers_mp.files import whole_file, whole_folder, write_json
+from diffusers_mp.scripts import ScriptParser, command_line, run_script
 
 
 EXAMPLES = Path(__file__).resolve().parent
 RECORD_NAME = "demo.json"
-INTERRUPTED = "\nInterrupted: the same command goes on."
+INTERRUPTED = "interrupted: the same command goes on"
 IMAGE_SIZE, SCAN_SIZE = 32, 8
-CELL_SIZE = 96  # of the sheet of samples
 SAVING_STEPS = 50  # of the VAE's training
 # The order of `datasets.load_dataset("imagefolder")`, which sorts the names: the id of a class is its digit.
 CLASS_NAMES = [str(digit) for digit in range(10)]
@@ -43,18 +44,22 @@ VAE = {
 MODEL = {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 32, "patch_size": 2}
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+def make_parser():
+    parser = ScriptParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("demo"), help="folder for everything")
     add("--max_train_steps", type=at_least(1), default=1500, help="updates of the transformer")
     add("--vae_steps", type=at_least(1), default=300, help="updates of the VAE")
-    add("--guidance_scale", type=float, default=2.0, help="guidance of the samples")
+    add("--guidance_scale", type=finite, default=2.0, help="guidance of the samples")
     add("--num_inference_steps", type=at_least(1), default=25, help="sampling steps")
     # Distances within a class need two images.
     add("--num_images_per_class", type=at_least(2), default=50, help="samples that are judged, of each digit")
-    add("--seed", type=at_least(0), default=0, help="seed of training and samples")
-    return parser.parse_args(argv)
+    add("--seed", type=seed, default=0, help="seed of training and samples")
+    return parser
+
+
+def parse_args(argv=None):
+    return make_parser().parse_args(argv)
 
 
 # The folder
@@ -70,7 +75,7 @@ def describe(args):
     packages = ("torch", "numpy", "diffusers", "accelerate", "datasets", "pillow", "scikit-learn")
     sources = sorted([*EXAMPLES.glob("*.py"), *Path(diffusers_mp.__file__).parent.rglob("*.py")])
     return {
-        "flags": {name: value for name, value in sorted(vars(args).items()) if name != "output_dir"},
+        "flags": {name: value for name, value in sorted(vars(args).items()) if name not in ("output_dir", "debug")},
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
         "sources_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
     }
@@ -98,17 +103,14 @@ def open_folder(args):
         print(f"{args.output_dir} was made by another version ({', '.join(differences)}): kept as {aside}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     num_threads = usable_cpus()
-    # Not by `diffusers_mp.files`, which imports torch, before which the number of threads has to be known.
-    unwritten = record_file.with_name(f"{RECORD_NAME}.unfinished")
-    unwritten.write_text(json.dumps({**wanted, "num_threads": num_threads}, indent=2) + "\n")
-    unwritten.replace(record_file)
+    write_json(record_file, {**wanted, "num_threads": num_threads})
     return num_threads
 
 
 if __name__ == "__main__":
     # Before the heavy imports: `--help` answers at once, and torch is told the number of threads.
-    arguments = parse_args()
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))  # while it imports
+    arguments = command_line(parse_args, make_parser())
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(f"\n{INTERRUPTED}"))  # while it imports
     print(
         "Trains a VAE and a diffusion transformer on 896 real handwritten digits, then draws new ones: about 4 "
         "minutes on 2 idle cores. Interrupted, the same command goes on.",
@@ -124,14 +126,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from diffusers.image_processor import VaeImageProcessor
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import pairwise_distances
 from sklearn.svm import SVC
 from tqdm.auto import tqdm
 
 from diffusers_mp import MPDiTPipeline
-from diffusers_mp.files import whole_file, whole_folder, write_json
+from diffusers_mp.sheets import CELL_SIZE, draw_sheet
 
 
 # Digits
@@ -334,22 +336,6 @@ def plot_losses(metrics_file, image_file):
     figure.savefig(image_file, dpi=150, bbox_inches="tight")
 
 
-def draw_samples(rows, title):
-    """A grey sheet of enlarged samples under a title, a class in each row; `rows` are names of classes to images."""
-    gap, margin, header, columns = 6, 60, 60, len(next(iter(rows.values())))
-    size = (margin + columns * (CELL_SIZE + gap), header + len(rows) * (CELL_SIZE + gap))
-    sheet = Image.new("L", size, 255)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((margin, header / 2), title, fill=0, font=ImageFont.load_default(24), anchor="lm")
-    for row, (name, images) in enumerate(rows.items()):
-        top = header + row * (CELL_SIZE + gap)
-        draw.text((margin / 2, top + CELL_SIZE / 2), name, fill=0, font=ImageFont.load_default(36), anchor="mm")
-        for column, image in enumerate(images):
-            enlarged = image.convert("L").resize((CELL_SIZE, CELL_SIZE), Image.Resampling.BICUBIC)
-            sheet.paste(enlarged, (margin + column * (CELL_SIZE + gap), top))
-    return sheet
-
-
 # The demo
 
 
@@ -363,7 +349,7 @@ def train_transformer(args, data, vae, model):
         "--resolution": IMAGE_SIZE,
         "--model_config_name_or_path": model_config,
         "--output_dir": model,
-        "--train_batch_size": 64,
+        "--total_batch_size": 64,
         "--max_train_steps": args.max_train_steps,
         # Above the paper's 1e-2, which is for 400 000 updates: so short a run has to take longer steps.
         "--learning_rate": 3e-2,
@@ -392,9 +378,10 @@ def sample(args, model):
         generator=torch.Generator().manual_seed(args.seed),
     ).images
     columns, first = min(10, args.num_images_per_class), range(0, len(images), args.num_images_per_class)
-    rows = {name: images[i : i + columns] for name, i in zip(CLASS_NAMES, first, strict=True)}
+    shown = [image.convert("L") for i in first for image in images[i : i + columns]]
+    shown = [image.resize((CELL_SIZE, CELL_SIZE), Image.Resampling.BICUBIC) for image in shown]
     title = f"MPDiT on digits: guidance {args.guidance_scale:g}, {args.num_inference_steps} steps, one class a row"
-    return images, draw_samples(rows, title)
+    return images, draw_sheet(shown, columns, row_names=CLASS_NAMES, title=title)
 
 
 def print_judgement(images, splits, vae):
@@ -443,8 +430,4 @@ if __name__ == "__main__":
     # `kill` ends as Ctrl+C does, but in the trainer, which saves a checkpoint first.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    try:
-        main(arguments, num_threads)
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
-        sys.exit(130)
+    run_script(functools.partial(main, num_threads=num_threads), arguments, make_parser(), INTERRUPTED)

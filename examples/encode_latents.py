@@ -2,6 +2,7 @@
 
     python examples/encode_latents.py --train_data_dir photos --resolution 256 --random_flip --latents_dir latents
     accelerate launch examples/encode_latents.py --dataset_name somebody/images --streaming --latents_dir latents
+    python examples/encode_latents.py --train_data_dir photos --list
     python examples/encode_latents.py --latents_dir latents --verify
 
 Several processes share the shards (without accelerators: `ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2`); the
@@ -16,21 +17,26 @@ from diffusers_mp.arguments import (
     add_encoding_arguments,
     add_source_arguments,
     at_least,
+    check_effects,
+    check_paths,
     encoding_of,
+    pixels,
+    seed,
     source_of,
 )
+from diffusers_mp.scripts import ScriptParser, command_line, run_script
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def make_parser() -> ScriptParser:
+    parser = ScriptParser(
         description="Encode images into latents that the trainer reads.", formatter_class=HelpFormatter
     )
     add = parser.add_argument
-    add("--latents_dir", required=True, help="where encoded images are kept")
+    add("--latents_dir", help="where encoded images are kept")
     add_source_arguments(add, split_help="split to encode")
-    add("--seed", type=at_least(0), default=0, help="seed of the choice of --max_train_samples")
+    add("--seed", type=seed, default=0, help="seed of the choice of --max_train_samples")
     add_encoding_arguments(add)
-    add("--resolution", type=at_least(1), default=128, help="side of the images in pixels, after centre crop")
+    add("--resolution", type=pixels, default=128, help="side of the images in pixels, after centre crop")
     add("--random_flip", action="store_true", help="encode each image mirrored too")
     add(
         "--vae",
@@ -40,12 +46,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--encode_batch_size", type=at_least(1), default=32, help="images per forward pass of the VAE")
     add("--shard_size", type=at_least(1), default=2048, help="images per file")
     add("--dataloader_num_workers", type=at_least(0), default=0, help="threads that decode images")
+    add("--list", action="store_true", help="encode nothing, print images, classes and what is left out")
     add("--verify", action="store_true", help="encode nothing, read all shards and name those that were altered")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.verify and args.list:
+        parser.error("give one of --list and --verify")
+    if args.latents_dir is None and not args.list:
+        parser.error("--latents_dir must be given, or --list")
+    if args.verify:
+        check_effects(parser, sorted(parser.given - {"latents_dir", "verify", "debug"}), "with --verify")
+    if args.train_data_dir is not None and args.dataset_name is not None:
+        parser.error("give one of --train_data_dir and --dataset_name")
+    if args.dataset_name is None:
+        check_effects(parser, ["dataset_config_name"], "without --dataset_name")
+    if args.max_train_samples is None:
+        check_effects(parser, ["seed"], "without --max_train_samples")
+    if args.vae != "none":
+        check_effects(parser, ["image_channels"], "with a VAE, which brings its own")
+    return args
+
+
+def check_source(args):
+    """Refuse what names nothing to encode."""
+    if not args.verify and args.train_data_dir is None and args.dataset_name is None:
+        raise ValueError("give one of --train_data_dir and --dataset_name, or --verify")
+    check_paths(args)
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before the imports below, which take seconds
+    args = command_line(parse_args, make_parser())  # before the imports below, which take seconds
 
 from accelerate import Accelerator
 
@@ -57,6 +91,7 @@ from diffusers_mp.training.engine import check_processes
 
 
 def main(args):
+    check_source(args)
     accelerator = Accelerator()
     check_processes(accelerator, "encode everything")
     processes = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
@@ -65,9 +100,11 @@ def main(args):
         if accelerator.is_main_process:
             latents.verify()
     else:
+        dataset, id2label, report = load_image_dataset(**source_of(args))
+        accelerator.print("\n".join(report.lines()))
+        if args.list:
+            return
         vae, settings = load_vae(args.vae, args.cache_dir), EncodingSettings(**encoding_of(args))
-        settings.for_vae(vae)  # refuses what does not suit it before the data are opened
-        dataset, id2label = load_image_dataset(**source_of(args))
         vae = None if vae is None else vae.to(accelerator.device)
         latents = encode_dataset(dataset, args.latents_dir, settings, vae=vae, id2label=id2label, **processes)
     state = "unaltered" if args.verify else "encoded"
@@ -79,4 +116,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(args)
+    run_script(main, args, make_parser())

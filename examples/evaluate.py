@@ -22,13 +22,23 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from diffusers_mp.arguments import HelpFormatter, add_hub_arguments, at_least, ema_width, finite
+from diffusers_mp.arguments import (
+    HelpFormatter,
+    add_hub_arguments,
+    at_least,
+    check_effects,
+    check_ema_stds,
+    check_paths,
+    check_source_effects,
+    ema_width,
+    finite,
+    seed,
+)
+from diffusers_mp.scripts import RunFailedError, ScriptParser, command_line, run_script
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Measure generated images against real ones.", formatter_class=HelpFormatter
-    )
+def make_parser() -> ScriptParser:
+    parser = ScriptParser(description="Measure generated images against real ones.", formatter_class=HelpFormatter)
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help="pipeline by path or Hub id, or output_dir of a run")
     add("--revision", help="of a pipeline on the Hub")
@@ -41,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("images").add_argument
     add("--num_samples", type=at_least(2), default=50_000, help="generated images for each cell")
     add("--batch_size", type=at_least(1), default=32, help="images that a process generates at once")
-    add("--seed", type=at_least(0), default=0, help="image i depends on this and i alone")
+    add("--seed", type=seed, default=0, help="image i depends on this and i alone")
     add(
         "--class_labels",
         nargs="+",
@@ -60,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dataset_name", help="data set on the Hub, or a path `datasets.load_dataset` understands")
     add("--reference_statistics", nargs="+", help="files from an earlier `reference/`, one for each extractor")
     add("--dataset_config_name", help="configuration of the data set")
-    add("--dataset_split", default="train", help="its split")
+    add("--split", help="its split [train], or the name of the folders to take images from")
     add("--image_column", default="image", help="column of the images")
     add("--label_column", default="label", help="column of their classes; none: the pipeline's classes in turn")
     add("--max_reference_images", type=at_least(2), help="take this many only, drawn with seed 0")
@@ -87,8 +97,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sources = [args.reference_dir, args.dataset_name, args.reference_statistics]
     if sum(source is not None for source in sources) != 1:
         parser.error("exactly one of --reference_dir, --dataset_name and --reference_statistics must be given")
-    if args.reference_statistics is not None and args.label_column not in ("label", "none"):
-        parser.error("--label_column has no effect with --reference_statistics, which know their classes")
+    check_source_effects(args, parser)
+    if Path(args.pretrained_model_name_or_path).is_dir():
+        check_effects(parser, ["revision"], "with a folder, which has no revisions")
+    if args.ema_stds is None:
+        check_effects(parser, ["step"], "without --ema_stds")
+    if args.reference_statistics is not None:
+        names = ["split", "image_column", "label_column", "max_reference_images"]
+        check_effects(parser, names, "with --reference_statistics, which are measured already")
+    if all(name == "torch-fidelity" or ":" in name for name in args.extractors):
+        check_effects(parser, ["extractor_output"], "without a model of transformers in --extractors")
     if args.reference_statistics is not None and len(args.reference_statistics) != len(args.extractors):
         parser.error(
             f"--reference_statistics takes one file for each of --extractors ({len(args.extractors)}), got "
@@ -96,7 +114,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.num_samples <= args.nearest_k:
         parser.error(f"--num_samples must be more than --nearest_k ({args.nearest_k}), got {args.num_samples}")
-    for name in ("ema_stds", "guidance_scales", "num_inference_steps"):
+    check_ema_stds(args.ema_stds or [], parser)
+    for name in ("guidance_scales", "num_inference_steps"):
         values = getattr(args, name) or []
         if len(set(values)) < len(values):
             parser.error(f"--{name} must differ from each other, each is a cell, got {values}")
@@ -111,7 +130,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before the imports below, which take seconds
+    args = command_line(parse_args, make_parser())  # before the imports below, which take seconds
 
 import datetime
 import itertools
@@ -153,6 +172,7 @@ from diffusers_mp.training.engine import check_processes
 
 
 def main(args):
+    check_paths(args)
     check_sampler(args.scheduler)
     check_folders(args)
     # The main process alone rebuilds averages and computes distances, which takes it minutes.
@@ -295,7 +315,7 @@ def load_references(args, accelerator, extractors, resolution, num_channels) -> 
 def open_reference(args) -> RealImages:
     """The real images, with the number of each class where their source tells it: none is refused for lack of that."""
     options = {name: getattr(args, name) for name in ("dataset_name", "dataset_config_name", "cache_dir")}
-    options |= {"split": args.dataset_split, "image_column": args.image_column}
+    options |= {"split": args.split, "image_column": args.image_column}
     options |= {"max_train_samples": args.max_reference_images}
     label_column = None if args.label_column == "none" else args.label_column
     try:
@@ -380,7 +400,7 @@ def finish(args, model, settings, warnings, repo_id) -> None:
         print(f"Results: {args.output_dir / 'results.json'}")
         publish_best(args, model, results, path.with_suffix(".png"), repo_id)
     if failed:
-        raise RuntimeError(
+        raise RunFailedError(
             f"{len(failed)} of {len(cells)} cells failed and are tried again when started again; the others are kept. "
             f"{line_of(failed[0])}"
         )
@@ -421,4 +441,4 @@ def write_card(args, folder, results, sample_grid, repo_id) -> None:
 
 
 if __name__ == "__main__":
-    main(args)
+    run_script(main, args, make_parser())

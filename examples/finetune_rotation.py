@@ -24,7 +24,6 @@ data's classes, are dropped once for each sample; in training mode diffusers' bl
 untouched model stays in memory beside the trained one. There is no resuming: a run that was killed is lost.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -34,20 +33,29 @@ from diffusers_mp.arguments import (
     LR_SCHEDULERS,
     HelpFormatter,
     add_hub_arguments,
+    add_schedule_arguments,
     add_source_arguments,
     at_least,
+    check_effects,
+    check_paths,
+    check_schedule,
+    check_source_effects,
     encoding_of,
     positive,
+    seed,
     share,
     source_of,
 )
+from diffusers_mp.scripts import ScriptParser, command_line, run_script
+from diffusers_mp.training.batch_size import add_batch_arguments, check_batch_arguments
 
 
 SUBLAYERS = ("attention", "mlp", "final")
+BATCH_SIZE = 16
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser = ScriptParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="folder or Hub id of a DiTPipeline")
     add("--revision", help="branch, tag or commit of it")
@@ -65,16 +73,16 @@ def make_parser():
     add("--encode_batch_size", type=at_least(1), default=32, help="images per forward pass of the VAE")
     add("--dataloader_num_workers", type=at_least(0), default=0, help="processes that prepare batches")
     add("--output_dir", type=Path, default=Path("dit-rotation"), help="new or empty folder for the result")
-    add("--seed", type=at_least(0), default=0, help="seed of every training sample")
+    add("--seed", type=seed, default=0, help="seed of every training sample")
     add("--class_dropout_prob", type=share, default=0.1, help="share of labels replaced by the null class")
-    add("--train_batch_size", type=at_least(1), default=16, help="samples per process and micro batch")
-    add("--gradient_accumulation_steps", type=at_least(1), default=1, help="micro batches per update")
+    add_batch_arguments(add, BATCH_SIZE)
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="[as `accelerate config` says]")
     add("--max_train_steps", type=at_least(0), default=1000, help="number of updates")
     add("--learning_rate", type=at_least(0, float), default=1e-4, help="of AdamW, after warm-up")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup", help="how the rate goes on after it")
     add("--lr_warmup_steps", type=at_least(0), default=0, help="updates of linear warm-up")
+    add_schedule_arguments(add)
     add("--adam_weight_decay", type=at_least(0, float), default=0.0, help="AdamW's weight decay")
     add("--max_grad_norm", type=positive, default=1.0, help="clip gradients to this norm")
     add("--validation_steps", type=at_least(0), default=100, help="updates between validations; 0 for none")
@@ -91,10 +99,17 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("give one of --train_data_dir and --dataset_name")
+    check_source_effects(args, parser)
+    check_batch_arguments(args, parser, BATCH_SIZE)
+    if args.swap == "none":
+        check_effects(parser, ["rank", "sublayers"], "with --swap none")
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps:
+        parser.error("--lr_warmup_steps has no meaning for --lr_scheduler constant: use constant_with_warmup")
     if args.swap == "none" and (args.train == "rotation" or args.save == "adapter"):
         parser.error("--swap none has no rotations for --train rotation or --save adapter")
     if args.save == "adapter" and args.train == "all":
         parser.error("--save adapter does not hold the whole model: use --train rotation or --train modulation")
+    check_schedule(args, parser)
     if args.anneal_steps is not None and args.swap != "anneal":
         parser.error(f"--anneal_steps has no meaning for --swap {args.swap}")
     if args.swap == "anneal":
@@ -107,14 +122,13 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before the imports below, which take seconds
+    args = command_line(parse_args, make_parser())  # before the imports below, which take seconds
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import DistributedType
 from diffusers import DDPMScheduler, DiTPipeline
 from diffusers.models.embeddings import LabelEmbedding
-from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -126,17 +140,20 @@ from diffusers_mp.publishing.hub import check_hub_access, check_trackers, mask_p
 from diffusers_mp.publishing.rotation_card import write_rotation_card
 from diffusers_mp.rotation_swap.checks import check_model, check_sites
 from diffusers_mp.rotation_swap.sites import find_sites
+from diffusers_mp.sources import check_reachable
 from diffusers_mp.training import (
     DDPMObjective,
     NonFiniteError,
     StreamBatchSampler,
     TrainingSamples,
     all_finite,
-    split_validation,
+    hold_out,
     validation_losses,
     validation_timesteps,
 )
 from diffusers_mp.training.engine import start
+from diffusers_mp.training.model import check_finite
+from diffusers_mp.training.optimizers import learning_rate_schedule
 
 
 def main(args):
@@ -144,6 +161,7 @@ def main(args):
         check_trackers(args.report_to, vars(args))
     except ValueError as error:
         make_parser().error(str(error))
+    check_paths(args)
     accelerator, _ = start(args, args.output_dir / "logs")
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise RuntimeError(f"this script runs on one process or DDP, got {accelerator.distributed_type.value}.")
@@ -155,7 +173,10 @@ def main(args):
 
     # 1. The base and its data
     source = {"revision": args.revision, "cache_dir": args.cache_dir}
+    files = ["model_index.json"]
+    check_reachable("pretrained_model_name_or_path", args.pretrained_model_name_or_path, files, **source)
     pipeline = DiTPipeline.from_pretrained(args.pretrained_model_name_or_path, **source)
+    check_finite(pipeline.transformer, args.pretrained_model_name_or_path)
     mask_places(pipeline)
     if args.swap != "none":
         # What the swap would refuse, before the work. Annealed shifts are cut out as well, at the end.
@@ -166,7 +187,9 @@ def main(args):
     num_held_out = args.num_validation_images
     if num_held_out is None:
         num_held_out = max(1, min(256, len(latents) // 20))
-    train_indices, validation_indices = split_validation(len(latents), num_held_out, args.seed)
+    train_indices, validation_indices = hold_out(latents, num_held_out, args.seed)
+    if not len(validation_indices):
+        raise ValueError("the data must have two images or more of a class, of which one can be held out.")
     options = {"seed": args.seed, **sample_options(pipeline)}
     held_out = HeldOut(args, TrainingSamples(latents, **options, indices=validation_indices), objective)
     options |= {"class_dropout_prob": args.class_dropout_prob, "random_flip": args.random_flip}
@@ -218,8 +241,7 @@ def train(args, accelerator, transformer, teacher, parameters, samples, held_out
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
-    lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lengths)
+    lr_scheduler = learning_rate_schedule(args, optimizer, vars(args), args.max_train_steps)
     model, optimizer = accelerator.prepare(transformer, optimizer)
     # Autocast is for updates alone, below: evaluations before and after them have to be of one precision.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -316,7 +338,7 @@ def training_objective(pipeline):
 
 def load_latents(args, pipeline, accelerator):
     """The data, encoded once by the base's VAE."""
-    dataset, id2label = load_image_dataset(**source_of(args))
+    dataset, id2label, _ = load_image_dataset(**source_of(args))
     if id2label is None:
         raise ValueError("the data must have labels: a DiT generates images of a class.")
     vae, config = pipeline.vae.to(accelerator.device).eval(), pipeline.transformer.config
@@ -411,4 +433,4 @@ def save(args, pipeline, id2label, repo_id, record):
 
 
 if __name__ == "__main__":
-    main(args)
+    run_script(main, args, make_parser())

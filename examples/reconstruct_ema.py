@@ -11,11 +11,12 @@ The second line says how well each width can be rebuilt and writes nothing. The 
 import argparse
 from pathlib import Path
 
-from diffusers_mp.arguments import HelpFormatter, at_least, ema_width
+from diffusers_mp.arguments import HelpFormatter, at_least, check_ema_stds, ema_width
+from diffusers_mp.scripts import ScriptParser, command_line, run_script
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> ScriptParser:
+    parser = ScriptParser(
         description="Rebuild averages of other widths from the snapshots of a run.", formatter_class=HelpFormatter
     )
     add = parser.add_argument
@@ -28,13 +29,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = make_parser().parse_args(argv)
+    check_ema_stds(args.ema_stds, make_parser())
     if args.output_dir is not None and len(args.ema_stds) > 1:
         make_parser().error(f"--output_dir takes one pipeline, hence one of --ema_stds, got {args.ema_stds}")
     return args
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before the imports below, which take seconds
+    args = command_line(parse_args, make_parser())  # before the imports below, which take seconds
 
 from diffusers_mp import reconstruct_ema
 from diffusers_mp.averages.reconstruction import plan_reconstruction
@@ -64,4 +66,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(args)
+    run_script(main, args, make_parser())

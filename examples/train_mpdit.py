@@ -10,55 +10,62 @@ Every sample's noise, time, posterior draw, flip and label dropout are functions
 the number of processes, workers and micro batches does not change the run.
 """
 
-from diffusers_mp.training.arguments import OBJECTIVES, latents_folder, parse_args
+from diffusers_mp.scripts import command_line, run_script
+from diffusers_mp.training.arguments import OBJECTIVES, latents_folder, make_parser, parse_args
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before what takes seconds to import: `--help` and wrong flags are answered at once
+    # Before what takes seconds to import: `--help`, wrong flags and paths are answered at once.
+    args = command_line(parse_args, make_parser())
 
 import contextlib
 import copy
 import functools
-import time
 import warnings
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from diffusers_mp import (
     MagnitudeRecorder,
     MPDiTPipeline,
     PowerFunctionEMA,
     normalize_weights_,
-    parameter_groups,
     training,
     trust_rows_,
 )
-from diffusers_mp.arguments import encoding_of, source_of
+from diffusers_mp.arguments import check_paths, encoding_of, source_of
 from diffusers_mp.averages.snapshots import save_snapshots
 from diffusers_mp.data.encoding import encode_dataset, load_vae
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.latents import LatentDataset
 from diffusers_mp.data.settings import EncodingSettings
-from diffusers_mp.optimization import check_optimizer, inverse_sqrt_schedule
 from diffusers_mp.publishing.hub import check_hub_access, mask_places, publish
 from diffusers_mp.publishing.model_card import write_model_card
+from diffusers_mp.sharding import whole
 from diffusers_mp.training import (
     StopRequest,
     StreamBatchSampler,
     TrainingSamples,
     Watchdog,
     conditions_of,
+    hold_out,
     leave_signals_to_main_process,
     save_checkpoint,
-    split_validation,
 )
 from diffusers_mp.training.checks import check_arguments, check_model
+from diffusers_mp.training.dry_run import dry_run
 from diffusers_mp.training.engine import lock_folder, start
-from diffusers_mp.training.model import load_pretrained, make_model, vae_of_pretrained
-from diffusers_mp.training.preview import validate
+from diffusers_mp.training.model import (
+    channels_of,
+    load_pretrained,
+    make_model,
+    num_known_classes,
+    vae_of_pretrained,
+)
+from diffusers_mp.training.optimizers import learning_rate_schedule, make_optimizer
+from diffusers_mp.training.preview import classes_of_samples, validate
+from diffusers_mp.training.progress import Progress
 from diffusers_mp.training.resume import (
     checkpoint_to_resume,
     clear_what_comes_again,
@@ -67,14 +74,18 @@ from diffusers_mp.training.resume import (
     run_facts,
 )
 from diffusers_mp.training.run import Run, run_length
+from diffusers_mp.training.summary import DataSummary, start_of_run
+from diffusers_mp.training.verdict import verdict
+from diffusers_mp.training.watchdog import gradient_norm
 
 
 def main(args):
     check_arguments(args)
+    check_paths(args)
     accelerator, curve = start(args, args.output_dir / args.logging_dir)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     repo_id = None
-    if args.push_to_hub and accelerator.is_main_process:
+    if args.push_to_hub and accelerator.is_main_process and not args.dry_run:
         # Now, not after weeks: the token, the right to write, the repository.
         repo_id = check_hub_access(
             args.hub_model_id or args.output_dir.name, token=args.hub_token, private=args.hub_private_repo or None
@@ -85,6 +96,10 @@ def main(args):
     objective, pretrained = training_objective(args), None
     if args.pretrained_model_name_or_path is not None:
         pretrained = load_pretrained(args, vae, objective.scheduler)
+    args.image_channels = channels_of(args, vae, pretrained)
+    if args.dry_run:
+        dry_run(args, accelerator, vae, pretrained, checkpoint_to_resume(args, accelerator, curve))
+        return
     with lock_folder(args.output_dir, accelerator):
         checkpoint = checkpoint_to_resume(args, accelerator, curve)
         latents = load_latents(args, vae, accelerator, pretrained)
@@ -92,11 +107,11 @@ def main(args):
         if checkpoint is not None:
             resume(args, run, checkpoint)
         clear_what_comes_again(args, run)
-        accelerator.print(
-            f"{sum(p.numel() for p in run.transformer.parameters()):,} parameters, {len(run.samples):,} training "
-            f"images, {len(run.held_out):,} held out, {run.max_train_steps:,} updates of {run.total_batch_size} from "
-            f"update {run.step:,}"
-        )
+        known = None if pretrained is None else num_known_classes(pretrained, latents.id2label)
+        data = DataSummary.of_latents(latents, len(run.held_out))
+        learning_rate, model = run.facts["learning_rate"], run.pipeline.transformer
+        lengths = run.max_train_steps, run.step
+        accelerator.print(start_of_run(args, accelerator, data, model, learning_rate, *lengths, known))
         with StopRequest() as stop, contextlib.ExitStack() as at_end:
             train(args, run, stop, at_end)
         if run.step < run.max_train_steps:
@@ -122,9 +137,10 @@ def load_latents(args, vae, accelerator, pretrained=None) -> LatentDataset:
     processes = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
     if args.train_data_dir is None and args.dataset_name is None:
         latents = LatentDataset(folder)
+        latents.validate(vae=vae, resolution=args.resolution, random_flip=args.random_flip)
     else:
         check_model(args, vae, pretrained)
-        dataset, id2label = load_image_dataset(**source_of(args))
+        dataset, id2label, _ = load_image_dataset(**source_of(args))
         if vae is not None:
             vae.to(accelerator.device).eval()
         # Encodes what is missing, damaged shards that were deleted among it, and refuses a folder of other data. No
@@ -133,7 +149,6 @@ def load_latents(args, vae, accelerator, pretrained=None) -> LatentDataset:
         latents = encode_dataset(dataset, folder, settings, vae=vae, id2label=id2label, **processes)
         if vae is not None:
             vae.to("cpu")  # where the pipeline has it between validations, and other processes never need it
-    latents.validate(vae=vae, resolution=args.resolution, random_flip=args.random_flip)
     latents.verify(**processes)
     return latents
 
@@ -142,16 +157,13 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
     """Everything that a run consists of, before its first update."""
     # 1. The model, and the samples in the units that it knows
     num_classes = None if latents.id2label is None else len(latents.id2label)
-    model = make_model(args, accelerator, latents, num_classes, pretrained).train()
+    model = make_model(args, latents, num_classes, pretrained).train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     units = {"latents_mean": latents.latents_mean, "latents_std": latents.latents_std}
     if pretrained is not None and pretrained.latents_mean is not None:
         units = {"latents_mean": pretrained.latents_mean, "latents_std": pretrained.latents_std}
-    num_held_out = args.num_validation_images
-    if num_held_out is None:
-        num_held_out = min(256, len(latents) // 20)
-    train_indices, validation_indices = split_validation(len(latents), num_held_out, args.seed)
+    train_indices, validation_indices = hold_out(latents, args.num_validation_images, args.seed)
     options = {"seed": args.seed, "num_classes": num_classes, **units}
     held_out = TrainingSamples(latents, **options, indices=validation_indices)
     samples = TrainingSamples(
@@ -163,17 +175,13 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
     )
 
     # 2. The length of the run, and what must not change when it is resumed
-    total_batch_size, max_train_steps = run_length(args, len(samples), accelerator.num_processes)
-    facts = run_facts(args, model, latents, pretrained, len(samples), total_batch_size, max_train_steps)
+    max_train_steps = run_length(args, len(samples))
+    facts = run_facts(args, model, latents, pretrained, len(samples), max_train_steps)
     if checkpoint is not None:
         facts = resumed_facts(checkpoint, facts, args)
 
     # 3. The optimiser, and its rates over the run
-    optimizer = torch.optim.Adam(
-        parameter_groups(model, lr=facts["learning_rate"], eps=args.adam_epsilon),
-        betas=(args.adam_beta1, args.adam_beta2),
-    )
-    check_optimizer(model, optimizer)
+    optimizer = make_optimizer(args, model, facts["learning_rate"])
     lr_scheduler = learning_rate_schedule(args, optimizer, facts, max_train_steps)
 
     # 4. The pipeline. Averages are looked at in its model, which stays whole when an engine shards the other one. Made
@@ -185,6 +193,7 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
     mask_places(pipeline)
     if args.validation_steps and args.validation_guidance_scale is not None:
         pipeline.check_guidance(args.validation_guidance_scale)
+    classes_of_samples(args.validation_labels, pipeline)
 
     # 5. The engine's wrappers. Rows are normalised after every update: the forward need not do it.
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -202,17 +211,7 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
         ema=PowerFunctionEMA(transformer, args.ema_stds),
         pipeline=pipeline,
         facts=facts,
-        total_batch_size=total_batch_size,
         max_train_steps=max_train_steps,
-    )
-
-
-def learning_rate_schedule(args, optimizer, facts, max_train_steps):
-    """The paper's schedule, or one of diffusers'."""
-    if args.lr_scheduler == "inverse_sqrt":
-        return inverse_sqrt_schedule(optimizer, facts["lr_warmup_steps"], facts["lr_constant_steps"])
-    return get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=facts["lr_warmup_steps"], num_training_steps=max_train_steps
     )
 
 
@@ -237,9 +236,8 @@ def train(args, run, stop, at_end):
             recorder.load(magnitudes_file)
     # An update that was skipped is one by zero: the schedule goes on, also where it is the first.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-    bar = {"total": run.max_train_steps, "initial": run.step, "disable": not accelerator.is_local_main_process}
-    progress_bar = at_end.enter_context(tqdm(desc="Training", **bar))
-    losses, since_log, log_time = [], [], time.perf_counter()
+    progress, losses = Progress(args, run), []
+    at_end.callback(progress.bar.close)
 
     for batch in training_batches(args, run):
         # 1. A micro batch; the last one of an update changes the weights
@@ -251,7 +249,7 @@ def train(args, run, stop, at_end):
             watchdog.record(batch, loss)
             losses.append(loss.detach())
             if accelerator.sync_gradients:
-                since_log += losses if update_weights(args, run, watchdog) else []
+                progress.add(losses, update_weights(args, run, watchdog))
                 losses = []
         if not accelerator.sync_gradients:
             continue
@@ -266,7 +264,6 @@ def train(args, run, stop, at_end):
                 recorder.save(magnitudes_file)
         if run.step % args.ema_update_steps == 0:
             run.ema.update(run.step)
-        progress_bar.update()
 
         # 3. What is due; whether to stop, all processes have to agree
         last, logging_due = run.step == run.max_train_steps, run.step % args.logging_steps == 0
@@ -276,25 +273,24 @@ def train(args, run, stop, at_end):
             stopping = logging_due and accelerator.reduce(torch.tensor(stopping, device=accelerator.device).int()) > 0
         checkpoint_due = last or stopping or run.step % args.checkpointing_steps == 0
         # Logged before each checkpoint as well, so that a resumed run has nothing to remember of the entry under way.
-        if since_log and (logging_due or checkpoint_due):
-            log_training(args, run, progress_bar, since_log, time.perf_counter() - log_time)
-            since_log, log_time = [], time.perf_counter()
-        pause, failure = time.perf_counter(), None
-        if args.validation_steps and (run.step % args.validation_steps == 0 or last):
-            failure = validate(args, run)
-        if args.ema_snapshot_steps and (run.step % args.ema_snapshot_steps == 0 or last):
-            save_snapshots(run.ema, args.output_dir / "ema_snapshots", run.pipeline)
-
-        # 4. The checkpoint, after everything else of this update, which a run resumed from here will not do again
-        if checkpoint_due or failure is not None:
-            save_checkpoint(accelerator, args.output_dir, run.step, run.state, run.facts, args.checkpoints_total_limit)
+        if logging_due or checkpoint_due:
+            progress.log()
+        failure = None
+        with progress.paused():
+            if args.validation_steps and (run.step % args.validation_steps == 0 or last):
+                failure = validate(args, run)
+            if args.ema_snapshot_steps and (run.step % args.ema_snapshot_steps == 0 or last):
+                save_snapshots(run.ema, args.output_dir / "ema_snapshots", run.pipeline)
+            # After everything else of this update, which a run resumed from here will not do again.
+            if checkpoint_due or failure is not None:
+                limit = args.checkpoints_total_limit or None
+                save_checkpoint(accelerator, args.output_dir, run.step, run.state, run.facts, limit)
         if failure is not None:
             accelerator.print(
                 f"Validation failed after update {run.step:,}, whose checkpoint is saved: --resume_from_checkpoint "
                 "latest goes on after it"
             )
             raise failure
-        log_time += time.perf_counter() - pause
         if stopping and not last:
             break
 
@@ -330,36 +326,23 @@ def loss_of(run, batch):
 
 
 def update_weights(args, run, watchdog):
-    """A step of the optimiser, unless the loss or the gradient is not finite; whether there was one."""
-    accelerator, optimizer, grad_norm = run.accelerator, run.optimizer, None
+    """A step of the optimiser, unless the loss or the gradient is not finite; the norm of its gradient, or None."""
+    accelerator, optimizer = run.accelerator, run.optimizer
     if args.max_grad_norm is not None:
         grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
+    else:
+        accelerator.unscale_gradients()
+        grad_norm = gradient_norm(run.model)
+    grad_norm = whole(grad_norm)
     is_finite = watchdog.check(run.step + 1, grad_norm)
     if is_finite:
         optimizer.step()
-    elif accelerator.scaler is not None and grad_norm is not None:
-        # Clipping has unscaled the gradients, which the scaler refuses to do twice without an update.
+    elif accelerator.scaler is not None:
+        # The gradients are unscaled, which the scaler refuses to do twice without an update.
         accelerator.scaler.update()
     optimizer.zero_grad()
     # Updates that float16's scaler leaves out are treated as those that the watchdog does.
-    return is_finite and not accelerator.optimizer_step_was_skipped
-
-
-def log_training(args, run, progress_bar, losses, seconds):
-    """Mean loss, learning rate and speed since the last entry."""
-    accelerator, lr_scheduler = run.accelerator, run.lr_scheduler
-    loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
-    images_per_second = len(losses) * args.train_batch_size * accelerator.num_processes / seconds
-    progress_bar.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{images_per_second:.0f}"})
-    learning_rate_factor = lr_scheduler.get_last_lr()[0] / lr_scheduler.base_lrs[0]
-    accelerator.log(
-        {
-            "train/loss": loss,
-            "train/learning_rate": run.facts["learning_rate"] * learning_rate_factor,
-            "train/images_per_second": images_per_second,
-        },
-        step=run.step,
-    )
+    return grad_norm if is_finite and not accelerator.optimizer_step_was_skipped else None
 
 
 def finish(args, run, repo_id):
@@ -372,9 +355,9 @@ def finish(args, run, repo_id):
     if not run.accelerator.is_main_process:
         return
     pipeline.save_pretrained(args.output_dir)
-    num_images_seen = run.step * run.total_batch_size
+    num_images_seen = run.step * args.total_batch_size
     write_model_card(args.output_dir, repo_id, license=args.hub_license, num_images_seen=num_images_seen)
-    print(f"Saved the pipeline to {args.output_dir}: MPDiTPipeline.from_pretrained({str(args.output_dir)!r})")
+    print(verdict(args.output_dir, pipeline, run.curve, run.step))
     if args.push_to_hub:
         url = publish(
             args.output_dir,
@@ -387,4 +370,4 @@ def finish(args, run, repo_id):
 
 
 if __name__ == "__main__":
-    main(args)
+    run_script(main, args, make_parser())

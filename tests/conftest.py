@@ -71,11 +71,11 @@ def image_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def image_data(image_folder, tmp_path_factory):
+def image_data(image_folder):
     """The data set of `image_folder` and its class names."""
     from diffusers_mp.data.images import load_image_dataset
 
-    return load_image_dataset(image_folder, cache_dir=str(tmp_path_factory.mktemp("cache")))
+    return load_image_dataset(image_folder)[:2]
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """What several test modules share: the golden files and small real models."""
 
+import json
 import math
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -66,6 +68,14 @@ def tiny_inputs(batch_size=3, channels=4, size=8, num_classes=10, seed=1, dtype=
 
 def forward(model, inputs):
     return model(**inputs).sample
+
+
+def write_table(dataset, folder):
+    """The rows of an image folder as a parquet file with the images in it; what `--dataset_name` takes."""
+    rows = [row | {"image": {"bytes": Path(row["image"]["path"]).read_bytes(), "path": None}} for row in dataset]
+    folder.mkdir()
+    datasets.Dataset.from_list(rows, features=dataset.features).to_parquet(folder / "train.parquet")
+    return str(folder)
 
 
 def gradients(model, inputs):
@@ -219,6 +229,15 @@ def pixels_of(dataset, num_channels=3):
 def content_of(folder, *without):
     """What the files of a folder hold, by their names."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in without}
+
+
+def content_without_source(folder):
+    """What an encoding holds, but for the state of the source, which a stream has not."""
+    content = content_of(folder)
+    for name in [name for name in content if name.startswith("shard-") and name.endswith(".json")]:
+        content[name] = json.loads(content[name])
+        del content[name]["source_state"]
+    return content
 
 
 def means_of_blocks(images):

@@ -47,7 +47,7 @@ def arguments(base, output_dir, *more):
         *("--latents_dir", str(base / "latents")),
         *("--cache_dir", str(base / "cache")),
         *("--output_dir", str(output_dir)),
-        *("--train_batch_size", "8"),
+        *("--total_batch_size", "8"),
         *("--max_train_steps", "4"),
         *("--learning_rate", "3e-3"),
         *("--num_validation_images", "12"),

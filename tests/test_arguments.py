@@ -10,6 +10,7 @@ from diffusers_mp.arguments import (
     add_encoding_arguments,
     add_source_arguments,
     at_least,
+    color,
     ema_width,
     encoding_of,
     finite,
@@ -45,11 +46,22 @@ def test_a_flag_has_its_range(type, right, wrong, message, capsys):
     assert f"error: argument --x: {message}\n" in capsys.readouterr().err
 
 
+def test_a_colour_is_one_that_pillow_knows(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--x", type=color)
+    for text in ("white", "Gray", "#f80", "rgb(1,2,3)"):
+        assert parser.parse_args(["--x", text]).x == text
+    for text in ("whiter", "", "#ff880080"):  # the last one is transparent itself
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args([f"--x={text}"])
+        assert f"must be a colour such as white, gray or #ff8800, got {text}" in capsys.readouterr().err
+
+
 def test_flags_of_data_are_arguments_of_the_package():
     parser = argparse.ArgumentParser()
     add_source_arguments(parser.add_argument)
     parser.add_argument("--seed", type=at_least(0), default=0)
-    few = parser.parse_args(["--train_data_dir", "photos", "--dataset_split", "test", "--skip_corrupt"])
+    few = parser.parse_args(["--train_data_dir", "photos", "--split", "test", "--skip_corrupt"])
     add_encoding_arguments(parser.add_argument)
     for name, value in (("resolution", 64), ("encode_batch_size", 8), ("dataloader_num_workers", 2), ("vae", "none")):
         parser.add_argument(f"--{name}", default=value)
@@ -60,7 +72,12 @@ def test_flags_of_data_are_arguments_of_the_package():
     # A script without the flag leaves the default.
     assert source_of(few).keys() == signature.keys() - {"streaming"}
     assert (source_of(few)["train_data_dir"], source_of(few)["split"]) == ("photos", "test")
-    assert encoding_of(few) == {"image_column": "image", "label_column": "label", "skip_corrupt": True}
+    assert encoding_of(few) == {
+        "image_column": "image",
+        "label_column": "label",
+        "background": "white",
+        "skip_corrupt": True,
+    }
     settings = EncodingSettings(**encoding_of(all_flags))
     assert (settings.resolution, settings.batch_size, settings.num_workers, settings.vae_id) == (64, 8, 2, "none")
     assert {field.name for field in fields(settings)} - encoding_of(all_flags).keys() == {"random_flip", "shard_size"}

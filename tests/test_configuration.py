@@ -232,6 +232,18 @@ def test_counts_of_numpy_are_saved(tmp_path):
         ({"class_dropout_prob": -0.1}, "`class_dropout_prob` must be in \\[0, 1\\), got -0.1"),
         ({"residual_t": 0.0}, "`residual_t` must be in \\(0, 1\\), got 0.0"),
         ({"residual_t": 1.0}, "`residual_t` must be in \\(0, 1\\), got 1.0"),
+        # As a config.json written by hand has them.
+        ({"layer_norm": "False"}, "`layer_norm` must be True or False, got 'False'"),
+        ({"mp_silu": 1}, "`mp_silu` must be True or False, got 1"),
+        ({"mp_embedding": None}, "`mp_embedding` must be True or False, got None"),
+        ({"num_layers": "2"}, "`num_layers` must be an integer of at least 1, got '2'"),
+        ({"num_layers": 1.5}, "`num_layers` must be an integer of at least 1, got 1.5"),
+        ({"num_layers": True}, "`num_layers` must be an integer of at least 1, got True"),
+        ({"mlp_ratio": "4"}, "`mlp_ratio` must be a finite number, got '4'"),
+        ({"mlp_ratio": math.inf}, "`mlp_ratio` must be a finite number, got inf"),
+        ({"class_dropout_prob": "0.1"}, "`class_dropout_prob` must be a finite number, got '0.1'"),
+        ({"class_dropout_prob": math.nan}, "`class_dropout_prob` must be a finite number, got nan"),
+        ({"residual_t": None}, "`residual_t` must be a finite number, got None"),
     ],
 )
 def test_errors_of_the_constructor(overrides, message):

@@ -2,12 +2,20 @@
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 
-from diffusers_mp.files import component_names, plain_name, sha256_of_file, sha256_of_weights
+from diffusers_mp.files import (
+    MISSING_IS_AN_ERROR,
+    component_names,
+    plain_name,
+    read_json,
+    sha256_of_file,
+    sha256_of_weights,
+)
 
 
 # What would be a path elsewhere, here or on Windows, or none.
@@ -75,3 +83,28 @@ def test_weights_of_every_dtype_and_parameters_are_hashed():
 def test_a_file_is_hashed_by_its_content(tmp_path):
     (tmp_path / "file").write_bytes(b"content")
     assert sha256_of_file(tmp_path / "file") == hashlib.sha256(b"content").hexdigest()
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "is damaged, it is no JSON (it is empty): make it anew."),
+        (b'{"a": 1', "is damaged, it is no JSON (Expecting ',' delimiter: line 1 column 8 (char 7)): make it anew."),
+        (b"\xff\xfe", "is damaged, it is no text (invalid start byte): make it anew."),
+        (b"[" * 100_000, "is damaged, it is no JSON (maximum recursion depth exceeded"),
+        (b"[1]", "must hold a JSON object, it holds a list: make it anew."),
+        (b'{"a": 1}', "is damaged, it lacks b: make it anew."),
+    ],
+)
+def test_damaged_json_is_named_with_a_way_out(tmp_path, content, said):
+    (tmp_path / "index.json").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'index.json'} {said}")):
+        read_json(tmp_path / "index.json", keys=["b"], way_out="make it anew")
+
+
+def test_json_that_is_there_or_not(tmp_path):
+    (tmp_path / "index.json").write_text('{"b": [1, null]}')
+    assert read_json(tmp_path / "index.json", keys=["b"]) == {"b": [1, None]}
+    assert read_json(tmp_path / "none.json", {"a": 1}, keys=["b"]) == {"a": 1}
+    with pytest.raises(FileNotFoundError, match=r"none.json is missing: restore it, or remove it."):
+        read_json(tmp_path / "none.json", MISSING_IS_AN_ERROR)

@@ -71,6 +71,57 @@ def test_weight_decay_is_passed_on_for_a_plain_model():
     assert group["weight_decay"] == 0.1
 
 
+def test_weight_decay_acts_on_what_is_neither_a_normalised_row_nor_a_gain():
+    model = nn.ModuleDict({"rows": MPLinear(16, 4), "label": MPEmbedding(5, 16), "plain": nn.Linear(4, 4)})
+    model.gain = nn.Parameter(torch.zeros(1))
+    groups = parameter_groups(model, weight_decay=0.1)
+    decays = {name: _group_of(groups, parameter)["weight_decay"] for name, parameter in model.named_parameters()}
+    assert decays == {"rows.weight": 0, "label.weight": 0, "gain": 0, "plain.weight": 0.1, "plain.bias": 0.1}
+    assert [group["lr"] for group in groups] == [1e-2, 1e-2 / 4, 1e-2]
+
+
+@pytest.mark.parametrize("configuration", "ABCDE")
+def test_weight_decay_of_each_configuration(configuration):
+    """A and B have plain maps; the rest have nothing beside normalised rows but gains."""
+    model = tiny_model(configuration)
+    if configuration in "AB":
+        assert {group["weight_decay"] for group in parameter_groups(model, weight_decay=0.1)} == {0.1}
+    else:
+        with pytest.raises(ValueError, match="`weight_decay` must be 0 for a model with normalised rows"):
+            parameter_groups(model, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("configuration", "AE")
+def test_muon_gets_the_matrices_of_the_blocks(configuration):
+    model = tiny_model(configuration)
+    groups = parameter_groups(model, lr=1e-2, eps=1e-6, muon=True)
+    others = parameter_groups(model, lr=1e-2, eps=1e-6)
+    for name, parameter in model.named_parameters():
+        group, other = _group_of(groups, parameter), _group_of(others, parameter)
+        # Neither gains and label rows, nor the patches, the time features and the output, which are its ends.
+        assert group["muon"] == (name.startswith("transformer_blocks.") and name.endswith(".weight")), name
+        assert (group["lr"], group["scaling"]) == (other["lr"], other["scaling"]), name
+        assert group.get("eps") == (None if group["muon"] else other["eps"]), name
+    assert sum(group["muon"] for group in groups) == (2 if configuration == "E" else 1)
+    assert all("muon" not in group for group in others)
+
+
+def test_embeddings_within_a_block_are_not_muons():
+    block = nn.ModuleDict({"label": nn.Embedding(3, 4), "map": nn.Linear(4, 4), "conv": nn.Conv2d(4, 4, 1)})
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block]), "head": nn.Linear(4, 1)})
+    (matrices,) = [group for group in parameter_groups(model, muon=True) if group["muon"]]
+    assert matrices["params"] == [block["map"].weight]
+
+
+def test_muon_without_hidden_matrices_is_refused():
+    model = nn.Sequential(MPLinear(4, 4), MPLinear(4, 4))
+    with pytest.raises(ValueError, match="`muon` must be False for a model without .* a Sequential has none"):
+        parameter_groups(model, muon=True)
+    blocks = nn.ModuleList([MPLinear(4, 4).requires_grad_(False)])
+    with pytest.raises(ValueError, match="`muon` must be False"):
+        parameter_groups(nn.ModuleDict({"blocks": blocks, "head": nn.Linear(4, 1)}), muon=True)
+
+
 @pytest.mark.parametrize("scale_eps", [True, False])
 def test_adam_on_unit_rows_follows_adam_on_rows_of_magnitude_one(scale_eps):
     """With an eps as large as the gradient its scaling decides: without it the trajectories part."""

@@ -11,7 +11,13 @@ from helpers import NOT_IN_DEV, ROOT, row_norms, tiny_inputs, tiny_model
 from torch import nn
 
 from diffusers_mp import MPEmbedding, MPLinear, functional, normalize_weights_
-from diffusers_mp.optimization import SCALINGS, check_optimizer, parameter_groups
+from diffusers_mp.optimization import (
+    SCALINGS,
+    MuonWithAdam,
+    check_optimizer,
+    inverse_sqrt_schedule,
+    parameter_groups,
+)
 
 
 FAN_IN, EPS = 64, 1e-2
@@ -142,22 +148,102 @@ def test_one_update_of_muon_turns_a_row_by_its_rate():
         assert 0.7e-2 < turned < 1.2e-2
 
 
-def test_muon_takes_the_unit_rows_and_adam_the_rest_of_a_model():
-    model = tiny_model()
-    groups = parameter_groups(model, lr=1e-2)
-    rows = [group for group in groups if group["name"].startswith("unit_rows")]
-    rest = [group for group in groups if group not in rows]
-    optimizers = [OPTIM.Muon(rows, adjust_lr_fn="match_rms_adamw"), OPTIM.Adam(rest)]
-    for optimizer in optimizers:
-        check_optimizer(model, optimizer)
-    assert {group["weight_decay"] for group in optimizers[0].param_groups} == {0.0}
+# Muon and Adam as one
+
+
+def muon_with_adam(model, **more):
+    return MuonWithAdam(parameter_groups(model, lr=1e-2, muon=True, **more), lr=1e-2)
+
+
+def learn(model, step, num_steps):
+    for _ in range(num_steps):
+        model(**tiny_inputs()).sample.square().mean().backward()
+        step()
+        model.zero_grad()
+        normalize_weights_(model)
+
+
+@pytest.mark.parametrize("configuration, weight_decay", [("E", 0.0), ("A", 0.1)])
+def test_muon_with_adam_is_both_of_them(configuration, weight_decay):
+    """To the bit what PyTorch's two do by themselves, each with its schedule."""
+    model = tiny_model(configuration).train()
+    other = copy.deepcopy(model)
+    one = muon_with_adam(model, weight_decay=weight_decay)
+    groups = parameter_groups(other, lr=1e-2, muon=True, weight_decay=weight_decay)
+    rest = [group for group in groups if not group["muon"]]
+    two = [
+        OPTIM.Muon([group for group in groups if group["muon"]], adjust_lr_fn="match_rms_adamw"),
+        OPTIM.AdamW(rest, betas=(0.9, 0.99)) if weight_decay else OPTIM.Adam(rest, betas=(0.9, 0.99)),
+    ]
+    schedules = [inverse_sqrt_schedule(optimizer, 3, 5) for optimizer in (one, *two)]
+    learn(model, lambda: (one.step(), schedules[0].step()), 8)
+    learn(other, lambda: [part.step() for part in (*two, *schedules[1:])], 8)
+    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    check_optimizer(model, one)
+
+
+def test_muon_with_adam_goes_on_from_its_state():
+    model = tiny_model().train()
+    optimizer = muon_with_adam(model)
+    learn(model, optimizer.step, 3)
+    other = copy.deepcopy(model)
+    resumed = muon_with_adam(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    learn(model, optimizer.step, 2)
+    learn(other, resumed.step, 2)
+    for (name, ours), theirs in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs[1]), name
+    # What is loaded counts, not what the two were made with: another rate, no step.
     before = copy.deepcopy(model)
-    model(**tiny_inputs()).sample.square().mean().backward()
-    for optimizer in optimizers:
-        optimizer.step()
-    normalize_weights_(model)
-    for (name, parameter), old in zip(model.named_parameters(), before.parameters(), strict=True):
-        assert not torch.equal(parameter, old), name
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    learn(model, optimizer.step, 1)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+
+
+def test_a_scaler_keeps_muon_with_adam_from_an_infinite_gradient():
+    model, scaler = tiny_model().train(), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer, before = muon_with_adam(model), copy.deepcopy(model)
+    for factor, moves in ((math.inf, False), (1.0, True)):
+        (scaler.scale(model(**tiny_inputs()).sample.square().mean()) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        for (name, ours), old in zip(model.named_parameters(), before.parameters(), strict=True):
+            assert torch.equal(ours, old) != moves, name
+
+
+def test_a_row_turns_by_a_fifth_of_the_rate():
+    model = tiny_model().train()
+    optimizer, before = muon_with_adam(model), dict(copy.deepcopy(model).named_parameters())
+    (model(**tiny_inputs()).sample - torch.randn(3, 4, 8, 8)).square().mean().backward()
+    optimizer.step()
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["muon"] else []:
+            (name,) = [name for name, other in model.named_parameters() if other is parameter]
+            turned = (parameter - before[name]).norm(dim=-1).square().mean().sqrt().item()
+            assert 0.7 * 0.2e-2 < turned < 1.2 * 0.2e-2, name
+
+
+def test_muon_with_adam_wants_groups_of_both():
+    with pytest.raises(ValueError, match=r"`params` must be groups as `parameter_groups\(model, muon=True\)`"):
+        MuonWithAdam(tiny_model().parameters())
+    with pytest.raises(ValueError, match="must have groups for Muon and for Adam, got 1 and 0"):
+        MuonWithAdam([{"params": [nn.Parameter(torch.zeros(2, 2))], "muon": True}])
+
+
+def test_muon_with_adam_takes_a_closure():
+    model = tiny_model().train()
+    optimizer = muon_with_adam(model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(**tiny_inputs()).sample.square().mean()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > 0
 
 
 @pytest.mark.parametrize("configuration", "ABCDE")
@@ -312,4 +398,4 @@ def test_the_example_of_the_docs():
     (code,) = re.findall(r"```python\n(.*?)```", DOCS, re.S)
     names = {}
     exec(code, names)
-    assert {type(names[name]) for name in ("muon", "adam")} == {OPTIM.Muon, OPTIM.Adam}
+    assert type(names["optimizer"]) is MuonWithAdam

@@ -336,6 +336,12 @@ class TestErrors:
             ({"vae": tiny_vae(latent_channels=3)}, r"as many latent channels .* \(4\), got 3"),
             ({"latents_mean": MEAN}, "must be given together, got only `latents_mean`"),
             ({"latents_mean": [0.0], "latents_std": STD}, "`latents_mean` must have one value .* got 1"),
+            ({"latents_mean": MEAN, "latents_std": [1.0, 0.0, 2.0, 3.0]}, "`latents_std` must hold positive .* got"),
+            ({"latents_mean": MEAN, "latents_std": [1.0, -1.0, 2.0, 3.0]}, "`latents_std` must hold positive numbers"),
+            ({"latents_mean": MEAN, "latents_std": [1.0, float("nan"), 2.0, 3.0]}, "`latents_std` must hold positive"),
+            ({"latents_mean": MEAN, "latents_std": [1.0, None, 2.0, 3.0]}, "`latents_std` must hold positive numbers"),
+            ({"latents_mean": [float("inf"), 0, 0, 0], "latents_std": STD}, "`latents_mean` must hold finite numbers"),
+            ({"latents_mean": "0000", "latents_std": STD}, "`latents_mean` must have one value .* got 0000"),
             ({"id2label": {0: "a"}}, r"`id2label` must name the ids 0 to 9 .* got 1 ids"),
         ],
     )

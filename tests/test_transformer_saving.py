@@ -1,6 +1,7 @@
 """The model saved and loaded: bits, files, fresh processes, copies."""
 
 import copy
+import json
 import math
 import pickle
 import shutil
@@ -117,3 +118,23 @@ def test_deepcopy_and_pickle(copied, configuration):
     with torch.no_grad():
         twin.patch_embed.proj.weight.zero_()
     assert model.patch_embed.proj.weight.any()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_layers": 1}, r"\(unexpected \d+, such as transformer_blocks.1.attn.to_k.weight\): one of the two"),
+        ({"num_layers": 3}, r"\(missing \d+, such as transformer_blocks.2.attn.to_k.weight\)"),
+        ({"num_classes": None}, r"\(unexpected 1, such as conditioning_embedder.class_embedder.weight\)"),
+        ({"num_classes": 5}, r"class_embedder.weight expected shape torch.Size\(\[6, 32\]\)"),
+    ],
+)
+def test_weights_of_another_config_are_refused(tmp_path, change, message):
+    tiny_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=message):
+        MPDiTTransformer2DModel.from_pretrained(tmp_path)
+    if change != {"num_classes": 5}:  # who asks what was loaded is told, as by diffusers
+        _, info = MPDiTTransformer2DModel.from_pretrained(tmp_path, output_loading_info=True)
+        assert info["missing_keys"] or info["unexpected_keys"]

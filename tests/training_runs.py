@@ -18,7 +18,7 @@ def arguments(data, output_dir, *more):
         *("--vae", str(data / "vae")),
         *("--model_config_name_or_path", str(data / "model.json")),
         *("--resolution", "16"),
-        *("--train_batch_size", "4"),
+        *("--total_batch_size", "4"),
         *("--max_train_steps", "6"),
         *("--checkpointing_steps", "2"),
         *("--validation_steps", "0"),

@@ -258,7 +258,7 @@ def prepare(args):
                 args.output_dir / "digits",
                 demo.LabelledImages([scaled[number] for number in others], scans.target[others], others),
             )
-            dataset, id2label = load_image_dataset(
+            dataset, id2label, _ = load_image_dataset(
                 args.output_dir / "digits", cache_dir=str(args.output_dir / "cache")
             )
             settings = EncodingSettings(demo.SCAN_SIZE, num_channels=1)
@@ -318,7 +318,7 @@ def train(args, run, folder):
         "--seed": run.seed,
         "--learning_rate": run.learning_rate,
         "--max_train_steps": args.max_train_steps,
-        "--train_batch_size": args.train_batch_size,
+        "--total_batch_size": args.train_batch_size,
         "--ema_stds": EMA_STD,
         "--num_validation_images": args.num_validation_images,
         "--validation_steps": math.ceil(args.max_train_steps / 4),

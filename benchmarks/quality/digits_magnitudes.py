@@ -50,7 +50,7 @@ def train(args, configuration):
         "--resolution": demo.IMAGE_SIZE,
         "--latents_dir": args.output_dir / "latents",
         "--model_config_name_or_path": model,
-        "--train_batch_size": 64,
+        "--total_batch_size": 64,
         "--max_train_steps": args.max_train_steps,
         "--learning_rate": LEARNING_RATES[configuration],
         "--num_validation_images": args.num_validation_images,

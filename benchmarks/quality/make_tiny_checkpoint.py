@@ -57,7 +57,7 @@ def train(work_dir, learning_rate, max_train_steps):
         "--image_channels": 1,
         "--latents_dir": work_dir / "latents",
         "--model_config_name_or_path": model,
-        "--train_batch_size": BATCH_SIZE,
+        "--total_batch_size": BATCH_SIZE,
         "--max_train_steps": max_train_steps,
         "--learning_rate": learning_rate,
         "--lr_warmup_steps": MAX_TRAIN_STEPS // 150,

@@ -183,7 +183,7 @@ def run(args, splits, name, base, seed, arguments):
         "--cache_dir": args.output_dir / "cache",
         "--output_dir": folder,
         "--seed": seed,
-        "--train_batch_size": args.train_batch_size,
+        "--total_batch_size": args.train_batch_size,
         "--num_validation_images": args.num_validation_images,
         "--mixed_precision": "no",
     }

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from diffusers_mp.training import (
     DDPMObjective,
     TrainingSamples,
-    split_validation,
+    hold_out,
     validation_losses,
     validation_timesteps,
 )
@@ -65,7 +65,7 @@ def held_out_losses(transformer, scheduler, latents, num_held_out, seed=0, num_l
     Returns:
         dict[str, float]: `loss`, `mse` and `mse_t<timestep>`.
     """
-    _, held_out = split_validation(len(latents), num_held_out, seed)
+    _, held_out = hold_out(latents, num_held_out, seed)
     samples = TrainingSamples(latents, seed=seed, num_classes=len(latents.id2label), indices=held_out)
     objective = DDPMObjective(scheduler)
     batches = DataLoader(samples, sampler=[(0, position) for position in range(len(samples))], batch_size=64)

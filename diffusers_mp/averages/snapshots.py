@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from ..files import UNFINISHED, component_names, discard_folder, sha256_of_file, whole_folder, write_json
+from ..files import UNFINISHED, component_names, discard_folder, read_json, sha256_of_file, whole_folder, write_json
 from ..sharding import is_sharded, unwrapped, whole
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .ema import PowerFunctionEMA
@@ -233,5 +233,5 @@ def _save_pipeline_parts(pipeline: DiffusionPipeline, directory: Path) -> None:
 
 def _comparable(config: Path | str) -> dict:
     """Entries of a config that must agree."""
-    text = config.read_text(encoding="utf-8") if isinstance(config, Path) else config
-    return {name: value for name, value in json.loads(text).items() if name not in _OF_THE_FILE}
+    content = read_json(config, {}) if isinstance(config, Path) else json.loads(config)
+    return {name: value for name, value in content.items() if name not in _OF_THE_FILE}

@@ -3,18 +3,22 @@
     folder/settings.json             written first: what is encoded, and how
     folder/shard-00000.safetensors   mean, std, flipped_mean, flipped_std (float32); or pixels (uint8)
                                      label, pooled_projections (float32), if there are any
-    folder/shard-00000.json          written after its shard: counts, sums for the statistics, SHA-256, rows left out
+    folder/shard-00000.json          written after its shard: counts, sums for the statistics, SHA-256, rows left out,
+                                     digests of the rows, and the state of their source
     folder/index.json                written last: settings, shards and the statistics of the data
 
 Shard k holds the rows [k·shard_size, (k+1)·shard_size) of the source that could be read, so it depends on nothing but
 these rows, and belongs to process k mod num_processes. A shard with its sidecar is finished and never made again; one
-without is made again as a whole. The index is put together from the sidecars, in the order of the shards: the same
-whoever made them, and however often the work was interrupted. A folder without `index.json` is unfinished.
+without is made again as a whole. The rows of a finished shard are compared with their digests where the state of their
+source has changed, and not read where it has not (`changes.py`). The index is put together from the sidecars, in the
+order of the shards: the same whoever made them, and however often the work was interrupted. A folder without
+`index.json` is unfinished.
 
 Processes wait for each other by looking for these files. Nothing is waited for through a process group, whose barriers
 give up after minutes, while encoding takes hours.
 """
 
+import hashlib
 import itertools
 import logging
 import os
@@ -27,12 +31,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 
 from ..files import UNFINISHED, read_json
-from .latents import FORMAT_VERSION, INDEX_NAME, LatentDataset, content_hash
-from .settings import EncodingSettings, differences
+from ..sources import check_reachable
+from .changes import SourceState
+from .formats import register_formats
+from .latents import INDEX_NAME, LatentDataset, content_hash
+from .settings import EncodingSettings, refuse_differences
 from .shards import (
     ChannelStatistics,
     ShardRows,
@@ -70,6 +76,9 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> "AutoencoderKL 
         return None
     from diffusers import AutoencoderKL
 
+    files = ("config.json", "vae/config.json")
+    instead = "the path of a VAE, or 'none' for images as they are"
+    check_reachable("vae", name_or_path, files, cache_dir=cache_dir, instead=instead)
     failures = []
     for subfolder in (None, "vae"):
         source = {"subfolder": subfolder, "cache_dir": cache_dir}
@@ -106,9 +115,9 @@ def encode_dataset(
     Args:
         dataset (datasets.Dataset or datasets.IterableDataset), id2label (dict): what `load_image_dataset` returned; no
             names, no labels. Of a stream every process reads all, and decodes its own shards.
-        folder (str): where to write. It may hold an unfinished encoding with the same settings and data, which goes
-            on, or a finished one, whose settings are compared and which is opened as it is. Without `skip_corrupt`
-            it is said if that one lacks images.
+        folder (str): where to write. It may hold an encoding with the same settings and data, which goes on where it
+            is unfinished and is opened where it is not. Rows that were edited since are refused, but for those of a
+            stream of which all is encoded. Without `skip_corrupt` it is said if images were left out.
         settings (EncodingSettings): what images are encoded to, and how.
         vae (AutoencoderKL): in float32. `None` stores the pixels themselves, as bytes.
         num_processes, process_index (int): how many share the work, and which one this is.
@@ -117,19 +126,20 @@ def encode_dataset(
     Raises:
         OSError: for a file that is missing or cannot be read.
         ValueError: for an image that is damaged, a wrong label, a constant channel, a VAE that cannot encode these
-            images, or a folder begun with other settings or data.
+            images, or a folder encoded with other settings or from other data.
     """
     folder, settings = Path(folder), settings.for_vae(vae)
     if not 0 <= process_index < num_processes:
         raise ValueError(f"`process_index` must be in [0, {num_processes}), got {process_index}.")
     num_rows = len(dataset) if hasattr(dataset, "__len__") else None
-    record = _claim(folder, settings.record(vae, id2label, num_rows), process_index)
-    index = read_json(folder / INDEX_NAME)
-    is_finished = index is not None and all(is_whole(folder, shard) for shard in index["shards"])
-    if is_finished and num_rows is None:
+    record = _claim(folder, settings.record(vae, id2label), process_index)
+    index = _finished_index(folder)
+    if index is not None and num_rows is None:
         # A stream would have to be read to its end to be compared.
         return _open(folder, settings.skip_corrupt, process_index)
-    if not is_finished and process_index == 0:
+    if index is not None:
+        refuse_differences(folder, index, {"num_rows": num_rows})
+    elif process_index == 0:
         (folder / INDEX_NAME).unlink(missing_ok=True)
 
     # The rows, without columns that nobody needs, and how many of them are this process's
@@ -138,14 +148,14 @@ def encode_dataset(
         columns["label"] = settings.label_column
     if settings.pooled_column is not None:
         columns["pooled_projections"] = settings.pooled_column
-    dataset = dataset.select_columns(list(columns.values()))
+    source, dataset = SourceState(dataset, columns), dataset.select_columns(list(columns.values()))
     shard_size, own_rows = settings.shard_size, None
     if num_rows is not None:
         starts = range(process_index * shard_size, num_rows, num_processes * shard_size)
         own_rows = sum(min(shard_size, num_rows - start) for start in starts)
 
     # Its shards, then the index of all
-    Image.init()  # threads that meet an unusual format at the same moment would race for its plugin
+    register_formats()  # threads that meet an unusual format at the same moment would race for its plugin
     num_shards, num_workers = 0, settings.num_workers
     with (
         ThreadPoolExecutor(num_workers) if num_workers else nullcontext() as pool,
@@ -155,7 +165,8 @@ def encode_dataset(
             num_shards = number + 1
             if number % num_processes == process_index:
                 shard = ShardRows(rows, number * shard_size, columns, settings, progress_bar)
-                make_shard(folder, number, shard, pool, vae, id2label)
+                state = source.of(number * shard_size, (number + 1) * shard_size)
+                make_shard(folder, number, shard, state, pool, vae, id2label)
     _complete(folder, record, num_shards, process_index)
     return _open(folder, settings.skip_corrupt, process_index)
 
@@ -171,10 +182,16 @@ def _claim(folder: Path, record: dict[str, Any], process_index: int) -> dict[str
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(path, record)
-    stored = read_json(path)
-    if different := differences(stored, record):
-        raise ValueError(f"{folder} holds an encoding with {', '.join(different)}. Take another folder.")
+    stored = read_json(path, way_out="take another folder, or remove this one")
+    refuse_differences(folder, stored, record)
     return stored
+
+
+def _finished_index(folder: Path) -> dict[str, Any] | None:
+    """The index, if it is as it was written and has all its shards; an altered one is put together again."""
+    index = read_json(folder / INDEX_NAME)
+    is_unaltered = isinstance(index, dict) and index.get("content_hash") == content_hash(index)
+    return index if is_unaltered and all(is_whole(folder, shard) for shard in index["shards"]) else None
 
 
 def _open(folder: Path, skip_corrupt: bool, process_index: int) -> LatentDataset:
@@ -207,7 +224,7 @@ def _complete(folder: Path, record: dict[str, Any], num_shards: int, process_ind
     """Waits for the shards of all processes, and then for the index, which the first one writes."""
     surplus = [path for path in folder.glob("shard-*.json") if int(path.stem.removeprefix("shard-")) >= num_shards]
     if surplus:
-        raise ValueError(f"`folder` must have been begun with the same data: these end before {min(surplus)}.")
+        raise ValueError(f"`folder` must have been encoded from the same data: these end before {min(surplus)}.")
     for number in range(num_shards):
         _wait_until(lambda number=number: finished_sidecar(folder, number) is not None, folder / shard_name(number))
     index = _assemble(record, [finished_sidecar(folder, number) for number in range(num_shards)])
@@ -240,11 +257,8 @@ def _assemble(record: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[st
             raise ValueError(f"Ids must run from 0 without a gap, {num_samples} images have ids up to {highest}.")
         id2label = {str(id_): str(id_) for id_ in range(highest + 1)}
     index = {
-        "format_version": FORMAT_VERSION,
-        "vae": record["vae"],
-        "resolution": record["resolution"],
+        **record,
         "latent_shape": shards[0]["latent_shape"],
-        "random_flip": record["random_flip"],
         "pooled_projection_dim": dims.pop(),
         "num_samples": sum(shard["num_samples"] for shard in shards),
         "latents_mean": latents_mean,
@@ -252,6 +266,8 @@ def _assemble(record: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[st
         "id2label": id2label,
         "num_samples_per_class": None if id2label is None else {id_: counts[id_] for id_ in id2label},
         "shards": [{key: shard[key] for key in ("name", "num_samples", "num_bytes", "sha256")} for shard in shards],
+        "num_rows": sum(sidecar["num_rows"] for sidecar in sidecars),
+        "rows_sha256": hashlib.sha256("".join(sidecar["row_digests"] for sidecar in sidecars).encode()).hexdigest(),
         "skipped": [name for sidecar in sidecars for name in sidecar["skipped"]],
     }
     return index | {"content_hash": content_hash(index)}

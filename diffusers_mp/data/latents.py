@@ -20,32 +20,16 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import Dataset
 
-from ..files import plain_name, sha256_of_file, sha256_of_weights
+from ..configuration import check_latent_statistics
+from ..files import plain_name, read_json, sha256_of_file
+from .settings import FORMAT_VERSION, refuse_differences, vae_fingerprint
 
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-FORMAT_VERSION = 3
 INDEX_NAME = "index.json"
 REPAIR = "delete the file and encode again into the same folder, which makes what is missing"
-
-
-def vae_fingerprint(vae: "AutoencoderKL") -> dict[str, str]:
-    """SHA-256 of a VAE's configuration and of its weights: what decides whether encoded latents are its own.
-
-    Args:
-        vae (AutoencoderKL): in float32.
-    Returns:
-        dict: `config_hash` and `weights_hash`.
-    Raises:
-        ValueError: if the VAE is not in float32, where the same weights would have another fingerprint.
-    """
-    if vae.dtype != torch.float32:
-        raise ValueError(f"`vae` must be in float32 to encode, got {vae.dtype}: load it with torch.float32.")
-    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-    config_hash = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-    return {"config_hash": config_hash, "weights_hash": sha256_of_weights(vae.state_dict())}
 
 
 def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
@@ -62,7 +46,7 @@ def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
 def content_hash(index: dict[str, Any]) -> str:
     """SHA-256 of what an index says of the data; names of files left out and of the VAE depend on the place."""
     content = {key: value for key, value in index.items() if key not in ("content_hash", "skipped")}
-    if content["vae"] is not None:
+    if isinstance(content.get("vae"), dict):
         content["vae"] = {key: value for key, value in content["vae"].items() if key != "id"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -85,14 +69,18 @@ class LatentDataset(Dataset):
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        if not (self.folder / INDEX_NAME).is_file():
+        self.index = read_json(self.folder / INDEX_NAME)
+        if self.index is None:
             raise FileNotFoundError(
                 f"`folder` must hold a finished encoded data set, {INDEX_NAME} is not in {folder}."
             )
-        self.index = json.loads((self.folder / INDEX_NAME).read_text())
-        if self.index["format_version"] != FORMAT_VERSION:
-            version = self.index["format_version"]
-            raise ValueError(f"`folder` must have format version {FORMAT_VERSION}, {folder} has {version}.")
+        keys = ("format_version", "content_hash", "vae", "shards", "id2label", "latents_mean", "latents_std")
+        self.index = read_json(self.folder / INDEX_NAME, keys=keys, way_out=REPAIR)
+        version = self.index["format_version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"`folder` must have format version {FORMAT_VERSION}, {folder} has {version}: encode into another one."
+            )
         if self.index["content_hash"] != content_hash(self.index):
             raise ValueError(f"{self.folder / INDEX_NAME} must be as it was written, it was altered: {REPAIR}.")
         for shard in self.index["shards"]:
@@ -104,6 +92,7 @@ class LatentDataset(Dataset):
         self.id2label = None if names is None else {int(id_): name for id_, name in names.items()}
         self.latents_mean, self.latents_std = self.index["latents_mean"], self.index["latents_std"]
         self.latent_shape = tuple(self.index["latent_shape"])
+        check_latent_statistics(self.latents_mean, self.latents_std, self.latent_shape[0])
         self.pooled_projection_dim = self.index["pooled_projection_dim"]
         self._ends = list(itertools.accumulate(shard["num_samples"] for shard in self.index["shards"]))
         self._files = {}
@@ -152,6 +141,16 @@ class LatentDataset(Dataset):
             sample["pooled_projections"] = file.get_slice("pooled_projections")[row].clone()
         return sample
 
+    def labels(self) -> torch.Tensor | None:
+        """Class ids of all images, int64, (N,); None if unlabelled."""
+        if self.id2label is None:
+            return None
+        labels = []
+        for shard in self.index["shards"]:
+            with safe_open(self.folder / shard["name"], framework="pt") as file:
+                labels.append(file.get_tensor("label"))
+        return torch.cat(labels)
+
     def verify(self, *, num_processes: int = 1, process_index: int = 0) -> None:
         """Reads every shard, or this process's share of them, and compares it with its SHA-256.
 
@@ -189,16 +188,7 @@ class LatentDataset(Dataset):
         Raises:
             ValueError: naming each difference.
         """
-        stored, differences = self.index["vae"], []
-        if (stored is None) != (vae is None):
-            differences.append(f"they hold {'pixels' if stored is None else 'latents'}")
-        elif vae is not None:
-            for key, wanted in vae_fingerprint(vae).items():
-                if stored[key] != wanted:
-                    differences.append(f"the VAE's {key} differs (they were encoded with {stored['id']!r})")
-        if self.index["resolution"] != resolution:
-            differences.append(f"their resolution is {self.index['resolution']}, not {resolution}")
-        if random_flip and not self.can_flip:
-            differences.append("they were encoded without `random_flip`")
-        if differences:
-            raise ValueError(f"The encoded data in {self.folder} do not fit: {'; '.join(differences)}. Encode again.")
+        wanted = {"vae": None if vae is None else vae_fingerprint(vae), "resolution": resolution}
+        if random_flip and vae is not None:  # mirror images that are there need not be asked for
+            wanted["random_flip"] = True
+        refuse_differences(self.folder, self.index, wanted)

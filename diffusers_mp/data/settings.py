@@ -1,26 +1,53 @@
 """What images are encoded to, and how: the argument of `encode_dataset` that its `settings.json` is made of."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ..files import sha256_of_weights
 from ..masking import masked
-from .latents import FORMAT_VERSION, vae_fingerprint
+from .pixels import ground_of
 
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+FORMAT_VERSION = 4
+# Entries that no argument sets.
+_IN_WORDS = {"format_version": "format version", "id2label": "classes", "num_rows": "number of images"}
+
+
+def vae_fingerprint(vae: "AutoencoderKL") -> dict[str, str]:
+    """SHA-256 of a VAE's configuration and of its weights: what decides whether encoded latents are its own.
+
+    Args:
+        vae (AutoencoderKL): in float32.
+    Returns:
+        dict: `config_hash` and `weights_hash`.
+    Raises:
+        ValueError: if the VAE is not in float32, where the same weights would have another fingerprint.
+    """
+    if vae.dtype != torch.float32:
+        raise ValueError(f"`vae` must be in float32 to encode, got {vae.dtype}: load it with torch.float32.")
+    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    config_hash = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+    return {"config_hash": config_hash, "weights_hash": sha256_of_weights(vae.state_dict())}
+
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """What images are encoded to, and how. A folder keeps the first five; the others may change while it is filled.
+    """What images are encoded to, and how. A folder keeps the first six; the others may change while it is filled.
 
     Args:
         resolution (int): side of the images, a multiple of the VAE's downsampling factor.
         random_flip (bool): store the posterior of the mirrored image too. Pixels are mirrored on reading instead.
         num_channels (int): of the images without a VAE (1 or 3); a VAE brings its own.
+        background (str): colour of the ground under transparent images, as `prepare_image` takes it.
         pooled_column (str, optional): column of condition vectors, such as a text encoder's pooled output: lists of
             numbers, all of one length.
         shard_size (int): images per file.
@@ -31,12 +58,13 @@ class EncodingSettings:
         skip_corrupt (bool): leave damaged images out, with a warning, instead of raising. Files that are missing
             or cannot be read raise all the same.
     Raises:
-        ValueError: if a size is less than 1.
+        ValueError: if a size is less than 1, or the background is no colour.
     """
 
     resolution: int
     random_flip: bool = False
     num_channels: int = 3
+    background: str = "white"
     pooled_column: str | None = None
     shard_size: int = 2048
     vae_id: str | None = field(default=None, compare=False)
@@ -50,9 +78,10 @@ class EncodingSettings:
         for name in ("resolution", "batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        ground_of(self.background)
 
     def for_vae(self, vae: "AutoencoderKL | None") -> "EncodingSettings":
-        """The same with the number of channels that a VAE takes; refuses a VAE that cannot encode such images.
+        """The same with what a VAE or its absence decides; refuses a VAE that cannot encode such images.
 
         Raises:
             ValueError: if the resolution does not suit the VAE, or images are neither grey nor RGB.
@@ -68,43 +97,52 @@ class EncodingSettings:
             raise ValueError(
                 f"`num_channels`, which a VAE brings with it, must be 1 (grey) or 3 (RGB), got {num_channels}."
             )
-        return replace(self, num_channels=num_channels)
+        # Pixels are mirrored on reading: the same are stored with and without.
+        return replace(self, num_channels=num_channels, random_flip=self.random_flip and vae is not None)
 
-    def record(
-        self, vae: "AutoencoderKL | None", id2label: Mapping[int, str] | None, num_rows: int | None
-    ) -> dict[str, Any]:
+    def record(self, vae: "AutoencoderKL | None", id2label: Mapping[int, str] | None) -> dict[str, Any]:
         """All that the encoded data depend on, as `settings.json` has it.
 
         Args:
             vae (AutoencoderKL, optional), id2label (dict, optional): as in `encode_dataset`.
-            num_rows (int, optional): of the source; a stream's are counted by reading it.
         Returns:
             dict: of JSON values.
         """
         fingerprint = None
         if vae is not None:
-            fingerprint = {"id": masked(self.vae_id or vae.config.get("_name_or_path")), **vae_fingerprint(vae)}
+            fingerprint = vae_fingerprint(vae) | {"id": masked(self.vae_id or vae.config.get("_name_or_path"))}
         return {
             "format_version": FORMAT_VERSION,
             "vae": fingerprint,
             **{each.name: getattr(self, each.name) for each in fields(self) if each.compare},
             "id2label": None if id2label is None else {str(id_): name for id_, name in id2label.items()},
-            "num_rows": num_rows,
         }
 
 
-def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """In what two records differ, in words: a stream has any number of rows, and a VAE is itself under any name."""
-    wanted = dict(wanted)
-    if stored.get("num_rows") is None or wanted["num_rows"] is None:
-        wanted["num_rows"] = stored.get("num_rows")
-    if stored.get("vae") and wanted["vae"]:
-        wanted["vae"] = wanted["vae"] | {"id": stored["vae"]["id"]}
-    return [
-        f"{name} {shortened(stored.get(name))} (now {shortened(value)})"
-        for name, value in wanted.items()
-        if stored.get(name) != value
-    ]
+def refuse_differences(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuses encoded data that are not what is asked for.
+
+    Args:
+        folder (Path): of the data, for the message.
+        stored (mapping): what they were encoded with, as `EncodingSettings.record` has it, or their index.
+        wanted (mapping): the entries that have to agree. A VAE is itself under any name.
+    Raises:
+        ValueError: naming each difference.
+    """
+    found = []
+    for name, value in wanted.items():
+        former = stored.get(name)
+        if isinstance(former, dict) and isinstance(value, dict):
+            names = [key for key in former | value if former.get(key) != value.get(key)]
+            if name == "vae" and not {*names} - {"id"}:
+                continue
+            former, value = ({key: entry[key] for key in names if key in entry} for entry in (former, value))
+        if former != value:
+            found.append(f"{_IN_WORDS.get(name, f'`{name}`')} {shortened(former)} (now {shortened(value)})")
+    if found:
+        raise ValueError(
+            f"{folder} was encoded with {', '.join(found)}. Give the same again, or another `folder` to encode to."
+        )
 
 
 def shortened(value: Any) -> str:

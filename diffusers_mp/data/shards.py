@@ -1,11 +1,8 @@
 """One shard of encoded images and its sidecar: rows prepared by threads, encoded, summed up for the statistics."""
 
-import hashlib
 import itertools
 import json
 import logging
-import math
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..files import plain_name, read_json, sha256_of_file, whole_file
+from .changes import DIGEST_LENGTH, row_digest
 from .latents import to_unit_range
-from .pixels import read_image
+from .pixels import read_bytes, read_image
 from .settings import EncodingSettings, shortened
 
 
 logger = logging.getLogger(__name__)
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 class ChannelStatistics:
@@ -64,88 +64,112 @@ class ChannelStatistics:
 
 
 class ShardRows:
-    """The rows of one shard: prepared in order by threads, and summed up in a digest that tells other data apart.
-
-    The digest is over names without their folders, sizes and labels, which cost no decoding and survive a move.
-    """
+    """The rows of one shard, taken up in order by threads."""
 
     def __init__(self, rows, first_row: int, columns: Mapping[str, str], settings: EncodingSettings, progress_bar):
         self.rows, self.first_row, self.columns = rows, first_row, columns
         self.settings, self.progress_bar = settings, progress_bar
-        self.num_rows, self.digest = 0, hashlib.sha256()
 
-    def _counted(self) -> Iterator[tuple[str, dict | None, Any]]:
-        for row in self.rows:
+    def _named(self) -> Iterator[tuple[str, dict | None, dict[str, Any]]]:
+        for number, row in enumerate(self.rows, start=self.first_row):
             conditions = {role: row[column] for role, column in self.columns.items()}
             cell = conditions.pop("cell")
-            path, content = (cell or {}).get("path"), (cell or {}).get("bytes")
-            num_bytes = None if content is None else len(content)
-            if content is None and path is not None and os.path.isfile(path):
-                num_bytes = os.path.getsize(path)
-            self.digest.update(json.dumps([path and os.path.basename(path), num_bytes, *conditions.values()]).encode())
-            name = path or f"row {self.first_row + self.num_rows}"
-            self.num_rows += 1
             self.progress_bar.update()
-            yield name, cell, conditions
+            yield (cell or {}).get("path") or f"row {number}", cell, conditions
 
-    def digest_of_all(self) -> str:
-        deque(self._counted(), maxlen=0)
-        return self.digest.hexdigest()
+    def _digest(self, name, cell, conditions):
+        return name, row_digest((cell or {}).get("path"), conditions, read_bytes(cell))
 
     def _prepare(self, name, cell, conditions):
-        return name, *read_image(cell, self.settings.resolution, self.settings.num_channels), conditions
+        settings, path = self.settings, (cell or {}).get("path")
+        content = read_bytes(cell)  # once: what is encoded is what the digest is of
+        digest = row_digest(path, conditions, content)
+        cell = {"bytes": content, "path": path}
+        image = read_image(cell, settings.resolution, settings.num_channels, settings.background)
+        return name, digest, *image, conditions
+
+    def digests(self, pool: ThreadPoolExecutor | None) -> Iterator[tuple[str, str]]:
+        """(name, digest), without decoding an image."""
+        return self._in_order(self._digest, pool)
 
     def prepared(self, pool: ThreadPoolExecutor | None) -> Iterator[tuple]:
-        """(name, pixels, error, conditions), with at most two batches of images waiting to be taken."""
+        """(name, digest, pixels, error, conditions)."""
+        return self._in_order(self._prepare, pool)
+
+    def _in_order(self, function: Callable[..., tuple], pool: ThreadPoolExecutor | None) -> Iterator[tuple]:
+        # At most two batches of images wait to be taken.
         if pool is None:
-            yield from itertools.starmap(self._prepare, self._counted())
+            yield from itertools.starmap(function, self._named())
             return
         pending = deque()
-        for row in self._counted():
-            pending.append(pool.submit(self._prepare, *row))
+        for row in self._named():
+            pending.append(pool.submit(function, *row))
             if len(pending) > 2 * self.settings.batch_size:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
 
 
-def make_shard(folder: Path, number: int, images: ShardRows, pool: ThreadPoolExecutor | None, vae, id2label) -> None:
-    """Makes a shard and its sidecar; of a shard that is finished, compares the rows it was made from."""
-    sidecar = finished_sidecar(folder, number)
-    if sidecar is not None:
-        if images.digest_of_all() != sidecar["rows_sha256"]:
+def make_shard(
+    folder: Path,
+    number: int,
+    images: ShardRows,
+    state: str | None,
+    pool: ThreadPoolExecutor | None,
+    vae,
+    id2label,
+) -> None:
+    """Makes a shard and its sidecar; of a finished one compares the rows, if the state of their source is another."""
+    path, sidecar = folder / _sidecar_name(number), finished_sidecar(folder, number)
+    if sidecar is None:
+        path.unlink(missing_ok=True)
+        sidecar = _encode_shard(folder / shard_name(number), images.prepared(pool), images.settings, vae, id2label)
+        write_json(path, sidecar | {"source_state": state})
+    elif state is not None and state == sidecar["source_state"]:
+        images.progress_bar.update(sidecar["num_rows"])
+    else:
+        _compare(folder / shard_name(number), images.digests(pool), sidecar["row_digests"])
+        if state is not None:
+            try:
+                write_json(path, sidecar | {"source_state": state})
+            except OSError as error:  # of a folder that may only be read
+                logger.warning("%s; the images of %s are read again at the next start", error, path)
+
+
+def _compare(path: Path, digests: Iterator[tuple[str, str]], stored: str) -> None:
+    """Refuses rows that are not those a shard was made from, and names the first."""
+    number = 0
+    for name, digest in digests:
+        if digest != stored[number * DIGEST_LENGTH : (number + 1) * DIGEST_LENGTH]:
             raise ValueError(
-                f"`folder` must have been begun with the same data: other names, sizes or labels of images "
-                f"were encoded in {folder / shard_name(number)}. Take another folder."
+                f"`folder` must have been encoded from the same data: {name} is not what {path} was made from. It or "
+                "its label was edited, added or removed since, or other samples were drawn. Take another folder, or "
+                "delete this one to encode anew."
             )
-        return
-    (folder / _sidecar_name(number)).unlink(missing_ok=True)
-    sidecar = _encode_shard(folder / shard_name(number), images.prepared(pool), images.settings, vae, id2label)
-    sidecar |= {"num_rows": images.num_rows, "rows_sha256": images.digest.hexdigest()}
-    write_json(folder / _sidecar_name(number), sidecar)
+        number += 1
+    if number * DIGEST_LENGTH != len(stored):
+        raise ValueError(f"`folder` must have been encoded from the same data: these end within {path}.")
 
 
 def _encode_shard(
     path: Path, images: Iterator[tuple], settings: EncodingSettings, vae, id2label: Mapping[int, str] | None
 ) -> dict[str, Any]:
     """Writes one shard, unless none of its images can be read, and returns what its sidecar says of it."""
-    statistics, parts, skipped, pooled_dim = ChannelStatistics(), [], [], None
+    statistics, parts, skipped, digests, pooled_dim = ChannelStatistics(), [], [], [], None
     while rows := list(itertools.islice(images, settings.batch_size)):
         batch, names = [], []
-        for name, pixels, error, conditions in rows:
+        for name, digest, pixels, error, conditions in rows:
+            digests.append(digest)
             if error is not None and not settings.skip_corrupt:
                 raise ValueError(f"Cannot read {name}: {error}. `--skip_corrupt` leaves such images out.")
             if error is not None:
                 logger.warning("Left out %s, which cannot be read: %s", name, error)
                 skipped.append(name)
                 continue
-            label = conditions.get("label")
-            if id2label is not None and (
-                not isinstance(label, int) or label < 0 or id2label and label not in id2label
-            ):
-                raise ValueError(f"Labels must be ids of `id2label`, {name} has {label!r}.")
+            if id2label is not None:
+                _check_label(conditions["label"], id2label, name, settings.label_column)
             if "pooled_projections" in conditions:
-                vector = _vector(name, conditions["pooled_projections"], pooled_dim)
+                vector = _vector(conditions["pooled_projections"], pooled_dim, name)
                 conditions["pooled_projections"], pooled_dim = vector, len(vector)
             batch.append((pixels, conditions))
             names.append(name)
@@ -158,8 +182,9 @@ def _encode_shard(
                 raise ValueError(f"`vae` must make finite latents, in {vae.dtype} those of {name} are not.")
             for role in batch[0][1]:
                 parts[-1][role] = torch.tensor([conditions[role] for _, conditions in batch])
+    of_rows = {"num_rows": len(digests), "row_digests": "".join(digests), "skipped": skipped}
     if not parts:
-        return {"num_samples": 0, "skipped": skipped}
+        return {"num_samples": 0, **of_rows}
     tensors = {key: torch.cat([part.pop(key) for part in parts]) for key in list(parts[0])}
     sha256 = _replace(path, lambda temporary: save_file(tensors, temporary))
     labels = tensors["label"].tolist() if id2label is not None else []
@@ -173,7 +198,7 @@ def _encode_shard(
         "pooled_projection_dim": pooled_dim,
         "statistics": statistics.state(),
         "num_samples_per_class": {str(id_): count for id_, count in sorted(Counter(labels).items())},
-        "skipped": skipped,
+        **of_rows,
     }
 
 
@@ -190,11 +215,20 @@ def _encode_batch(pixels, vae, random_flip, statistics) -> dict[str, torch.Tenso
     return tensors
 
 
-def _vector(name: str, values: Any, dim: int | None) -> list[float]:
+def _check_label(label: Any, id2label: Mapping[int, str], name: str, column: str) -> None:
+    if label is None or label == "" or label != label:  # NaN is what an empty cell between numbers is read as
+        raise ValueError(f"`label_column` must hold a class for each image, {column!r} of {name} is empty.")
+    if not isinstance(label, int) or label < 0 or id2label and label not in id2label:
+        raise ValueError(f"`label_column` must hold ids of `id2label`, {column!r} of {name} is {label!r}.")
+
+
+def _vector(values: Any, dim: int | None, name: str) -> list[float]:
     is_vector = isinstance(values, (list, tuple)) and len(values) and all(isinstance(v, (int, float)) for v in values)
-    if not is_vector or not all(math.isfinite(value) for value in values) or len(values) != (dim or len(values)):
+    # In float32, as they are stored; NaN fails here as well.
+    if not is_vector or not all(abs(value) <= LARGEST for value in values) or len(values) != (dim or len(values)):
         raise ValueError(
-            f"Condition vectors must be lists of finite numbers, all of one length, {name} has {shortened(values)}."
+            "`pooled_column` must hold lists of numbers that are finite in float32, all of one length, that of "
+            f"{name} is {shortened(values)}."
         )
     return [float(value) for value in values]
 
@@ -209,7 +243,9 @@ def _sidecar_name(number: int) -> str:
 
 def finished_sidecar(folder: Path, number: int) -> dict[str, Any] | None:
     """The sidecar of a shard, None if the shard has to be made (again)."""
-    sidecar = read_json(folder / _sidecar_name(number))
+    way_out = "remove it, and the shard is made again"
+    keys = ("num_samples", "num_rows", "row_digests", "skipped", "source_state")
+    sidecar = read_json(folder / _sidecar_name(number), keys=keys, way_out=way_out)
     return sidecar if sidecar is not None and (not sidecar["num_samples"] or is_whole(folder, sidecar)) else None
 
 

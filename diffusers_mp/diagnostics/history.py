@@ -1,9 +1,8 @@
 """The file of a recorder: a column of numbers to six digits for each value, and the histograms of the last record."""
 
-import json
 from pathlib import Path
 
-from ..files import write_json
+from ..files import MISSING_IS_AN_ERROR, read_json, write_json
 
 
 HISTOGRAM = "rotate/histogram/"
@@ -27,7 +26,7 @@ def load_history(path: str | Path) -> list[dict]:
     Returns:
         list of dict: as `MagnitudeRecorder.history`.
     """
-    file = json.loads(Path(path).read_text(encoding="utf-8"))
+    file = read_json(path, MISSING_IS_AN_ERROR, keys=("columns", "histograms"))
     columns = file["columns"]
     history = [
         {name: column[row] for name, column in columns.items() if column[row] is not None}

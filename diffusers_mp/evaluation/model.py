@@ -23,6 +23,7 @@ from ..pipeline_mpdit import MPDiTPipeline
 from ..publishing.hub import download_pipeline, files_to_publish, has_component
 from ..publishing.training_curve import LOG_NAME, LOGGING_DIR, log_file
 from ..schedulers import sampler_for, sampler_of
+from ..sources import check_reachable
 from ..transformer_mpdit import MPDiTTransformer2DModel
 
 
@@ -67,6 +68,7 @@ class EvaluatedModel:
         """
         folder, commit = Path(name_or_path), None
         if not folder.is_dir():
+            check_reachable("pretrained_model_name_or_path", name_or_path, ["model_index.json"], **of_hub)
             with accelerator.main_process_first():
                 folder = download_pipeline(name_or_path, **of_hub)
             commit = folder.name  # as the Hub's client names its folders

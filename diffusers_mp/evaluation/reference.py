@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import io
 import json
 import os
 from collections import Counter
@@ -14,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ..data.formats import open_image
 from ..data.pixels import read_image
 from ..files import whole_file
 from .features import FeatureExtractor
@@ -29,7 +28,7 @@ from .precision_recall import MAX_FEATURES, precision_recall
 if TYPE_CHECKING:
     import datasets
 
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 2  # since images are in sRGB, on white: their statistics are others
 
 
 @dataclass
@@ -176,8 +175,8 @@ def reference_statistics(
 ) -> ReferenceStatistics:
     """Statistics of real images, from the cache if there are any of the same images by content.
 
-    Images are brought to the size of generated ones by `prepare_image`: upright, shorter side resized, centre crop, as
-    training does. To be called on every process.
+    Images are brought to the size of generated ones by `prepare_image`, as training does, on a white ground.
+    To be called on every process.
 
     Args:
         images (RealImages): at least two.
@@ -239,7 +238,7 @@ def reference_statistics(
     description = {
         **identity,
         "extractor": extractor.description,
-        "preparation": "upright, halved by box averages while twice too large, bicubic, centre crop",
+        "preparation": "upright, sRGB, on white, halved by box averages while twice too large, bicubic, centre crop",
         "num_features_kept": len(kept),
         "warnings": [warning for warning in warnings if warning is not None],
     }
@@ -259,7 +258,7 @@ def _facts_of(cell: dict[str, Any] | None) -> tuple[str, tuple[int, int] | None,
             content = file.read()
     digest = hashlib.sha256(content).hexdigest()
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(content, cell.get("path") or "") as image:
             return digest, image.size, image.mode
     except Exception:  # any, of whichever parser; the image is read again, and refused, where its pixels are needed
         return digest, None, None

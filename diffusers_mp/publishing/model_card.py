@@ -29,6 +29,7 @@ from .training_curve import curve_rows, draw_curve, log_file, read_log, seconds_
 _REPORTED_ARGUMENTS = (
     *("preset", "configuration", "variance_type", "prediction_type", "resolution", "random_flip", "seed"),
     *("class_dropout_prob", "optimizer", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_constant_steps"),
+    "total_batch_size",
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "mixed_precision", "ema_stds", "snr_gamma"),
     *("logit_mean", "logit_std"),
 )
@@ -179,7 +180,7 @@ def _data(folder: Path, index: dict, config: dict, arguments: dict, data: str | 
         source = f"[{dataset}](../../datasets/{dataset})"
         if arguments.get("dataset_config_name"):
             source += f", configuration {text_of(arguments['dataset_config_name'])}"
-        source += f", split {text_of(arguments.get('dataset_split') or 'train')}"
+        source += f", split {text_of(arguments.get('split') or 'train')}"
     lines = [f"- source: {source}"]
     if "num_samples" in latents:
         lines.append(f"- images: {latents['num_samples']:,} (those held out for validation among them)")

@@ -12,7 +12,7 @@ from .hub import ADAPTER_CONFIG_NAME, files_to_publish, is_repo_id
 
 _REPORTED_FINETUNING = (
     *("swap", "anneal_steps", "distillation", "train", "rank", "sublayers", "num_calibration_samples"),
-    *("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler"),
+    *("max_train_steps", "total_batch_size", "learning_rate", "lr_scheduler"),
     *("lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "class_dropout_prob", "random_flip", "mixed_precision"),
     "seed",
 )

@@ -33,6 +33,7 @@ def read_log(path: Path) -> list[dict]:
             entries.append(json.loads(line))
         except json.JSONDecodeError:
             break
+    entries = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
     return sorted(entries, key=lambda entry: entry["step"])
 
 

@@ -15,11 +15,12 @@ import torch
 from diffusers import ModelMixin
 from diffusers.utils import logging
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from .. import __version__
+from ..files import read_json
 from ..masking import mask
 from ..publishing.hub import is_repo_id
 from .checks import check_loaded, check_model, check_plain, check_sites, check_swapped
@@ -179,7 +180,7 @@ def _read_config(folder: Path) -> dict:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} must hold {CONFIG_FILE} and {WEIGHTS_FILE}, {name} is missing.")
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG_FILE, {}, way_out="take an intact copy of the adapter")
     expected = {"adapter_type": ADAPTER_TYPE, "format_version": FORMAT_VERSION, "pairing": PAIRING}
     for name, value in expected.items():
         if config.get(name) != value:
@@ -199,7 +200,11 @@ def _load_strictly(linears: dict, weights: Path, modulation_rows: bool) -> None:
         for key, tensor in linear.state_dict().items()
         if modulation_rows or not key.startswith("linear.")
     }
-    with safe_open(weights, framework="pt") as file:
+    try:
+        opened = safe_open(weights, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is damaged: {error}. Take an intact copy of the adapter.") from error
+    with opened as file:
         names = set(file.keys())
         missing, unexpected = sorted(targets.keys() - names), sorted(names - targets.keys())
         if missing or unexpected:
@@ -211,5 +216,8 @@ def _load_strictly(linears: dict, weights: Path, modulation_rows: bool) -> None:
             shape = tuple(file.get_slice(name).get_shape())
             if shape != tuple(target.shape):
                 raise ValueError(f"{weights}: {name} must have shape {tuple(target.shape)}, it has {shape}.")
-        for name, target in targets.items():
-            target.copy_(file.get_tensor(name))
+        tensors = {name: file.get_tensor(name) for name in targets}
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{weights} must hold finite numbers, {broken[0]} has NaN or infinity.")
+    for name, target in targets.items():
+        target.copy_(tensors[name])

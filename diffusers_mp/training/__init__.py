@@ -19,7 +19,14 @@ _EXPORTS = {
     ],
     "flow_matching": ["FlowMatchObjective"],
     "objectives": ["DDPMObjective", "Objective"],
-    "samples": ["StreamBatchSampler", "TrainingSamples", "conditions_of", "sample_generator", "split_validation"],
+    "samples": [
+        "StreamBatchSampler",
+        "TrainingSamples",
+        "conditions_of",
+        "hold_out",
+        "sample_generator",
+        "split_validation",
+    ],
     "signals": ["StopRequest", "leave_signals_to_main_process"],
     "tracking": ["JSONLinesTracker"],
     "validation": ["validation_losses", "validation_timesteps"],
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
     from .samples import StreamBatchSampler as StreamBatchSampler
     from .samples import TrainingSamples as TrainingSamples
     from .samples import conditions_of as conditions_of
+    from .samples import hold_out as hold_out
     from .samples import sample_generator as sample_generator
     from .samples import split_validation as split_validation
     from .signals import StopRequest as StopRequest

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..averages.ema import PowerFunctionEMA
-from ..files import UNFINISHED, sha256_of_file, sync, write_json
+from ..files import MISSING_IS_AN_ERROR, UNFINISHED, read_json, sha256_of_file, sync, write_json
 from ..sharding import return_to_shards
 from .watchdog import NonFiniteError, all_finite
 
@@ -204,7 +205,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     Returns:
         dict: as passed to `save_checkpoint`.
     """
-    return json.loads((checkpoint / STATE_FILE).read_text())
+    way_out = "go on from another checkpoint"
+    return read_json(checkpoint / STATE_FILE, MISSING_IS_AN_ERROR, keys=["step"], way_out=way_out)
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingState) -> None:
@@ -239,11 +241,14 @@ def _tensors(state: TrainingState) -> dict[str, Any]:
     was_empty = not optimizer.optimizer.state
     model_state, optimizer_state = get_state_dict(model, optimizer.optimizer)
     if was_empty:
-        for of_parameter in optimizer_state["state"].values():
+        # Where it counts by a number (bitsandbytes), the state that is saved is another than the optimiser's.
+        for of_parameter in (*optimizer_state["state"].values(), *optimizer.optimizer.state.values()):
             # Momentum alone (SGD, Muon) counts nothing; NAdam counts twice.
             for name, start in (("step", 0), ("mu_product", 1)):
-                if name in of_parameter:
+                if isinstance(of_parameter.get(name), torch.Tensor):
                     of_parameter[name].fill_(start)
+                elif name in of_parameter:
+                    of_parameter[name] = start
     return {"model": model_state, "optimizer": optimizer_state, "ema": ema.state_dict()}
 
 

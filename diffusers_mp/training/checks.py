@@ -7,13 +7,15 @@ from accelerate.tracking import get_available_trackers
 from diffusers import AutoencoderKL
 
 from ..publishing.hub import check_trackers
+from ..sources import check_reachable
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .arguments import make_parser
 from .model import Pretrained, model_config
+from .optimizers import optimizer_groups
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse, as the parser does, trackers that are not there and flags that make no model."""
+    """Refuse, as the parser does, trackers that are not there, flags that make no model, decay that does nothing."""
     parser, installed = make_parser(), [str(tracker) for tracker in get_available_trackers()]
     try:
         check_trackers(args.report_to, vars(args))
@@ -21,27 +23,38 @@ def check_arguments(args: argparse.Namespace) -> None:
             parser.error(f"--report_to {args.report_to}: not installed; there are {installed}")
         if args.preset is not None:
             with init_empty_weights():
-                MPDiTTransformer2DModel(**model_config(args, (4, 8, 8), 2))
+                model = MPDiTTransformer2DModel(**model_config(args, (4, 8, 8), 2))
+            optimizer_groups(args, model.train(), learning_rate=1.0)
     except ValueError as error:
         parser.error(str(error))
 
 
 def check_model(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained: Pretrained | None) -> None:
-    """Refuse a model that latents of this size will not fit, before they are downloaded and encoded for hours."""
-    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    channels, size = args.image_channels if vae is None else vae.config.latent_channels, args.resolution // factor
+    """Refuse a model that latents of this size or the optimiser do not fit, before images are encoded for hours."""
+    channels, size, _ = shape = latent_shape_of(args, vae)
     known = {"num_classes": None, "pooled_projection_dim": None}  # the data will tell; until then, as the config says
     if pretrained is not None:
         known |= pretrained.transformer.config
     elif args.model_config_name_or_path is not None:
+        check_reachable(
+            "model_config_name_or_path", args.model_config_name_or_path, ["config.json"], cache_dir=args.cache_dir
+        )
         known |= MPDiTTransformer2DModel.load_config(args.model_config_name_or_path, cache_dir=args.cache_dir)
     conditions = known["num_classes"], known["pooled_projection_dim"]
     source = known if pretrained is not None or args.model_config_name_or_path is not None else None
     try:
         with init_empty_weights():
-            MPDiTTransformer2DModel(**model_config(args, (channels, size, size), *conditions, source))
+            model = MPDiTTransformer2DModel(**model_config(args, shape, *conditions, source))
     except ValueError as error:
         raise ValueError(
             f"`--resolution {args.resolution}` with this `--vae` makes latents of {channels} x {size} x {size}, which "
             f"the model must take: {error}"
         ) from error
+    optimizer_groups(args, model.train(), learning_rate=1.0)
+
+
+def latent_shape_of(args: argparse.Namespace, vae: AutoencoderKL | None) -> tuple[int, int, int]:
+    """Channels, height and width of what images will be encoded to."""
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    size = args.resolution // factor
+    return (args.image_channels or 3) if vae is None else vae.config.latent_channels, size, size

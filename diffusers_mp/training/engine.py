@@ -20,6 +20,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from .arguments import LOCK_NAME
+from .batch_size import divide_batch
 from .tracking import JSONLinesTracker
 
 
@@ -27,8 +28,8 @@ def start(args: argparse.Namespace, logging_dir: Path) -> tuple[Accelerator, JSO
     """Accelerate, checked to be what was asked for, and the curve that every run keeps.
 
     Args:
-        args (argparse.Namespace): with `mixed_precision`, `gradient_accumulation_steps`, `report_to`, `output_dir` and
-            `seed`.
+        args (argparse.Namespace): with `mixed_precision`, `report_to`, `output_dir`, `seed`, and the flags of the
+            batch, which become what they mean on so many processes.
         logging_dir (Path): folder of the curve and of what other trackers write.
     Raises:
         RuntimeError: see `check_engine`.
@@ -38,12 +39,25 @@ def start(args: argparse.Namespace, logging_dir: Path) -> tuple[Accelerator, JSO
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=[curve] if args.report_to == "none" else [curve, args.report_to],
         project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(logging_dir)),
         kwargs_handlers=[patience],
     )
-    check_engine(accelerator, args.gradient_accumulation_steps)
+    check_engine(accelerator)
+    if accelerator.is_fsdp2 and getattr(args, "use_8bit_adam", False):
+        raise RuntimeError(
+            "`--use_8bit_adam` was asked for under FSDP2, whose shards bitsandbytes does not take: leave one of them "
+            "out."
+        )
+    batch = divide_batch(args, accelerator.num_processes)
+    share = batch.total // batch.processes
+    if batch.micro < min(share, args.train_batch_size):
+        accelerator.print(
+            f"--train_batch_size {args.train_batch_size} becomes {batch.micro}, the most that divides the {share} "
+            "samples that an update has for each process"
+        )
+    args.total_batch_size, args.train_batch_size = batch.total, batch.micro
+    args.gradient_accumulation_steps = accelerator.gradient_accumulation_steps = batch.accumulation
     if accelerator.is_fsdp2:
         # Accelerate's policy rounds weights and timesteps to half precision. Autocast computes as under the other
         # engines: rows are normalised, and gradients summed, in float32.
@@ -69,7 +83,7 @@ def check_processes(accelerator: Accelerator, consequence: str) -> None:
         )
 
 
-def check_engine(accelerator: Accelerator, gradient_accumulation_steps: int) -> None:
+def check_engine(accelerator: Accelerator) -> None:
     """Refuse what is not supported, or was asked for and not given: Accelerate says nothing about it."""
     check_processes(accelerator, "train a model of its own in the same folder")
     asked_for = [
@@ -107,11 +121,10 @@ def check_engine(accelerator: Accelerator, gradient_accumulation_steps: int) -> 
             "`--mixed_precision fp16` was asked for, which Accelerate leaves out on this device "
             f"({accelerator.device.type}): use `no` or `bf16`."
         )
-    if gradient_accumulation_steps != accelerator.gradient_accumulation_steps:
+    if "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" in os.environ:
         raise RuntimeError(
-            "`--gradient_accumulation_steps` must be what ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment "
-            f"says, which overrides it, {accelerator.gradient_accumulation_steps}; got {gradient_accumulation_steps}: "
-            "unset the variable."
+            "accumulation follows from `--total_batch_size`, but ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set in the "
+            f"environment, to {os.environ['ACCELERATE_GRADIENT_ACCUMULATION_STEPS']}: unset it."
         )
 
 

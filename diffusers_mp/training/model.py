@@ -4,15 +4,16 @@ import argparse
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL, SchedulerMixin
 
 from ..class_embeddings import resize_class_embeddings_
-from ..data.latents import LatentDataset, vae_fingerprint
+from ..data.latents import LatentDataset
+from ..data.settings import vae_fingerprint
 from ..files import sha256_of_weights
 from ..pipeline_mpdit import MPDiTPipeline
 from ..presets import get_preset
 from ..rows import normalize_weights_
+from ..sources import check_reachable
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .arguments import DEFAULT_VAE, MODEL_FLAGS
 
@@ -32,6 +33,7 @@ class Pretrained:
 def vae_of_pretrained(args: argparse.Namespace) -> str:
     """What `--vae` is by default: the autoencoder of the checkpoint, whose latents the transformer knows."""
     source = args.pretrained_model_name_or_path
+    _check_reachable(args, "pretrained_model_name_or_path")
     try:
         components = MPDiTPipeline.load_config(source, cache_dir=args.cache_dir)
     except OSError:  # no model_index.json: a transformer alone, or nothing, which is an error
@@ -49,12 +51,15 @@ def load_pretrained(args: argparse.Namespace, vae: AutoencoderKL | None, schedul
         scheduler (SchedulerMixin): of the run's objective.
     """
     source = args.pretrained_model_name_or_path
+    _check_reachable(args, "pretrained_model_name_or_path")
     try:
         MPDiTPipeline.load_config(source, cache_dir=args.cache_dir)
     except OSError:  # no model_index.json
         transformer = MPDiTTransformer2DModel.from_pretrained(source, cache_dir=args.cache_dir)
+        check_finite(transformer, source)
         return Pretrained(transformer, sha256_of_weights(transformer.state_dict()))
     pipeline = MPDiTPipeline.from_pretrained(source, cache_dir=args.cache_dir)
+    check_finite(pipeline.transformer, source)
     if (pipeline.vae is None) != (vae is None) or (
         vae is not None and vae_fingerprint(pipeline.vae) != vae_fingerprint(vae)
     ):
@@ -72,6 +77,36 @@ def load_pretrained(args: argparse.Namespace, vae: AutoencoderKL | None, schedul
     transformer, config = pipeline.transformer, pipeline.config
     sha256 = sha256_of_weights(transformer.state_dict())
     return Pretrained(transformer, sha256, pipeline.id2label, config.latents_mean, config.latents_std)
+
+
+def _check_reachable(args: argparse.Namespace, flag: str) -> None:
+    check_reachable(flag, getattr(args, flag), ("model_index.json", "config.json"), cache_dir=args.cache_dir)
+
+
+def channels_of(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained: Pretrained | None) -> int | None:
+    """What `--image_channels` is by default: that of a checkpoint of pixels, else 3; None with a VAE."""
+    if vae is not None:
+        if args.image_channels is not None:
+            raise ValueError("`image_channels` would have no effect with a VAE, which brings its own: leave it out.")
+        return None
+    if args.image_channels is None and pretrained is not None:
+        return pretrained.transformer.config.in_channels
+    return args.image_channels or 3
+
+
+def check_finite(model: torch.nn.Module, source: str) -> None:
+    """Refuse weights of which no training or measurement comes.
+
+    Raises:
+        ValueError: naming a tensor that is not finite, or was not in the file.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"the weights in {source} must be those that its config.json describes, {name} is missing."
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"the weights in {source} must be finite, {name} has NaN or infinity.")
 
 
 def model_config(
@@ -108,6 +143,7 @@ def model_config(
     source = args.pretrained_model_name_or_path or args.model_config_name_or_path
     config = pretrained_config
     if config is None:
+        _check_reachable(args, "model_config_name_or_path")
         config = MPDiTTransformer2DModel.load_config(source, cache_dir=args.cache_dir)
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     for name, value in of_data.items():
@@ -124,25 +160,32 @@ def model_config(
     return {**config, **of_data, "class_dropout_prob": class_dropout_prob}
 
 
+def num_known_classes(pretrained: Pretrained, id2label: dict[int, str] | None) -> int | None:
+    """How many of the data's classes the pretrained model knows by name; None for data without classes."""
+    known = set((pretrained.id2label or {}).values())
+    return None if id2label is None else sum(name in known for name in id2label.values())
+
+
 def make_model(
     args: argparse.Namespace,
-    accelerator: Accelerator,
     latents: LatentDataset,
     num_classes: int | None,
     pretrained: Pretrained | None,
 ) -> MPDiTTransformer2DModel:
     """The model of the run, with random weights or those it is to start from."""
+    if args.class_dropout_prob and num_classes is None and latents.pooled_projection_dim is None:
+        raise ValueError(
+            "`class_dropout_prob` would have no effect on data without labels and vectors, got "
+            f"{args.class_dropout_prob}: leave it out."
+        )
     pretrained_config = None if pretrained is None else pretrained.transformer.config
     config = model_config(args, latents.latent_shape, num_classes, latents.pooled_projection_dim, pretrained_config)
     if pretrained is None:
         return MPDiTTransformer2DModel(**config)
-    model, known = pretrained.transformer, set((pretrained.id2label or {}).values())
+    model = pretrained.transformer
     if num_classes is not None:
         generator = torch.Generator().manual_seed(args.seed)
         resize_class_embeddings_(model, pretrained.id2label, latents.id2label, generator)
-        num_known = sum(name in known for name in latents.id2label.values())
-        source = args.pretrained_model_name_or_path
-        accelerator.print(f"{source} knows {num_known:,} of {num_classes:,} classes by name")
     model.register_to_config(class_dropout_prob=config["class_dropout_prob"])
     # Of a snapshot of averages, and of weights that were saved in half precision, rows are shorter than 1.
     return normalize_weights_(model)

@@ -1,4 +1,4 @@
-"""A validation: the loss of held-out images and a row of samples, with the first average in the model."""
+"""A validation: the loss of held-out images and a sheet of samples, with the first average in the model."""
 
 import argparse
 import traceback
@@ -6,17 +6,17 @@ import traceback
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from diffusers.utils import make_image_grid
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from ..pipeline_mpdit import MPDiTPipeline
+from ..sheets import draw_sheet
 from .run import Run
 from .validation import validation_losses, validation_timesteps
 
 
 def validate(args: argparse.Namespace, run: Run) -> Exception | None:
-    """Loss of the held-out images at fixed noise levels and a row of samples, with the first average in the model.
+    """Loss of the held-out images at fixed noise levels and a sheet of samples, with the first average in the model.
 
     What went wrong, if anything did, is returned on every process: weeks of updates are saved before it is raised.
     """
@@ -46,22 +46,43 @@ def validate_pipeline(args: argparse.Namespace, run: Run, pipeline: MPDiTPipelin
         levels = validation_timesteps(objective, args.num_validation_levels)
         losses = validation_losses(pipeline.transformer, objective, batches, levels, accelerator.device)
         accelerator.log({f"validation/{name}": value for name, value in losses.items()}, step=run.step)
-    images = sample_images(args, run, pipeline)
+    sheet = sample_sheet(args, run, pipeline)
     (args.output_dir / "samples").mkdir(exist_ok=True)
-    make_image_grid(images, rows=1, cols=len(images)).save(args.output_dir / "samples" / f"step-{run.step:07d}.png")
+    sheet.save(args.output_dir / "samples" / f"step-{run.step:07d}.png")
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            stacked = np.stack([np.asarray(image.convert("RGB")) for image in images])
+            stacked = np.asarray(sheet.convert("RGB"))[None]
             tracker.log_images({"validation/samples": stacked}, step=run.step, dataformats="NHWC")
         elif hasattr(tracker, "log_images"):
-            tracker.log_images({"validation/samples": images}, step=run.step)
+            tracker.log_images({"validation/samples": [sheet]}, step=run.step)
 
 
-def sample_images(args: argparse.Namespace, run: Run, pipeline: MPDiTPipeline) -> list[Image.Image]:
-    """Ten images at most, one for each of the first classes, in few steps; the same noise at every validation."""
+def classes_of_samples(labels: list[str] | None, pipeline: MPDiTPipeline) -> list[int] | None:
+    """Ids of the classes of which samples are drawn; the first ten if none are asked for, None without classes.
+
+    Args:
+        labels (list of str, optional): names, or ids that are no names.
+        pipeline (MPDiTPipeline): which knows both.
+    Raises:
+        ValueError: if there is no such class.
+    """
+    num_classes = pipeline.transformer.config.num_classes
+    if labels is None:
+        return None if num_classes is None else list(range(min(10, num_classes)))
+    names = [name for label in (pipeline.id2label or {}).values() for name in (label, *label.split(","))]
+    names = {name.strip() for name in names}
+    wanted = [int(label) if label.isdecimal() and label not in names else label for label in labels]
+    try:
+        return pipeline.get_label_ids(wanted)
+    except ValueError as error:
+        raise ValueError(f"{error}".replace("`class_labels`", "`validation_labels`")) from error
+
+
+def sample_sheet(args: argparse.Namespace, run: Run, pipeline: MPDiTPipeline) -> Image.Image:
+    """An image of each class asked for, in few steps, from the same noise at every validation."""
     num_classes, conditions = pipeline.transformer.config.num_classes, {}
     if num_classes is not None:
-        conditions["class_labels"] = list(range(min(10, num_classes)))
+        conditions["class_labels"] = classes_of_samples(args.validation_labels, pipeline)
     if pipeline.transformer.config.pooled_projection_dim is not None:
         # Those of real samples, with their own labels.
         source = run.held_out if len(run.held_out) else run.samples
@@ -73,7 +94,7 @@ def sample_images(args: argparse.Namespace, run: Run, pipeline: MPDiTPipeline) -
     training_scheduler = pipeline.scheduler
     pipeline.scheduler = run.objective.preview_scheduler()
     try:
-        return pipeline(
+        images = pipeline(
             **conditions,
             num_images_per_class=1 if conditions else 10,
             num_inference_steps=args.validation_inference_steps,
@@ -83,3 +104,6 @@ def sample_images(args: argparse.Namespace, run: Run, pipeline: MPDiTPipeline) -
     finally:
         # Snapshots are saved with this pipeline's parts, also after a validation that failed.
         pipeline.scheduler = training_scheduler
+    labels, names = conditions.get("class_labels"), pipeline.id2label or {}
+    captions = None if labels is None else [names.get(label, str(label)) for label in labels]
+    return draw_sheet(images, min(5, len(images)), captions=captions)

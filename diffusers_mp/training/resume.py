@@ -9,17 +9,20 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 
 from ..averages.snapshots import discard_snapshots_after
 from ..data.latents import LatentDataset
+from ..files import read_json, write_json
 from ..optimization import scale_learning_rate
 from ..publishing.hub import public_arguments
 from ..transformer_mpdit import MPDiTTransformer2DModel
-from .arguments import LOCK_NAME, OBJECTIVE_FLAGS
+from .arguments import LOCK_NAME, OBJECTIVE_FLAGS, OPTIMIZER_FLAGS
 from .checkpoints import find_checkpoints, load_checkpoint, read_state, resolve_checkpoint
 from .model import Pretrained
 from .run import Run
-from .tracking import JSONLinesTracker
+from .summary import recipe_learning_rate
+from .tracking import JSONLinesTracker, tracker_options
 
 
 logger = get_logger(__name__)
@@ -42,7 +45,7 @@ def checkpoint_to_resume(args: argparse.Namespace, accelerator: Accelerator, cur
             f"`--resume_from_checkpoint` must go on in the folder of a run or in an empty one: {args.output_dir} has "
             f"{others[0]} but no {former.name}. Give another `--output_dir`."
         )
-    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    checkpoint = _resolved_by_one(args, accelerator)
     if checkpoint is None:
         if (args.output_dir / "model_index.json").is_file():
             raise ValueError(
@@ -51,7 +54,8 @@ def checkpoint_to_resume(args: argparse.Namespace, accelerator: Accelerator, cur
                 "snapshots. Give another `--output_dir`."
             )
         # As the former try was called: this one may want them more often.
-        due = json.loads(former.read_text())["checkpointing_steps"] if former.is_file() else args.checkpointing_steps
+        way_out = "remove it, and a run without a checkpoint begins anew"
+        due = read_json(former, {}, way_out=way_out).get("checkpointing_steps", args.checkpointing_steps)
         if curve.last_step > due:
             raise ValueError(
                 f"`--resume_from_checkpoint latest` must find a checkpoint where a run has come to update "
@@ -62,26 +66,40 @@ def checkpoint_to_resume(args: argparse.Namespace, accelerator: Accelerator, cur
     return checkpoint
 
 
+def _resolved_by_one(args: argparse.Namespace, accelerator: Accelerator) -> Path | None:
+    """`resolve_checkpoint` by the main process for all, since it reads checkpoints to their end; or all refuse."""
+    found = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+        except (OSError, ValueError) as error:
+            found[1] = error
+    checkpoint, refusal = broadcast_object_list(found)
+    if refusal is not None:
+        raise refusal
+    return checkpoint
+
+
 def run_facts(
     args: argparse.Namespace,
     model: MPDiTTransformer2DModel,
     latents: LatentDataset,
     pretrained: Pretrained | None,
     num_train_samples: int,
-    total_batch_size: int,
     max_train_steps: int,
 ) -> dict[str, Any]:
     """What makes this run this run: kept with its checkpoints, and what a resumed one has to agree with."""
+    vae = latents.index["vae"]
     learning_rate, lr_warmup_steps, lr_constant_steps = (
         args.learning_rate,
         args.lr_warmup_steps,
         args.lr_constant_steps,
     )
     if learning_rate is None:
-        learning_rate = 1e-2 if model.config.weight_normalization else 1e-4
+        learning_rate = recipe_learning_rate(model.config)
     return {
         "seed": args.seed,
-        "total_batch_size": total_batch_size,
+        "total_batch_size": args.total_batch_size,
         "num_train_samples": num_train_samples,
         "random_flip": args.random_flip,
         "learning_rate": learning_rate,
@@ -90,9 +108,12 @@ def run_facts(
         "lr_constant_steps": max(1, max_train_steps // 10) if lr_constant_steps is None else lr_constant_steps,
         "ema_stds": args.ema_stds,
         "ema_update_steps": args.ema_update_steps,
-        **{name: getattr(args, name) for name in ("adam_beta1", "adam_beta2", "adam_epsilon")},
+        **{name: getattr(args, name) for name in OPTIMIZER_FLAGS},
         **{name: getattr(args, name) for name in ("prediction_type", *OBJECTIVE_FLAGS)},
         **{f"model.{name}": value for name, value in model.config.items() if not name.startswith("_")},
+        # What was encoded and not the latents, whose last bits are a device's own.
+        "images_sha256": latents.index["rows_sha256"],
+        "vae_weights_sha256": None if vae is None else vae["weights_hash"],
         # Ids mean other classes in other data, while the label table fits.
         "id2label_sha256": hashlib.sha256(json.dumps(latents.id2label).encode()).hexdigest(),
         "pretrained_weights_sha256": None if pretrained is None else pretrained.weights_sha256,
@@ -117,9 +138,15 @@ def resumed_facts(checkpoint: Path, facts: dict[str, Any], args: argparse.Namesp
 
 def resume(args: argparse.Namespace, run: Run, checkpoint: Path) -> None:
     """Go on where a checkpoint was left, with another learning rate if one is given."""
+    step = read_state(checkpoint)["step"]
+    if step > run.max_train_steps:
+        raise ValueError(
+            f"`max_train_steps` must be at least {step:,}, the updates that {checkpoint} has seen, got "
+            f"{run.max_train_steps:,}: to go back, resume from an earlier checkpoint."
+        )
     run.accelerator.print(f"Resuming from {checkpoint}")
     load_checkpoint(run.accelerator, checkpoint, run.state)
-    run.step = read_state(checkpoint)["step"]
+    run.step = step
     former = run.facts["learning_rate"]
     if args.learning_rate is not None and args.learning_rate != former:
         run.accelerator.print(f"Learning rate {former:g} of the checkpoint, now {args.learning_rate:g}")
@@ -141,5 +168,8 @@ def clear_what_comes_again(args: argparse.Namespace, run: Run) -> None:
                 shutil.rmtree(abandoned, ignore_errors=True)
                 later.rename(abandoned)
                 logger.warning("%s is of updates that come again, and is kept as %s", later.name, abandoned.name)
-        (args.output_dir / "training_arguments.json").write_text(json.dumps(arguments, indent=2, default=str) + "\n")
-    run.accelerator.init_trackers("train_mpdit", config={name: str(value) for name, value in arguments.items()})
+        plain = json.loads(json.dumps(arguments, default=str))
+        write_json(args.output_dir / "training_arguments.json", plain)
+    project, init_kwargs = tracker_options(args, run.step)
+    config = {name: str(value) for name, value in arguments.items()}
+    run.accelerator.init_trackers(project, config=config, init_kwargs=init_kwargs)

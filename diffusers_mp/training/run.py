@@ -33,7 +33,6 @@ class Run:
     ema: PowerFunctionEMA
     pipeline: MPDiTPipeline  # with a whole model for the averages, which only the main process has
     facts: dict  # what makes this run this run
-    total_batch_size: int
     max_train_steps: int
     step: int = 0
 
@@ -43,19 +42,18 @@ class Run:
         return TrainingState(self.transformer, self.optimizer, self.lr_scheduler, self.ema)
 
 
-def run_length(args: argparse.Namespace, num_train_samples: int, num_processes: int) -> tuple[int, int]:
-    """Samples of an update, and number of updates.
+def run_length(args: argparse.Namespace, num_train_samples: int | None) -> int:
+    """Number of updates.
 
     Raises:
         ValueError: if the run ends before the averages are updated once.
     """
-    total_batch_size = args.train_batch_size * num_processes * args.gradient_accumulation_steps
     max_train_steps = 400_000 if args.max_train_steps is None else args.max_train_steps
     if args.num_train_epochs is not None:
-        max_train_steps = math.ceil(args.num_train_epochs * num_train_samples / total_batch_size)
+        max_train_steps = math.ceil(args.num_train_epochs * num_train_samples / args.total_batch_size)
     if args.ema_update_steps > max_train_steps:
         raise ValueError(
             f"`--ema_update_steps` must be at most the number of updates, {max_train_steps}, or the averages stay at "
             f"the initial weights, and so does the pipeline; got {args.ema_update_steps}."
         )
-    return total_batch_size, max_train_steps
+    return max_train_steps

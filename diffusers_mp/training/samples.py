@@ -30,13 +30,17 @@ def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
     return keyed_generator(seed, epoch, index)
 
 
-def split_validation(num_samples: int, num_validation: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def split_validation(
+    num_samples: int, num_validation: int, seed: int, labels: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sets samples aside for validation: the same ones for the same seed, and more of them contains fewer.
 
     Args:
         num_samples (int): in the data set.
         num_validation (int): of them to hold out, in [0, num_samples).
         seed (int): of the run.
+        labels (torch.Tensor, optional): their class ids, int64, (num_samples,). Each class keeps one sample to train
+            on, so that fewer are held out where classes are as small as that.
     Returns:
         tuple[torch.Tensor, torch.Tensor]: sorted indices (int64) for training and for validation.
     Raises:
@@ -45,7 +49,32 @@ def split_validation(num_samples: int, num_validation: int, seed: int) -> tuple[
     if not 0 <= num_validation < num_samples:
         raise ValueError(f"`num_validation` must be in [0, {num_samples}), got {num_validation}.")
     order = torch.randperm(num_samples, generator=keyed_generator(seed))
+    if labels is not None:
+        # The last of each class in this order goes to its end.
+        last = torch.zeros(int(labels.max()) + 1, dtype=torch.int64)
+        last = last.scatter_reduce(0, labels[order], torch.arange(num_samples), "amax")[labels.unique()]
+        is_last = torch.zeros(num_samples, dtype=torch.bool).index_fill(0, last, True)
+        order = torch.cat([order[~is_last], order[is_last]])
+        num_validation = min(num_validation, num_samples - len(last))
     return order[num_validation:].sort().values, order[:num_validation].sort().values
+
+
+def hold_out(latents: "LatentDataset", num_validation: int | None, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`split_validation` of encoded images, but for the last image of a class.
+
+    Args:
+        latents (LatentDataset): encoded images.
+        num_validation (int, optional): of them to hold out; 256, at most one in 20, if left out.
+        seed (int): of the run.
+    Returns:
+        tuple[torch.Tensor, torch.Tensor]: as `split_validation` gives them.
+    """
+    return split_validation(len(latents), num_to_hold_out(len(latents), num_validation), seed, latents.labels())
+
+
+def num_to_hold_out(num_samples: int, num_validation: int | None) -> int:
+    """How many samples are to be held out where no number is given: 256, at most one in 20."""
+    return min(256, num_samples // 20) if num_validation is None else num_validation
 
 
 class TrainingSamples(Dataset):

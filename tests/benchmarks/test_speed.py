@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 
+import data_start
 import imagenet_cost
 import pytest
 import timing
@@ -13,6 +14,7 @@ from processes import run_python
 from timing import quiet_rounds, ratio, take_turns
 
 from diffusers_mp import get_preset
+from diffusers_mp.data.latents import LatentDataset
 
 
 # argv: a script and its arguments.
@@ -187,3 +189,17 @@ def test_costs_of_imagenet_are_those_of_the_page():
     tables = imagenet_cost.tables()
     assert tables.count("\n") > 12
     assert tables in (ROOT / "docs" / "imagenet.md").read_text()
+
+
+def test_starts_on_a_folder_are_measured(tmp_path, capsys):
+    data_start.make_images(tmp_path / "images", 30)
+    results = {}
+    for step in data_start.STEPS:
+        data_start.measure(step, tmp_path)
+        results[step] = json.loads(capsys.readouterr().out)
+    assert LatentDataset(tmp_path / "encoded").index["num_samples_per_class"] == {str(k): 3 for k in range(10)}
+    for result in results.values():
+        assert 0 < result["opening"] <= result["seconds"]
+        assert 0 < result["imported"] <= result["peak"]
+    # Opened only; with the encoding, or what is left of it, beside.
+    assert results["open"]["seconds"] - results["open"]["opening"] < 1e-3

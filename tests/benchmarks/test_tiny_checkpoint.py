@@ -39,7 +39,7 @@ def latents(splits, tmp_path_factory):
     """The data that it was trained on, made again."""
     folder = tmp_path_factory.mktemp("tiny")
     demo.write_image_folder(folder / "digits", splits["train"])
-    dataset, id2label = load_image_dataset(folder / "digits", cache_dir=str(folder / "cache"))
+    dataset, id2label, _ = load_image_dataset(folder / "digits", cache_dir=str(folder / "cache"))
     settings = EncodingSettings(demo.SCAN_SIZE, num_channels=1)
     return encode_dataset(dataset, folder / "latents", settings, vae=None, id2label=id2label)
 

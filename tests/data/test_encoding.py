@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import content_of, encode, random_image, tiny_vae
+from helpers import content_of, content_without_source, encode, random_image, tiny_vae
 from processes import PRELOADED, TIMEOUT
 
 from diffusers_mp.data import encoding
@@ -23,7 +23,7 @@ def test_a_folder_without_classes_is_unlabelled(tmp_path, vae):
     (tmp_path / "flat").mkdir()
     for k in range(3):
         random_image(rng).save(tmp_path / "flat" / f"{k}.png")
-    dataset, id2label = load_image_dataset(tmp_path / "flat", cache_dir=str(tmp_path / "cache"))
+    dataset, id2label, _ = load_image_dataset(tmp_path / "flat", cache_dir=str(tmp_path / "cache"))
     assert id2label is None
     latents = encode(dataset, tmp_path / "encoded", vae=vae, id2label=id2label)
     assert latents.id2label is None
@@ -43,6 +43,15 @@ def test_truncated_shards_are_named_and_made_again(image_data, tmp_path, vae):
             LatentDataset(tmp_path)
         encode(image_data[0], tmp_path, **options)
         assert content_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"num_samples": 4}'])
+def test_a_shard_with_a_sidecar_of_something_else_is_made_again(image_data, tmp_path, content):
+    encode(image_data[0], tmp_path, shard_size=4)
+    before = content_of(tmp_path)
+    (tmp_path / "shard-00001.json").write_text(content)
+    encode(image_data[0], tmp_path, shard_size=4)
+    assert content_of(tmp_path) == before
 
 
 def test_a_shard_that_is_made_again_and_comes_out_otherwise_is_in_the_index(image_data, tmp_path, monkeypatch):
@@ -114,7 +123,7 @@ def encode_many(source, folder, *, kill_at=None, kill_after=None, streaming=Fals
 
         os.replace = replace_or_die
     encoding.POLL_SECONDS = 0.02
-    dataset, id2label = load_image_dataset(
+    dataset, id2label, _ = load_image_dataset(
         dataset_name=str(source / "table"), cache_dir=str(source / "cache"), streaming=streaming
     )
     options = {"random_flip": True, "batch_size": 3, "shard_size": 4} | options
@@ -224,7 +233,7 @@ def test_a_stream_equals_a_table(encode_in_processes, many, tmp_path, num_proces
     for kill_at in (3, 4):
         assert encode_in_processes(tmp_path / "a", streaming=True, kill_at=kill_at) == [-signal.SIGKILL]
     assert encode_in_processes(tmp_path / "a", *shares(num_processes), streaming=True) == [0] * num_processes
-    assert content_of(tmp_path / "a", "settings.json") == content_of(many / "reference", "settings.json")
+    assert content_without_source(tmp_path / "a") == content_without_source(many / "reference")
 
 
 def test_threads_change_nothing(many, tmp_path):
@@ -247,12 +256,11 @@ def test_a_process_makes_its_own_shards_only(many, tmp_path, monkeypatch, stream
         assert made == {k for k in range(12) if k % 3 in (0, process_index)}
 
 
-def test_a_stream_of_a_folder_and_of_bare_ids(image_data, image_folder, tmp_path, vae, caplog):
+def test_a_stream_of_a_folder_and_of_bare_ids(image_data, tmp_path, vae, caplog):
     options = {"vae": vae, "shard_size": 5}
     whole = encode(image_data[0], tmp_path / "a", id2label=image_data[1], **options)
-    stream, id2label = load_image_dataset(image_folder, streaming=True)
-    encode(stream, tmp_path / "b", id2label=id2label, **options)
-    assert content_of(tmp_path / "b", "settings.json") == content_of(tmp_path / "a", "settings.json")
+    encode(image_data[0].to_iterable_dataset(), tmp_path / "b", id2label=image_data[1], **options)
+    assert content_without_source(tmp_path / "b") == content_without_source(tmp_path / "a")
 
     rows = [{"image": row["image"], "label": 2 * row["label"]} for row in image_data[0]]
     ids = datasets.Dataset.from_list(
@@ -262,7 +270,7 @@ def test_a_stream_of_a_folder_and_of_bare_ids(image_data, image_folder, tmp_path
     assert bare.id2label == {k: str(k) for k in range(5)}
     assert [bare[k]["label"] for k in range(10)] == [2 * whole[k]["label"] for k in range(10)]
     assert bare.index["num_samples_per_class"] == {"0": 4, "1": 0, "2": 3, "3": 0, "4": 3}
-    with pytest.raises(ValueError, match=r"Labels must be ids of `id2label`, .*dog.*0.png has 2"):
+    with pytest.raises(ValueError, match=r"must hold ids of `id2label`, 'label' of .*dog.*0.png is 2\."):
         encode(ids.to_iterable_dataset(), tmp_path / "d", id2label={0: "a", 1: "b"}, **options)
 
 
@@ -285,19 +293,21 @@ def test_a_folder_begun_with_other_data_is_refused(image_data, tmp_path):
         rows[row] |= columns
         return datasets.Dataset.from_list(rows, features=dataset.features)
 
-    resized = tmp_path / "elsewhere" / os.path.basename(dataset[6]["image"]["path"])
-    resized.parent.mkdir()
-    random_image(np.random.default_rng(9), 30, 30).save(resized)
+    edited = tmp_path / "elsewhere" / os.path.basename(dataset[6]["image"]["path"])
+    edited.parent.mkdir()
+    random_image(np.random.default_rng(9)).save(edited)
+    of_first, name = (dataset[row]["image"]["path"] for row in (0, 1))
     cases = [
-        (changed(1, label=2), "shard-00000"),
-        (changed(6, image={"path": str(resized), "bytes": None}), "shard-00001"),
-        (changed(9, image={"path": None, "bytes": b"nonsense"}), "shard-00002"),
-        (dataset.select([1, 0, *range(2, 10)]), "shard-00000"),
-        (dataset.to_iterable_dataset().take(9), "shard-00002"),
+        (changed(1, label=2), f"{name} .*shard-00000"),
+        (changed(6, image={"path": str(edited), "bytes": None}), f"{edited} .*shard-00001"),
+        (changed(9, image={"path": None, "bytes": b"nonsense"}), "row 9 .*shard-00002"),
+        (dataset.select([1, 0, *range(2, 10)]), f"{name} .*shard-00000"),
+        (dataset.select([0, 0, *range(2, 10)]), f"{of_first} .*shard-00000"),
+        (dataset.to_iterable_dataset().take(9), "these end within .*shard-00002"),
         (dataset.to_iterable_dataset().take(8), "these end before .*shard-00002"),
     ]
     for data, message in cases:
-        with pytest.raises(ValueError, match=f"must have been begun with the same data: .*{message}"):
+        with pytest.raises(ValueError, match=f"`folder` must have been encoded from the same data: {message}"):
             encode(data, tmp_path, **options)
     encode(dataset, tmp_path, **options)
     (tmp_path / "settings.json").unlink()

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from helpers import encode, pixels_of, tiny_vae
 
-from diffusers_mp.data.latents import LatentDataset, content_hash, vae_fingerprint
+from diffusers_mp.data.latents import INDEX_NAME, LatentDataset, content_hash
 
 
 RESOLUTION = 16
@@ -79,24 +79,17 @@ def test_pixels_are_stored_as_bytes_and_mirrored_on_reading(image_data, tmp_path
     assert torch.equal(grey[3]["mean"], pixels_of(dataset, 1)[3])
 
 
-def test_fingerprint_tells_weights_and_configurations_apart(vae):
-    same, other = vae_fingerprint(tiny_vae()), vae_fingerprint(tiny_vae(seed=1))
-    assert same == vae_fingerprint(vae)
-    assert other["config_hash"] == same["config_hash"]
-    assert other["weights_hash"] != same["weights_hash"]
-    assert vae_fingerprint(tiny_vae(in_channels=1))["config_hash"] != same["config_hash"]
-
-
 def test_validate_accepts_a_reloaded_vae_and_names_each_difference(encoded, image_data, vae, tmp_path):
     vae.save_pretrained(tmp_path / "vae")
     reloaded = AutoencoderKL.from_pretrained(tmp_path / "vae")
     encoded.validate(vae=reloaded, resolution=RESOLUTION, random_flip=True)
-    with pytest.raises(ValueError, match=r"weights_hash differs \(they were encoded with 'tiny'\); .* is 16, not 32"):
+    message = r'was encoded with `vae` {.*"id": "tiny".* \(now {"weights_hash": ".*"}\), `resolution` 16 \(now 32\)\.'
+    with pytest.raises(ValueError, match=message):
         encoded.validate(vae=tiny_vae(seed=1), resolution=32)
-    with pytest.raises(ValueError, match="they hold latents"):
+    with pytest.raises(ValueError, match=r"`vae` {.*} \(now null\)"):
         encoded.validate(vae=None, resolution=RESOLUTION)
     unflipped = encode(image_data[0], tmp_path / "unflipped", vae=vae)
-    with pytest.raises(ValueError, match="encoded without `random_flip`"):
+    with pytest.raises(ValueError, match=r"was encoded with `random_flip` false \(now true\)\. Give the same"):
         unflipped.validate(vae=vae, resolution=RESOLUTION, random_flip=True)
     with pytest.raises(ValueError, match="`flip=True` needs data encoded with `random_flip=True`"):
         unflipped.read(0, flip=True)
@@ -106,7 +99,7 @@ def test_an_unknown_format_is_refused(image_data, tmp_path):
     encode(image_data[0], tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps(index | {"format_version": 99}))
-    with pytest.raises(ValueError, match="`folder` must have format version 3, .* has 99"):
+    with pytest.raises(ValueError, match="`folder` must have format version 4, .* has 99"):
         LatentDataset(tmp_path)
 
 
@@ -140,3 +133,26 @@ def test_altered_files_are_named(image_data, tmp_path):
     (tmp_path / "index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="index.json must be as it was written, it was altered"):
         LatentDataset(tmp_path)
+
+
+def test_an_index_opens_no_file_elsewhere(image_data, tmp_path):
+    folder = tmp_path / "latents"
+    encode(image_data[0], folder)
+    index = json.loads((folder / INDEX_NAME).read_text())
+    shard = index["shards"][0]
+    (folder / shard["name"]).rename(tmp_path / shard["name"])
+    for name in (f"../{shard['name']}", str(tmp_path / shard["name"]), "..", "nested/shard-00000.safetensors"):
+        changed = index | {"shards": [shard | {"name": name}]}
+        (folder / INDEX_NAME).write_text(json.dumps(changed | {"content_hash": content_hash(changed)}))
+        with pytest.raises(ValueError, match=f"index.json must name shards beside it, got '{name}'"):
+            LatentDataset(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '"text"', '{"format_version": 4}', '{"format_version": 4, "vae": 1}'])
+def test_an_index_of_something_else_is_named(image_data, tmp_path, content):
+    index = encode(image_data[0], tmp_path).index
+    (tmp_path / INDEX_NAME).write_text(content)
+    with pytest.raises(ValueError, match="format version 4, .* has None|index.json must be as it was written"):
+        LatentDataset(tmp_path)
+    # Encoded again it is put together from the sidecars.
+    assert encode(image_data[0], tmp_path).index == index

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -44,7 +45,7 @@ def damaged_folder(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_corrupt_image_is_named(damaged_folder, tmp_path, vae, num_workers):
-    dataset, _ = load_image_dataset(damaged_folder, cache_dir=str(tmp_path / "cache"))
+    dataset, *_ = load_image_dataset(damaged_folder, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"Cannot read .*[/\\]1\.png: OSError.*--skip_corrupt"):
         encode(dataset, tmp_path / "encoded", vae=vae, num_workers=num_workers)
     with pytest.raises(FileNotFoundError, match="must hold a finished encoded data set"):
@@ -52,7 +53,7 @@ def test_a_corrupt_image_is_named(damaged_folder, tmp_path, vae, num_workers):
 
 
 def test_corrupt_images_are_left_out_when_asked(damaged_folder, tmp_path, vae, caplog):
-    dataset, _ = load_image_dataset(damaged_folder, cache_dir=str(tmp_path / "cache"))
+    dataset, *_ = load_image_dataset(damaged_folder, cache_dir=str(tmp_path / "cache"))
     options = {"vae": vae, "skip_corrupt": True, "batch_size": 1, "shard_size": 2}
     with caplog.at_level(logging.WARNING, logger="diffusers_mp.data"):
         encoded = encode(dataset, tmp_path / "encoded", **options)
@@ -90,8 +91,38 @@ def test_a_corrupt_image_without_a_path_is_named_by_its_row(tmp_path):
             encode(dataset.select([row]), tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    "kind, empty, message",
+    [
+        ("int64", None, "must hold a class for each image, 'species' of .*{name} is empty"),
+        ("float64", None, "must hold a class for each image, 'species' of .*{name} is empty"),
+        ("float64", float("nan"), "must hold a class for each image, 'species' of .*{name} is empty"),
+        ("string", "", "must hold a class for each image, 'species' of .*{name} is empty"),
+        ("string", None, "must hold a class for each image, 'species' of .*{name} is empty"),
+        ("int64", 7, "must hold ids of `id2label`, 'species' of .*{name} is 7"),
+        ("float64", 0.5, "must hold ids of `id2label`, 'species' of .*{name} is 0.5"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_label_that_is_none_is_named_with_its_image(image_data, tmp_path, kind, empty, message, streaming):
+    dataset, id2label = image_data
+    path = dataset[0]["image"]["path"]
+    # The first alone: a column of floats or of text holds no ids, and is refused before.
+    rows = datasets.Dataset.from_dict(
+        {"image": [path], "species": [empty]},
+        features=datasets.Features({"image": datasets.Image(decode=False), "species": datasets.Value(kind)}),
+    )
+    rows = rows.to_iterable_dataset() if streaming else rows
+    with pytest.raises(ValueError, match="`label_column` " + message.format(name=os.path.basename(path))):
+        encode(rows, tmp_path, id2label=id2label, label_column="species")
+    anonymous = {"image": [{"path": None, "bytes": Path(path).read_bytes()}] * 2, "species": [empty] * 2}
+    rows = datasets.Dataset.from_dict(anonymous, features=rows.features)
+    with pytest.raises(ValueError, match="'species' of row 0 is"):
+        encode(rows, tmp_path / "b", id2label=id2label, label_column="species")
+
+
 def test_latents_that_are_not_finite_are_named(image_folder, tmp_path, vae, monkeypatch):
-    dataset, _ = load_image_dataset(image_folder, cache_dir=str(tmp_path / "cache"))
+    dataset, *_ = load_image_dataset(image_folder, cache_dir=str(tmp_path / "cache"))
     encode_batch, batches = vae.encode, []
 
     def encode_with_a_hole(pixels):
@@ -119,7 +150,7 @@ def test_an_encoder_that_another_one_overtakes_goes_on(image_data, tmp_path, vae
         save(tensors, path)
         if not overtaken:
             overtaken.append(path)
-            monkeypatch.setattr(shards.os, "getpid", lambda: 0)
+            monkeypatch.setattr(os, "getpid", lambda: 0)
             encode(dataset, tmp_path / "encoded", **options)
 
     monkeypatch.setattr(shards, "save_file", save_and_be_overtaken)
@@ -138,7 +169,7 @@ def test_a_constant_channel_is_named(tmp_path):
         image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         image[..., 1] = 77
         Image.fromarray(image).save(tmp_path / "images" / f"{k}.png")
-    dataset, _ = load_image_dataset(tmp_path / "images", cache_dir=str(tmp_path / "cache"))
+    dataset, *_ = load_image_dataset(tmp_path / "images", cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"Every channel must vary over the data, channels \[1\] have std"):
         encode(dataset, tmp_path / "encoded", resolution=16)
     assert not (tmp_path / "encoded" / "index.json").exists()

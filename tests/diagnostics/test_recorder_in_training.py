@@ -292,7 +292,7 @@ class TestTrainer:
             arguments = [
                 *("--train_data_dir", str(image_folder), "--cache_dir", str(tmp_path / "cache")),
                 *("--vae", "none", "--resolution", "8", "--model_config_name_or_path", str(tmp_path / "model.json")),
-                *("--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_train_steps", "5"),
+                *("--total_batch_size", "4", "--train_batch_size", "2", "--max_train_steps", "5"),
                 *("--logging_steps", "1", "--checkpointing_steps", "3", "--validation_steps", "0"),
                 *("--num_validation_images", "2", "--output_dir", str(tmp_path / name), *more),
             ]

@@ -96,13 +96,13 @@ def test_cache_goes_by_content(reference_of, image_data, image_folder, tmp_path)
     for path in image_folder.rglob("*.png"):
         (copies / path.parent.name).mkdir(parents=True, exist_ok=True)
         (copies / path.parent.name / path.name).write_bytes(path.read_bytes())
-    dataset, _ = load_image_dataset(copies, cache_dir=str(tmp_path / "cache"))
+    dataset, *_ = load_image_dataset(copies, cache_dir=str(tmp_path / "cache"))
     again = reference_of(dataset, FeatureExtractor(never, {"id": "means of blocks"}))
     assert torch.equal(again.covariance, first.covariance)
     assert again.description == json.loads(json.dumps(first.description))
 
     random_image(np.random.default_rng(1)).save(copies / "cat" / "0.png")
-    dataset, _ = load_image_dataset(copies, cache_dir=str(tmp_path / "cache"))
+    dataset, *_ = load_image_dataset(copies, cache_dir=str(tmp_path / "cache"))
     assert not torch.equal(reference_of(dataset).covariance, first.covariance)
     reference_of(resolution=8)
     reference_of(extractor=FeatureExtractor(means_of_blocks, {"id": "another"}))
@@ -162,13 +162,13 @@ def test_images_that_are_prepared_otherwise_are_told(reference_of, tmp_path):
     folder.mkdir()
     for k, (width, height) in enumerate(((20, 18), (40, 40), (64, 48))):
         random_image(rng, width, height).save(folder / f"{k}.png")
-    dataset, _ = load_image_dataset(folder, cache_dir=str(tmp_path / "cache"))
+    dataset, *_ = load_image_dataset(folder, cache_dir=str(tmp_path / "cache"))
     warnings = " ".join(reference_of(dataset, resolution=32, num_channels=1).description["warnings"])
     assert "1 of 3 reference images are smaller than 32 pixels and were enlarged" in warnings
     assert "reference images are of 3 sizes, from 20x18 to 64x48" in warnings
     assert "3 of 3 reference images have colours, the pipeline's are grey" in warnings
     (folder / "1.png").write_bytes(b"no image")
-    dataset, _ = load_image_dataset(folder, cache_dir=str(tmp_path / "cache"))
+    dataset, *_ = load_image_dataset(folder, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"must be readable, number 1 \(1.png\) is not: UnidentifiedImageError"):
         reference_of(dataset)
     with pytest.raises(ValueError, match="must hold at least 2 images, got 1"):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import EXAMPLES, ROOT, content_of, tiny_vae
+from helpers import EXAMPLES, ROOT, content_of, tiny_vae, write_table
 from processes import run_processes
 
 from diffusers_mp.data.latents import LatentDataset
@@ -42,21 +42,34 @@ def encode(*arguments):
 
 def test_two_launched_processes_leave_what_one_leaves(arguments, tmp_path, capsys):
     encode(*arguments, tmp_path / "one")
-    assert capsys.readouterr().out.startswith("10 images encoded in 4 shards")
+    assert "\n10 images encoded in 4 shards" in capsys.readouterr().out
     printed = run_processes(EXAMPLES / "encode_latents.py", *arguments, tmp_path / "two")
     assert printed.count("10 images encoded in 4 shards") == 1
     assert content_of(tmp_path / "two") == content_of(tmp_path / "one")
 
 
-def test_streaming_and_verifying(arguments, tmp_path, capsys):
+def test_streaming_and_verifying(arguments, image_data, tmp_path, capsys):
     encode(*arguments, tmp_path / "whole")
-    encode(*arguments, tmp_path / "stream", "--streaming", "--dataloader_num_workers", "2")
-    assert content_of(tmp_path / "stream", "settings.json") == content_of(tmp_path / "whole", "settings.json")
+    table = ["--dataset_name", write_table(image_data[0], tmp_path / "table"), *arguments[2:]]
+    encode(*table, tmp_path / "stream", "--streaming", "--dataloader_num_workers", "2")
+    whole, stream = LatentDataset(tmp_path / "whole"), LatentDataset(tmp_path / "stream")
+    assert stream.index["content_hash"] == whole.index["content_hash"]
     encode("--latents_dir", tmp_path / "stream", "--verify")
     assert "10 images unaltered in 4 shards" in capsys.readouterr().out
     alter(tmp_path / "stream" / "shard-00002.safetensors")
     with pytest.raises(ValueError, match="differ from what was written: shard-00002.safetensors"):
         encode("--latents_dir", tmp_path / "stream", "--verify")
+
+
+def test_a_list_says_what_there_is_and_stops(image_folder, tmp_path, capsys):
+    (tmp_path / "images").symlink_to(image_folder)
+    encode("--train_data_dir", tmp_path / "images", "--list")
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path / 'images'}: 10 images, classes are the only level of folders",
+        "classes: 3 (cat 4, dog 3, test 3)",
+        "warning: classes are called as splits are: test",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def alter(path):
@@ -83,7 +96,7 @@ def test_flags_are_the_trainers_own(tmp_path):
     own = vars(encode_latents.parse_args(["--latents_dir", "a"]))
     trainer = ["--train_data_dir", "a", "--latents_dir", "a", "--output_dir", str(tmp_path / "new")]
     trainers = vars(train_mpdit.parse_args(trainer)) | {"train_data_dir": None}
-    shared = own.keys() - {"streaming", "shard_size", "verify"}
+    shared = own.keys() - {"streaming", "shard_size", "verify", "list"}
     # The trainer takes these two from images that are encoded already, and falls back to the same defaults.
     assert {name: own[name] for name in shared} == {name: trainers[name] for name in shared}
 
@@ -111,9 +124,9 @@ def test_the_trainer_opens_it_and_refuses_what_does_not_fit(arguments, tmp_path)
     latents, vae = load_latents(tiny_vae(), tmp_path / "a"), tiny_vae()
     assert isinstance(latents, LatentDataset)
     assert len(latents) == 10
-    with pytest.raises(ValueError, match="their resolution is 16, not 32"):
+    with pytest.raises(ValueError, match=r"was encoded with `resolution` 16 \(now 32\)"):
         load_latents(vae, tmp_path / "a", resolution=32)
-    with pytest.raises(ValueError, match="the VAE's weights_hash differs"):
+    with pytest.raises(ValueError, match="was encoded with `vae` .*weights_hash"):
         load_latents(tiny_vae(seed=1), tmp_path / "a")
     alter(tmp_path / "a" / "shard-00001.safetensors")
     with pytest.raises(ValueError, match="differ from what was written: shard-00001.safetensors"):

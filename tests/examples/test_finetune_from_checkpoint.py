@@ -16,7 +16,7 @@ from PIL import ImageOps
 from safetensors.torch import load_file, save_file
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, normalize_weights_
-from diffusers_mp.data.latents import vae_fingerprint
+from diffusers_mp.data.settings import vae_fingerprint
 from diffusers_mp.files import sha256_of_weights
 from diffusers_mp.training.arguments import DEFAULT_VAE
 
@@ -49,10 +49,10 @@ def data(tmp_path_factory):
 
 def parse(data, output_dir, *more, source=TINY):
     arguments = [
-        *("--train_data_dir", data, "--resolution", 8, "--image_channels", 1),
-        *("--output_dir", output_dir, "--train_batch_size", 16, "--max_train_steps", 6, "--checkpointing_steps", 3),
+        *("--train_data_dir", data, "--resolution", 8),  # grey, as the checkpoint says
+        *("--output_dir", output_dir, "--total_batch_size", 16, "--max_train_steps", 6, "--checkpointing_steps", 3),
         *("--logging_steps", 1, "--validation_steps", 0, "--num_validation_images", 0, "--ema_stds", 0.05, 0.1),
-        *(("--vae", "none") if source is None else ("--pretrained_model_name_or_path", source)),
+        *(("--vae", "none", "--image_channels", 1) if source is None else ("--pretrained_model_name_or_path", source)),
         *more,
     ]
     return train_mpdit.parse_args([*map(str, arguments)])
@@ -206,7 +206,7 @@ print("RESULTS " + json.dumps(None))
 """
     argv = [
         *("--train_data_dir", data, "--resolution", 8, "--image_channels", 1),
-        *("--output_dir", tmp_path / "run", "--train_batch_size", 16, "--max_train_steps", 1, "--validation_steps", 0),
+        *("--output_dir", tmp_path / "run", "--total_batch_size", 16, "--max_train_steps", 1, "--validation_steps", 0),
         *("--pretrained_model_name_or_path", "user/tiny", "--learning_rate", 1e-9),
     ]
     client(server, tmp_path / "home", code, [str(TINY), [*map(str, argv)]], HF_TOKEN=TOKEN)
@@ -235,6 +235,19 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"`--vae` must be the VAE of .*none: it works on pixels.* got .*vae"):
             train(data, tmp_path / "run", "--vae", tmp_path / "vae")
         # Before images are encoded.
+        assert not (tmp_path / "run").exists()
+
+    def test_weights_that_no_training_comes_of(self, data, tmp_path):
+        source = shutil.copytree(TINY, tmp_path / "broken")
+        tensors = load_file(source / "transformer" / WEIGHTS)
+        tensors[TABLE][1, 0] = float("nan")
+        save_file(tensors, source / "transformer" / WEIGHTS, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"the weights in {source} must be finite, {TABLE} has NaN or infinity"):
+            train(data, tmp_path / "run", source=source)
+        config = source / "transformer" / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 1}))
+        with pytest.raises(ValueError, match=r"those that its config.json describes \(unexpected \d+, such as tr"):
+            train(data, tmp_path / "run", source=source)
         assert not (tmp_path / "run").exists()
 
     def test_unlabelled_data(self, data, tmp_path):

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("examples_run_here")
 
 OPTIONS = [
     *("--checkpointing_steps", "4", "--logging_steps", "3", "--checkpoints_total_limit", "2"),
-    *("--train_batch_size", "3", "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2"),
+    *("--total_batch_size", "6", "--train_batch_size", "3", "--dataloader_num_workers", "2"),
     *("--max_grad_norm", "0.5", "--num_validation_images", "5", "--random_flip"),
     # Some snapshots fall on a checkpoint, others between two.
     *("--ema_snapshot_steps", "6"),

@@ -3,10 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from helpers import reset_accelerate
+from helpers import reset_accelerate, write_table
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
@@ -62,7 +63,11 @@ def test_run_becomes_a_pipeline(data, tmp_path, capfd):
     assert sum(name.startswith("validation/mse_t") for name in last) == 8
     assert sorted(path.name for path in (output_dir / "samples").iterdir()) == ["step-0000003.png", "step-0000006.png"]
     with Image.open(output_dir / "samples" / "step-0000006.png") as grid:
-        assert grid.size == (32, 16)
+        # Two images of 16 pixels, enlarged six times, with their classes' names above.
+        assert grid.size == (2 * (96 + 6), 20 + 96 + 6)
+        cell = np.asarray(grid.crop((0, 20, 96, 116)))
+        assert np.array_equal(cell, cell[::6, ::6].repeat(6, 0).repeat(6, 1))
+        assert grid.crop((0, 0, 96, 20)).convert("L").getextrema()[0] < 128
     events = EventAccumulator(str(next((output_dir / "logs").rglob("events.*")).parent)).Reload()
     assert [event.step for event in events.Images("validation/samples")] == [3, 6]
     assert "train/loss" in events.Tags()["scalars"]
@@ -70,6 +75,40 @@ def test_run_becomes_a_pipeline(data, tmp_path, capfd):
     assert "loss=" in shown
     assert "images/s=" in shown
     assert "6/6" in shown
+
+
+def test_the_log_has_the_norm_of_the_gradient_before_clipping_and_the_rate_of_the_update(
+    data, tmp_path, monkeypatch, capfd
+):
+    import train_mpdit
+
+    computed, check = {}, train_mpdit.Watchdog.check
+
+    def compute_and_check(self, step, grad_norm=None):
+        squares = [parameter.grad.double().square().sum() for parameter in self.model.parameters()]
+        computed[step] = sum(squares).sqrt().item(), train_mpdit_rates(self)
+        return check(self, step, grad_norm)
+
+    made, adam = [], torch.optim.Adam
+
+    def train_mpdit_rates(watchdog):
+        return next(group["lr"] for group in made[-1].param_groups if group["name"] == "as_published")
+
+    monkeypatch.setattr(train_mpdit.Watchdog, "check", compute_and_check)
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **kwargs: made.append(adam(*args, **kwargs)) or made[-1])
+    # Constant until update 1: the rates of updates 2 to 4 all differ.
+    more = ("--max_train_steps", "4", "--logging_steps", "1", "--train_batch_size", "2")
+    plain = train(data, tmp_path / "plain", *more)
+    norms, rates = metrics(plain, "train/grad_norm"), metrics(plain, "train/learning_rate")
+    assert norms == pytest.approx({step: norm for step, (norm, _) in computed.items()}, rel=1e-5)
+    assert rates == pytest.approx({step: rate for step, (_, rate) in computed.items()})
+    assert len({*rates.values()}) == 4
+    shown = capfd.readouterr().err
+    assert f"lr={rates[4]:.2g}, grad_norm={norms[4]:.3g}" in shown
+    assert "<00:00" in shown  # time left
+    clipped = train(data, tmp_path / "clipped", *more, "--max_grad_norm", "1e-3")
+    assert metrics(clipped, "train/grad_norm")[1] == pytest.approx(norms[1], rel=1e-5)
+    assert computed[1][0] == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_loss_falls(data, tmp_path):
@@ -80,7 +119,7 @@ def test_loss_falls(data, tmp_path):
 
 def test_accumulation_does_not_change_the_run(data, coarse, tmp_path):
     # Each sample is a function of (seed, epoch, index), so that only the rounding of sums differs.
-    more = ("--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--adam_epsilon", "1e-2")
+    more = ("--train_batch_size", "2", "--adam_epsilon", "1e-2")
     first, second = (raw_weights(run / "checkpoint-6") for run in (coarse, train(data, tmp_path / "run", *more)))
     for name, tensor in first.items():
         assert torch.allclose(tensor, second[name], atol=1e-5), name
@@ -170,9 +209,29 @@ def test_every_scheduler_trains(data, tmp_path):
     for name in ("constant_with_warmup", "cosine"):
         more = ("--lr_scheduler", name, "--lr_warmup_steps", "2", "--logging_steps", "1", "--max_train_steps", "4")
         rates = metrics(train(data, tmp_path / name, *more, "--num_validation_images", "0"), "train/learning_rate")
-        # The rate logged after update u is that of update u + 1: half of it, then all, then the schedule's own way.
-        assert (rates[1], rates[2]) == pytest.approx((0.5e-2, 1e-2))
-        assert rates[4] == pytest.approx(1e-2 if name == "constant_with_warmup" else 0.0, abs=1e-9)
+        # diffusers' schedules begin at 0, then half of the rate, then all, then the schedule's own way.
+        assert (rates[1], rates[2], rates[3]) == pytest.approx((0, 0.5e-2, 1e-2))
+        assert rates[4] == pytest.approx(1e-2 if name == "constant_with_warmup" else 0.5e-2)
+
+
+def test_samples_are_of_the_classes_asked_for(data, tmp_path, monkeypatch):
+    asked, call = [], MPDiTPipeline.__call__
+
+    def note(self, class_labels, **kwargs):
+        asked.append(class_labels)
+        return call(self, class_labels, **kwargs)
+
+    monkeypatch.setattr(MPDiTPipeline, "__call__", note)
+    more = ("--max_train_steps", "1", "--validation_steps", "1", "--validation_labels")
+    train(data, tmp_path / "names", *more, "light", "0", "light")
+    assert asked == [[1, 0, 1]]
+    # A name that is a number is a name, not an id.
+    for name, number in (("dark", "1"), ("light", "0")):
+        shutil.copytree(data / "images" / name, tmp_path / "numbers" / number)
+    train(data, tmp_path / "numbered", *more, "1", "--train_data_dir", str(tmp_path / "numbers"))
+    assert asked[1:] == [[1]]
+    with pytest.raises(ValueError, match="`validation_labels` must be ids or names .* unknown name 'lihgt'.*'light'"):
+        train(data, tmp_path / "wrong", *more, "lihgt")
 
 
 def test_bf16(data, tmp_path):
@@ -199,7 +258,11 @@ def test_streaming_does_not_change_the_run(data, plain, tmp_path, monkeypatch):
         return load(*args, **kwargs)
 
     monkeypatch.setattr(train_mpdit, "load_image_dataset", note)
-    streamed = train(data, tmp_path / "streamed", "--streaming")
+    images, _, _ = load(data / "images")
+    table = ("--dataset_name", write_table(images, tmp_path / "table"), "--streaming")
+    _, _, *others = arguments(data, tmp_path / "streamed")  # without --train_data_dir
+    train_mpdit.main(train_mpdit.parse_args([*others, *table]))
+    streamed = tmp_path / "streamed"
     assert asked == [True]
     assert_same_weights(weights(plain / "transformer"), weights(streamed / "transformer"))
     assert MPDiTPipeline.from_pretrained(streamed).id2label == {0: "dark", 1: "light"}
@@ -263,7 +326,7 @@ def test_encoded_images_of_other_data_are_refused(data, plain_copy, tmp_path):
         for path in sorted((data / "images" / name).iterdir())[1:]:
             (tmp_path / "other" / name / path.name).write_bytes(path.read_bytes())
     more = ("--train_data_dir", str(tmp_path / "other"), "--latents_dir", str(first / "latents"))
-    with pytest.raises(ValueError, match="num_rows 40"):
+    with pytest.raises(ValueError, match=r"was encoded with number of images 40 \(now 38\)"):
         train(data, tmp_path / "second", *more)
     assert (first / "latents" / "index.json").is_file()
 
@@ -320,7 +383,7 @@ class TestErrors:
         assert not (tmp_path / "run" / "latents").exists()
 
     def test_latents_of_another_vae(self, data, plain_copy, tmp_path):
-        with pytest.raises(ValueError, match="holds an encoding with vae .* Take another folder"):
+        with pytest.raises(ValueError, match="was encoded with `vae` .* or another `folder`"):
             train(data, tmp_path / "other", "--vae", "none", "--latents_dir", str(plain_copy / "latents"))
 
     def test_averages_that_would_never_move(self, data, tmp_path):

@@ -23,7 +23,7 @@ def arguments(image_folder, tmp_path):
     return [
         *("--train_data_dir", str(image_folder), "--cache_dir", str(tmp_path / "cache")),
         *("--vae", "none", "--resolution", "8", "--model_config_name_or_path", str(tmp_path / "model.json")),
-        *("--train_batch_size", "4", "--max_train_steps", "2", "--logging_steps", "1", "--checkpointing_steps", "2"),
+        *("--total_batch_size", "4", "--max_train_steps", "2", "--logging_steps", "1", "--checkpointing_steps", "2"),
         *("--validation_steps", "2", "--num_validation_images", "2", "--num_validation_levels", "4"),
         *("--validation_inference_steps", "2", "--output_dir", str(tmp_path / "run")),
     ]

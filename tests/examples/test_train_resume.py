@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import time
 
 import pytest
 from helpers import reset_accelerate
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import (
     MODEL,
     assert_same_weights,
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("examples_run_here")
 def test_resume_gives_the_weights_and_losses_of_an_uninterrupted_run(data, tmp_path, monkeypatch):
     import train_mpdit
 
-    more = ("--logging_steps", "1", "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.5", "--random_flip")
+    more = ("--logging_steps", "1", "--train_batch_size", "2", "--max_grad_norm", "0.5", "--random_flip")
     whole = train(data, tmp_path / "whole", *more)
     resumed, update = tmp_path / "parts", train_mpdit.PowerFunctionEMA.update
 
@@ -52,6 +54,33 @@ def test_resume_gives_the_weights_and_losses_of_an_uninterrupted_run(data, tmp_p
     assert_same_weights(raw_weights(whole / "checkpoint-6"), raw_weights(resumed / "checkpoint-6"))
     for part in ("transformer", "transformer_ema_0.1"):
         assert_same_weights(weights(whole / part), weights(resumed / part))
+
+
+def test_tensorboard_shows_each_update_once_after_a_resume(data, tmp_path, monkeypatch):
+    import train_mpdit
+
+    more = ("--logging_steps", "1", "--report_to", "tensorboard", "--validation_steps", "3")
+    more += ("--tracker_project_name", "project", "--tracker_run_name", "first")
+    output_dir, update = tmp_path / "run", train_mpdit.PowerFunctionEMA.update
+
+    def update_and_die(self, step):
+        update(self, step)
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mpdit.PowerFunctionEMA, "update", update_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(data, output_dir, *more)
+    reset_accelerate()
+    time.sleep(1.1)  # files of events are read in the order of their names, which have the second
+    train(data, output_dir, *more, "--resume_from_checkpoint", "checkpoint-2")
+    assert len(list((output_dir / "logs" / "project" / "first").glob("events.*"))) == 2
+    events = EventAccumulator(str(output_dir / "logs" / "project" / "first")).Reload()
+    logged = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert logged == pytest.approx(metrics(output_dir, "train/loss"))
+    assert [event.step for event in events.Images("validation/samples")] == [3, 6]
 
 
 def test_going_back_leaves_no_later_checkpoint_for_latest(data, plain_copy, monkeypatch):
@@ -77,26 +106,24 @@ def test_going_back_leaves_no_later_checkpoint_for_latest(data, plain_copy, monk
 def test_resume_at_the_end_trains_nothing_more(data, plain_copy):
     output_dir = plain_copy
     before = weights(output_dir / "transformer")
-    # Nor does one that is to be shorter than it already is, whose card tells of all its updates.
-    for num_steps in ("6", "4"):
-        train(data, output_dir, "--resume_from_checkpoint", "checkpoint-6", "--max_train_steps", num_steps)
-        assert_same_weights(before, weights(output_dir / "transformer"))
-        assert "| images seen | 24 |" in (output_dir / "README.md").read_text()
+    train(data, output_dir, "--resume_from_checkpoint", "checkpoint-6")
+    assert_same_weights(before, weights(output_dir / "transformer"))
+    assert "| images seen | 24 |" in (output_dir / "README.md").read_text()
 
 
 def test_resume_with_another_number_of_steps_keeps_the_rates(data, plain_copy):
     more = ("--logging_steps", "1", "--resume_from_checkpoint", "checkpoint-2", "--max_train_steps", "20")
     rates = metrics(train(data, plain_copy, *more, "--checkpointing_steps", "20"), "train/learning_rate")
-    # Constant until update max(1, 6 // 10), then 1 / sqrt(u); the rate logged after update u is that of u + 1.
-    assert rates == pytest.approx({u: 1e-2 / (u + 1) ** 0.5 for u in range(2, 21)})
+    # Constant until update max(1, 6 // 10), then 1 / sqrt(u).
+    assert rates == pytest.approx({u: 1e-2 / u**0.5 for u in range(2, 21)})
 
 
 def test_another_rate_on_resume_is_applied(data, plain_copy, capfd):
     more = ("--resume_from_checkpoint", "latest", "--max_train_steps", "8", "--learning_rate", "2e-3")
     output_dir = train(data, plain_copy, *more)
     assert "Learning rate 0.01 of the checkpoint, now 0.002" in capfd.readouterr().out
-    # One over the root of the update that comes next.
-    assert metrics(output_dir, "train/learning_rate")[8] == pytest.approx(2e-3 / 3)
+    assert metrics(output_dir, "train/learning_rate")[8] == pytest.approx(2e-3 / 8**0.5)
+    # Of the update that comes next.
     groups = stored(output_dir / "checkpoint-8")["optimizer"]["param_groups"]
     assert {group["name"]: group["lr"] for group in groups}["as_published"] == pytest.approx(2e-3 / 3)
 
@@ -104,13 +131,31 @@ def test_another_rate_on_resume_is_applied(data, plain_copy, capfd):
 def test_resume_of_another_run_is_refused(data, plain_copy):
     output_dir = plain_copy
     with pytest.raises(ValueError, match=r"seed 0 \(now 1\), total_batch_size 4 \(now 8\)"):
-        train(data, output_dir, "--resume_from_checkpoint", "latest", "--seed", "1", "--train_batch_size", "8")
+        train(data, output_dir, "--resume_from_checkpoint", "latest", "--seed", "1", "--total_batch_size", "8")
     with pytest.raises(ValueError, match=r"ema_stds \[0.05, 0.1\] \(now \[0.05\]\)"):
         train(data, output_dir, "--resume_from_checkpoint", "latest", "--ema_stds", "0.05")
     with pytest.raises(ValueError, match=r"lr_constant_steps 1 \(now 3\)"):
         train(data, output_dir, "--resume_from_checkpoint", "latest", "--lr_constant_steps", "3")
+    before = contents(output_dir)
+    with pytest.raises(ValueError, match=r"`max_train_steps` must be at least 6, the .* that .*-6 has seen, got 4"):
+        train(data, output_dir, "--resume_from_checkpoint", "latest", "--max_train_steps", "4")
+    assert contents(output_dir) == before
     with pytest.raises(FileNotFoundError, match=r"got 'checkpoint-3'; .* \['checkpoint-2', 'checkpoint-4'"):
         train(data, output_dir, "--resume_from_checkpoint", "checkpoint-3")
+
+
+def test_other_images_on_resume_are_refused(data, plain_copy, tmp_path):
+    images = shutil.copytree(data / "images", tmp_path / "images")
+    content, more = (images / "dark" / "03.png").read_bytes(), ("--train_data_dir", str(images))
+    (images / "dark" / "03.png").write_bytes((images / "dark" / "04.png").read_bytes())
+    resume = (*more, "--resume_from_checkpoint", "latest")
+    with pytest.raises(ValueError, match=r"03\.png is not what .*latents/shard-00000.* was made from"):
+        train(data, plain_copy, *resume)
+    # Encoded elsewhere they are other data all the same.
+    with pytest.raises(ValueError, match=r"must go on with the run .*, which has images_sha256 .* \(now"):
+        train(data, plain_copy, *resume, "--latents_dir", str(tmp_path / "latents"))
+    (images / "dark" / "03.png").write_bytes(content)
+    train(data, plain_copy, *resume)
 
 
 def test_another_model_on_resume_is_refused(data, plain_copy, tmp_path):

@@ -37,7 +37,7 @@ def train(sources):
             *("--train_data_dir", str(sources / "images"), "--vae", "none", "--image_channels", "1"),
             *("--latents_dir", str(sources / "latents"), "--cache_dir", str(sources / "cache")),
             *("--model_config_name_or_path", str(sources / "model.json"), "--resolution", "8"),
-            *("--train_batch_size", "2", "--max_train_steps", "8", "--checkpointing_steps", "4"),
+            *("--total_batch_size", "2", "--max_train_steps", "8", "--checkpointing_steps", "4"),
             *("--validation_steps", "0", "--num_validation_images", "0", "--ema_snapshot_steps", "2"),
             *("--output_dir", str(output_dir), *more),
         ]

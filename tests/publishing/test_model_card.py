@@ -69,6 +69,14 @@ def test_card_and_images_tell_nothing_private(made):
         assert grid.tobytes() == made.image.tobytes()
 
 
+def test_files_among_the_samples_that_the_trainer_did_not_make_are_ignored(made, run):
+    for name in ("step-best.png", "step-0000100 (copy).png", "step-.png", "notes.txt"):
+        (run / "samples" / name).write_text("not an image")
+    write_model_card(run)
+    with Image.open(run / "sample_grid.png") as grid:
+        assert grid.tobytes() == made.image.tobytes()
+
+
 def test_card_without_matplotlib_has_the_table_alone(run, monkeypatch):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -187,7 +195,7 @@ def test_code_of_a_card_gives_condition_vectors(tmp_path, monkeypatch, num_class
 
 
 def test_card_names_data_and_vae_of_the_hub(run):
-    arguments = {"dataset_name": "someone/birds", "dataset_split": "train", "vae": "someone/vae", "hub_token": TOKEN}
+    arguments = {"dataset_name": "someone/birds", "split": "train", "vae": "someone/vae", "hub_token": TOKEN}
     rewrite(run / "training_arguments.json", json.dumps({**arguments, "preset": TOKEN}))
     for name in ("README.md", "sample_grid.png", "training_curve.png"):
         (run / name).unlink()

@@ -207,6 +207,21 @@ FIRST = "transformer_blocks.0.norm1.linear.rotation.weight"
             ValueError,
             rf"{FIRST} must have shape \(16, 16\), it has \(15, 16\)",
         ),
+        (
+            change_keys(lambda tensors: {**tensors, FIRST: tensors[FIRST] * float("nan")}),
+            ValueError,
+            f"adapter_model.safetensors must hold finite numbers, {FIRST} has NaN or infinity",
+        ),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"no tensors"),
+            ValueError,
+            "adapter_model.safetensors is damaged",
+        ),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("{"),
+            ValueError,
+            "adapter_config.json is damaged, it is no JSON",
+        ),
         (change_config(rank=2), ValueError, "must hold exactly the rotations of this model"),
         (change_config(base_model_class="FluxTransformer2DModel"), ValueError, "must be a FluxTransformer2DModel"),
         (change_config(format_version=2), ValueError, "must have format_version 1, it has 2"),

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import reset_accelerate
+from helpers import NOT_IN_DEV, reset_accelerate
 
 from diffusers_mp import MPLinear, PowerFunctionEMA, normalize_weights_
-from diffusers_mp.optimization import inverse_sqrt_schedule
+from diffusers_mp.optimization import MuonWithAdam, inverse_sqrt_schedule
 from diffusers_mp.training import (
     TrainingState,
     checkpoints,
@@ -20,11 +20,21 @@ from diffusers_mp.training import (
 )
 
 
+def muon_with_adam(parameters, lr):
+    hidden, ends = list(parameters)[:1], list(parameters)[1:]
+    return MuonWithAdam([{"params": hidden, "muon": True}, {"params": ends, "muon": False}], lr)
+
+
+def eight_bits(parameters, lr):
+    return pytest.importorskip("bitsandbytes.optim", reason=NOT_IN_DEV).AdamW8bit(parameters, lr, min_8bit_size=1)
+
+
 OPTIMIZERS = {
     "Adam": torch.optim.Adam,
     "SGD": torch.optim.SGD,
     "SGD, momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr, momentum=0.9),
     "Muon": torch.optim.Muon,
+    "MuonWithAdam": muon_with_adam,
     "NAdam": torch.optim.NAdam,
 }
 
@@ -32,8 +42,8 @@ OPTIMIZERS = {
 class Run:
     def __init__(self, make_optimizer):
         self.accelerator = Accelerator(cpu=True)
-        model = MPLinear(8, 4)
-        optimizer = make_optimizer(model.parameters(), lr=0.1)
+        model = torch.nn.Sequential(MPLinear(8, 8), MPLinear(8, 4))
+        optimizer = make_optimizer([layer.weight for layer in model], lr=0.1)
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(
             model, optimizer, inverse_sqrt_schedule(optimizer, 2, 4)
         )
@@ -60,24 +70,26 @@ def _new_accelerate():
     reset_accelerate()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, pytest.param("AdamW8bit", marks=pytest.mark.filterwarnings("ignore"))])
 @pytest.mark.parametrize("saved_at", [0, 3])
 def test_a_run_goes_on_as_if_it_had_not_stopped(name, saved_at, tmp_path):
-    straight = Run(OPTIMIZERS[name])
-    first = Run(OPTIMIZERS[name])
+    make_optimizer = OPTIMIZERS.get(name, eight_bits)
+    straight, first = Run(make_optimizer), Run(make_optimizer)
     first.model.load_state_dict(straight.model.state_dict())
     first.ema = PowerFunctionEMA(first.model)
     straight.train(0, 6)
     first.train(0, saved_at)
     checkpoint = save_checkpoint(first.accelerator, tmp_path, saved_at, first.state, facts={})
-    second = Run(OPTIMIZERS[name])
-    assert not torch.equal(second.model.weight, first.model.weight)
+    second = Run(make_optimizer)
+    assert not torch.equal(second.model[0].weight, first.model[0].weight)
     load_checkpoint(second.accelerator, checkpoint, second.state)
     second.train(saved_at, 6)
-    assert torch.equal(second.model.weight, straight.model.weight)
+    for name, weight in straight.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], weight), name
     for std in straight.ema.stds:
         averages = [run.ema.state_dict()["averages"][run.ema.stds.index(std)] for run in (second, straight)]
-        assert torch.equal(*(average["weight"] for average in averages))
+        for name in straight.model.state_dict():
+            assert torch.equal(*(average[name] for average in averages)), name
 
 
 @pytest.mark.parametrize("total_limit, left", [(1, [25]), (2, [25, 30]), (3, [20, 25, 30]), (None, [10, 20, 25, 30])])

@@ -21,7 +21,7 @@ def test_engine_that_is_not_given_is_refused(monkeypatch, engine, message):
     accelerator = Accelerator()
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(RuntimeError, match=message):
-        check_engine(accelerator, 1)
+        check_engine(accelerator)
 
 
 @pytest.mark.parametrize(
@@ -41,4 +41,4 @@ def test_kind_of_fsdp_that_is_not_supported_is_refused(monkeypatch, options, mes
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
         with pytest.raises(RuntimeError, match=message):
-            check_engine(accelerator, 1)
+            check_engine(accelerator)

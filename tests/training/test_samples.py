@@ -15,6 +15,7 @@ from diffusers_mp.training.samples import (
     StreamBatchSampler,
     TrainingSamples,
     conditions_of,
+    hold_out,
     sample_generator,
     split_validation,
 )
@@ -30,7 +31,7 @@ def image_data(tmp_path_factory):
         (folder / f"class{k % NUM_CLASSES}").mkdir(exist_ok=True)
         image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
         image.save(folder / f"class{k % NUM_CLASSES}" / f"{k}.png")
-    return load_image_dataset(folder, cache_dir=str(tmp_path_factory.mktemp("cache")))
+    return load_image_dataset(folder)[:2]
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +202,36 @@ def test_split_validation_is_a_partition():
             split_validation(20, count, seed=3)
 
 
+def test_a_class_keeps_its_last_image():
+    alone = torch.arange(40)
+    train, validation = split_validation(40, 39, seed=0, labels=alone)
+    assert (len(train), len(validation)) == (40, 0)
+    # Ids need not all occur, nor come in order.
+    labels = torch.tensor([7, 2, 7, 2, 2, 5, 7, 2])
+    for seed in range(20):
+        train, validation = split_validation(8, 7, seed=seed, labels=labels)
+        assert sorted(labels[train].tolist()) == [2, 5, 7]
+        assert sorted(train.tolist() + validation.tolist()) == list(range(8))
+        assert set(split_validation(8, 3, seed=seed, labels=labels)[1].tolist()) < set(validation.tolist())
+
+
+def test_large_classes_are_held_out_as_if_there_were_none():
+    labels = torch.arange(1000) % 3
+    for train, labelled in zip(split_validation(1000, 50, 1), split_validation(1000, 50, 1, labels), strict=True):
+        assert torch.equal(train, labelled)
+
+
+def test_a_hold_out_of_encoded_images(latents, image_data, tmp_path):
+    assert latents.labels().tolist() == [latents[index]["label"] for index in range(NUM_SAMPLES)]
+    # Twelve images in classes of four: one in 20 is none.
+    assert [len(part) for part in hold_out(latents, None, 0)] == [12, 0]
+    train, validation = hold_out(latents, 11, 0)
+    assert latents.labels()[train].sort().values.tolist() == [0, 1, 2]
+    unlabelled = encode(image_data[0], tmp_path)
+    assert unlabelled.labels() is None
+    assert [len(part) for part in hold_out(unlabelled, 11, 0)] == [1, 11]
+
+
 def test_pixels_and_unlabelled_data(image_data, tmp_path):
     pixels = encode(image_data[0], tmp_path)
     samples = TrainingSamples(pixels, seed=0, random_flip=True)
@@ -364,8 +395,9 @@ def test_vectors_move_no_other_draw(with_vectors, image_data, tmp_path):
     "change, message",
     [
         (lambda vectors: [*vectors[:7], vectors[7][:3], *vectors[8:]], "all of one length"),
-        (lambda vectors: [[0.0, float("nan")]] * NUM_SAMPLES, r"lists of finite numbers, .* has \[0.0, NaN\]"),
-        (lambda vectors: [None] + vectors[1:], "lists of finite numbers, all of one length, .* has null"),
+        (lambda vectors: [[0.0, float("nan")]] * NUM_SAMPLES, r"finite in float32, .* is \[0.0, NaN\]"),
+        (lambda vectors: [[1e300, 1.0]] * NUM_SAMPLES, r"finite in float32, .* is \[1e\+300, 1.0\]"),
+        (lambda vectors: [None] + vectors[1:], r"all of one length, that of .*0\.png is null"),
     ],
 )
 def test_what_is_no_vector_is_refused(with_vectors, image_data, tmp_path, change, message):
@@ -377,5 +409,5 @@ def test_what_is_no_vector_is_refused(with_vectors, image_data, tmp_path, change
 
 def test_another_column_is_other_data(with_vectors, image_data):
     dataset, id2label = image_data
-    with pytest.raises(ValueError, match='pooled_column "clip" \\(now null\\)'):
+    with pytest.raises(ValueError, match='`pooled_column` "clip" \\(now null\\)'):
         encode(dataset, with_vectors[0].folder, id2label=id2label, shard_size=5)

@@ -1,12 +1,13 @@
 """The trainer's command line: what it understands, and what it refuses before anything is imported or encoded."""
 
+import importlib.util
 import inspect
 import re
 import shlex
 
 import numpy as np
 import pytest
-from diffusers.optimization import SchedulerType
+from diffusers.optimization import SchedulerType, get_scheduler
 from helpers import EXAMPLES
 from training_runs import arguments
 
@@ -40,7 +41,7 @@ def test_help_says_no_second_default(capsys):
         parse_args(["--help"])
     shown = capsys.readouterr().out
     assert "default: None" not in shown
-    assert "(default: 256)" in shown
+    assert "over all processes [256]" in shown
 
 
 @pytest.mark.parametrize("page", ["resume.md", "scale_out.md"])
@@ -82,6 +83,10 @@ def test_preset_flags(tmp_path):
             ("--no-weight_normalization",),
             "`weight_normalization` must be True with `forced_weight_normalization=True`",
         ),
+        (
+            ("--optimizer", "adamw", "--adam_weight_decay", "0.1"),
+            "`adam_weight_decay` must be 0 for a model with normalised rows and nothing else but gains",
+        ),
     ],
 )
 def test_what_the_parser_cannot_tell_is_refused_as_it_would(examples_run_here, tmp_path, capsys, wrong, message):
@@ -91,6 +96,30 @@ def test_what_the_parser_cannot_tell_is_refused_as_it_would(examples_run_here, t
         train_mpdit.main(parse_args(["--train_data_dir", "x", "--output_dir", str(tmp_path / "new"), *wrong]))
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_bitsandbytes_that_is_not_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        parse_args(arguments(tmp_path, tmp_path, "--use_8bit_adam"))
+    assert "--use_8bit_adam needs bitsandbytes, which is not installed: pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("owner, values", [("cosine_with_restarts", (1, None)), ("polynomial", (None, 1.0))])
+def test_schedules_have_the_defaults_of_diffusers(owner, values):
+    args = parse_args(["--train_data_dir", "x", "--lr_scheduler", owner])
+    assert (args.lr_num_cycles, args.lr_power) == values
+    defaults = inspect.signature(get_scheduler).parameters
+    assert {defaults["num_cycles"].default, defaults["power"].default, None} == {*values, 1}
+
+
+@pytest.mark.parametrize("folder", ["run", "run/samples", "run/logs", "run/checkpoint-2/latents"])
+def test_a_folder_of_the_run_is_none_for_encoded_images(tmp_path, capsys, folder):
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(arguments(tmp_path, tmp_path / "run", "--latents_dir", str(tmp_path / folder)))
+    assert "must be a folder that the run uses for nothing else, got" in capsys.readouterr().err
+    for accepted in ("run/latents", "run/encoded", "elsewhere"):
+        parse_args(arguments(tmp_path, tmp_path / "run", "--latents_dir", str(tmp_path / accepted)))
 
 
 def test_output_dir_in_use(tmp_path, capsys):
@@ -107,6 +136,10 @@ def test_output_dir_in_use(tmp_path, capsys):
     [
         (("--dataset_name", "x"), "give one of --train_data_dir and --dataset_name"),
         (("--num_train_epochs", "2"), "give one of --max_train_steps and --num_train_epochs"),
+        (
+            ("--train_batch_size", "2", "--gradient_accumulation_steps", "2"),
+            "give one of --total_batch_size, from which accumulation follows, and --gradient_accumulation_steps",
+        ),
         (("--train_batch_size", "0"), "argument --train_batch_size: must be at least 1, got 0"),
         (("--preset", "S/3"), "--model_config_name_or_path stands instead of --preset"),
         (("--max_train_steps", "0"), "argument --max_train_steps: must be at least 1, got 0"),
@@ -116,7 +149,8 @@ def test_output_dir_in_use(tmp_path, capsys):
             "argument --validation_inference_steps: must be at least 1, got 0",
         ),
         (("--ema_stds", "0.5"), "argument --ema_stds: must be in (0, 1/sqrt(12)), that is below 0.2887, got 0.5"),
-        (("--ema_stds", "0.1", "0.05", "0.1"), "--ema_stds must differ from each other, got [0.1, 0.05, 0.1]"),
+        (("--ema_stds", "0.1", "0.05", "0.1"), "--ema_stds must differ in six digits, got 0.1 0.05 0.1"),
+        (("--ema_stds", "0.1", "0.05", "0.050000001"), "--ema_stds must differ in six digits, got 0.1"),
         (("--learning_rate", "0"), "argument --learning_rate: must be positive, got 0"),
         (("--learning_rate", "nan"), "argument --learning_rate: must be positive, got nan"),
         # Off in other trainers; clipped to nothing, gradients change no weight.
@@ -140,8 +174,42 @@ def test_output_dir_in_use(tmp_path, capsys):
             ("--lr_scheduler", "cosine", "--lr_constant_steps", "5"),
             "--lr_constant_steps has no meaning for --lr_scheduler cosine",
         ),
+        (
+            ("--lr_scheduler", "cosine", "--lr_num_cycles", "2"),
+            "--lr_num_cycles has no meaning for --lr_scheduler cosine, only for cosine_with_restarts",
+        ),
+        (("--lr_num_cycles", "1"), "--lr_num_cycles has no meaning for --lr_scheduler inverse_sqrt"),
+        (
+            ("--lr_scheduler", "linear", "--lr_power", "2"),
+            "--lr_power has no meaning for --lr_scheduler linear, only for polynomial",
+        ),
+        (("--lr_scheduler", "polynomial", "--lr_power", "0"), "argument --lr_power: must be positive, got 0"),
+        (
+            ("--lr_scheduler", "polynomial", "--learning_rate", "1e-7"),
+            "--learning_rate must be above 1e-07, where --lr_scheduler polynomial ends, got 1e-07",
+        ),
+        (
+            ("--lr_scheduler", "polynomial", "--lr_warmup_steps", "6"),
+            "--lr_warmup_steps must be below --max_train_steps (6) for --lr_scheduler polynomial, got 6",
+        ),
+        (("--adam_weight_decay", "-1"), "argument --adam_weight_decay: must be at least 0, got -1"),
+        (("--adam_weight_decay", "0.1"), "--adam_weight_decay has no meaning for --optimizer adam: use adamw"),
+        (("--use_8bit_adam", "--optimizer", "muon"), "--use_8bit_adam has no meaning for --optimizer muon"),
+        (("--optimizer", "lion"), "invalid choice: 'lion'"),
         (("--logging_dir", "../other/logs"), "got ../other/logs"),
         (("--logging_dir", "/dev/null/logs"), "--logging_dir must lie inside --output_dir"),
+        *(
+            (("--logging_dir", name), "--logging_dir must be a folder that the run uses for nothing else, got")
+            for name in ("checkpoint-2", "a/../samples/x", "ema_snapshots", "transformer_ema_0.1", "latents", ".")
+        ),
+        (("--tracker_run_name", "x"), "--tracker_run_name has no meaning without a tracker: give --report_to"),
+        (("--report_to", "aim", "--tracker_run_name", "x"), "--tracker_run_name is for tensorboard, wandb"),
+        (("--report_to", "tensorboard", "--tracker_project_name", "../x"), "must be a name without slashes"),
+        (("--validation_labels", "cat"), "--validation_labels has no meaning with no validation"),
+        (
+            ("--validation_steps", "1", "--pooled_column", "x", "--validation_labels", "cat"),
+            "--validation_labels has no meaning with condition vectors",
+        ),
         (("--ema_update_steps", "7"), "--ema_update_steps must be at most --max_train_steps (6), got 7"),
         (("--preset", "B/2", "--no-mp_silu"), "--model_config_name_or_path stands instead of --preset, --mp_silu"),
     ],
