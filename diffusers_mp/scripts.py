@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import FLAG_OF_ARGUMENT, check_paths
+from .masking import mask
 
 
 # What a wrong command line ends with, as argparse has it; what failed otherwise; and Ctrl+C, as shells have it.
@@ -121,9 +122,9 @@ def run_script(
 
 
 def end(line: str, code: int) -> None:
-    """Leave the process with an exit code, after a line on stderr that no other process of the launcher has said."""
+    """Leave the process with an exit code, after a line, without secrets, that no other process has said."""
     if _is_first_to_say():
-        print(line, file=sys.stderr, flush=True)
+        print(mask(line), file=sys.stderr, flush=True)
     sys.exit(code)
 
 

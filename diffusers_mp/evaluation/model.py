@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import inspect
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -234,7 +235,10 @@ def sampler_options(pipe: MPDiTPipeline) -> dict[str, Any]:
     sampler = sampler_of(pipe.scheduler, pipe.transformer)
     # What another sampler had in the config plays no role for this one.
     names = [name for name in inspect.signature(type(sampler)).parameters if name in sampler.config]
-    return {"class": type(sampler).__name__, **{name: sampler.config[name] for name in names}}
+    options = {name: sampler.config[name] for name in names}
+    # JSON has no infinity.
+    told = {name: str(value) if value in (math.inf, -math.inf) else value for name, value in options.items()}
+    return {"class": type(sampler).__name__, **told}
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -273,7 +273,7 @@ def test_too_few_images_are_told(arguments, tmp_path, capsys):
 
 def test_bad_input_is_refused_before_anything_is_generated(arguments, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="`reference_dir` .* must be a folder of images, it holds nothing"):
+    with pytest.raises(ValueError, match=r"`reference_dir` \(.*\) must be a folder of images, it holds nothing"):
         evaluate(arguments, "--reference_dir", tmp_path / "empty")
     (tmp_path / "empty" / "a.png").write_bytes(b"no image")
     random_image(np.random.default_rng(0)).save(tmp_path / "empty" / "b.png")
@@ -329,19 +329,23 @@ def test_pipelines_that_cannot_be_measured_are_refused_before_the_reference_is(a
     evaluate(arguments, "--pretrained_model_name_or_path", tmp_path / "unguided")
 
 
-def test_the_reference_needs_no_labels(arguments, photos, tmp_path):
+def test_the_reference_needs_no_labels(arguments, photos, tmp_path, capsys):
     # Folders of unequal depth are no classes: training refuses them.
     (tmp_path / "deep" / "b" / "c").mkdir(parents=True)
     for number, photo in enumerate(sorted(photos.iterdir())):
         shutil.copy(photo, tmp_path / "deep" / ("b" if number < 12 else "b/c"))
     # Labels that tell nothing, as those of ImageNet's test split.
-    rows = {"image": [path.read_bytes() for path in sorted(photos.iterdir())], "label": [-1] * NUM_PHOTOS}
-    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "table" / "data.parquet")
+    images = [{"path": path.name, "bytes": path.read_bytes()} for path in sorted(photos.iterdir())]
+    rows = datasets.Dataset.from_dict({"image": images, "label": [-1] * NUM_PHOTOS})
+    rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "table" / "data.parquet")
     expected = evaluate(arguments)["best"]["metrics"]
     for place, source in (("deep", "--reference_dir"), ("table", "--dataset_name")):
         start = arguments.index("--reference_dir")
         call = [*arguments[:start], *arguments[start + 2 :], source, tmp_path / place]
         assert evaluate(call, "--output_dir", tmp_path / f"by-{place}")["best"]["metrics"] == expected
+        printed = capsys.readouterr().out
+        assert f"Reference: {tmp_path / place}: {NUM_PHOTOS} images" in printed
+        assert "warning: taken without classes: " in printed
 
 
 def tones(rng, class_ids):
