@@ -289,6 +289,22 @@ def test_non_finite_update_stops_and_no_checkpoint_holds_it(data, tmp_path):
         assert all(tensor.isfinite().all() for tensor in raw_weights(checkpoint).values())
 
 
+def test_a_loss_that_explodes_stops_the_run_though_it_is_finite(data, tmp_path, monkeypatch):
+    """The first updates, in which it falls from where it started, are those of any run."""
+
+    def loss_that_explodes(self, *args):
+        terms = loss(self, *args)
+        calls.append(terms)
+        return {**terms, "loss": terms["loss"] * (30 if len(calls) > 130 else 1)}
+
+    loss, calls = DDPMObjective.loss, []
+    monkeypatch.setattr(DDPMObjective, "loss", loss_that_explodes)
+    with pytest.raises(FloatingPointError, match="^update 150: the loss is .* a learning rate that is too high"):
+        train(data, tmp_path / "run", "--max_train_steps", "200", "--checkpointing_steps", "50")
+    assert (tmp_path / "run" / "non_finite" / "step-0000150" / "report.json").is_file()
+    assert resolve_checkpoint("latest", tmp_path / "run").name == "checkpoint-100"
+
+
 @pytest.mark.parametrize("skipped", [1, 2])
 def test_non_finite_update_can_be_skipped(data, tmp_path, monkeypatch, skipped):
 
