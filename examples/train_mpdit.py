@@ -142,7 +142,9 @@ def load_latents(args, vae, accelerator, pretrained=None) -> LatentDataset:
         latents.validate(vae=vae, resolution=args.resolution, random_flip=args.random_flip)
     else:
         check_model(args, vae, pretrained)
-        dataset, id2label, _ = load_image_dataset(**source_of(args))
+        dataset, id2label, report = load_image_dataset(**source_of(args))
+        for line in report.left_out_lines():
+            accelerator.print(line)
         if vae is not None:
             vae.to(accelerator.device).eval()
         # Encodes what is missing, damaged shards that were deleted among it, and refuses a folder of other data. No

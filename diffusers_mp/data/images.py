@@ -51,9 +51,11 @@ class SourceReport:
             shown = [f"{name} {count:,}" for name, count in list(self.counts.items())[:NUM_NAMES_SHOWN]]
             more = f", … {len(self.counts) - NUM_NAMES_SHOWN:,} more" if len(self.counts) > NUM_NAMES_SHOWN else ""
             lines.append(f"classes: {len(self.counts):,} ({', '.join(shown)}{more})")
-        for reason, names in self.left_out.items():
-            lines.append(f"left out: {len(names):,}, {reason}, such as {names[0]}")
-        return lines + [f"warning: {warning}" for warning in self.warnings]
+        return lines + self.left_out_lines() + [f"warning: {warning}" for warning in self.warnings]
+
+    def left_out_lines(self) -> list[str]:
+        """What is left out, a line for each reason."""
+        return [f"left out: {len(names):,}, {reason}, such as {names[0]}" for reason, names in self.left_out.items()]
 
 
 class ImageSource(NamedTuple):
