@@ -54,7 +54,7 @@ bench: $(INSTALLED)  ## E beside A and diffusers' DiT, about 35 minutes on 2 cor
 tiny: $(INSTALLED)  ## the checkpoint in docs/tiny, its curves and its evaluation: about 15 minutes on one core
 	rm -rf build/tiny
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality/make_tiny_checkpoint.py
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=benchmarks/quality $(BIN)/python examples/evaluate.py --pretrained_model_name_or_path docs/tiny --reference_dir build/tiny/digits/held_out --extractors digits_features:hidden_units --num_samples 1000 --batch_size 100 --guidance_scales 1 1.5 2 3 4 --num_inference_steps 5 10 25 50 --scheduler DPMSolverMultistepScheduler --heat_map --output_dir build/tiny/evaluation
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=benchmarks/quality $(BIN)/python examples/evaluate.py --pretrained_model_name_or_path docs/tiny --reference_dir build/tiny/digits/held_out --extractors digits_features:hidden_units --num_samples 1000 --batch_size 100 --guidance_scales 1 1.5 2 3 4 --num_inference_steps 5 10 25 50 --scheduler DPMSolverMultistepScheduler --heat_map --write_card --output_dir build/tiny/evaluation
 
 docs: $(INSTALLED)  ## the pages of docs/ as build/docs/index.html; every warning is an error
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs build/docs

@@ -64,6 +64,8 @@ from huggingface_hub import hf_hub_download
 
 from diffusers_mp import OriginalDiTTransformer2DModel
 from diffusers_mp.files import read_json
+from diffusers_mp.publishing.hub import mask_places
+from diffusers_mp.sources import check_reachable
 
 
 # Attention heads of the published widths; nothing in a checkpoint tells them.
@@ -291,6 +293,7 @@ def read_names(path: str | None, num_classes: int) -> dict[int, str] | None:
         return None
     if path is None:
         try:
+            check_reachable("id2label", NAMES_REPOSITORY, ["model_index.json"], instead="a JSON file of id and name")
             index = hf_hub_download(NAMES_REPOSITORY, "model_index.json")
         except OSError as error:
             raise ValueError(
@@ -313,7 +316,9 @@ def main(args: argparse.Namespace) -> None:
     weights = load_weights(args.checkpoint_path)
     config = read_config(weights, args.num_heads)
     num_classes = config["num_embeds_ada_norm"]
-    names, vae = read_names(args.id2label, num_classes), AutoencoderKL.from_pretrained(args.vae)
+    names = read_names(args.id2label, num_classes)
+    check_reachable("vae", args.vae, ["config.json"], instead="the path of a VAE")
+    vae = AutoencoderKL.from_pretrained(args.vae)
     is_exact = args.time_features == "original"
     transformer = (OriginalDiTTransformer2DModel if is_exact else DiTTransformer2DModel)(**config).eval()
     try:
@@ -343,6 +348,7 @@ def main(args: argparse.Namespace) -> None:
     if names is not None:
         # Of itself it would not store them.
         pipeline.register_to_config(id2label={str(id): name for id, name in names.items()})
+    mask_places(pipeline)
     pipeline.save_pretrained(args.output_dir)
     first_line = "import diffusers_mp; " if is_exact else ""
     print(f"Saved: {first_line}DiTPipeline.from_pretrained({str(args.output_dir)!r})")

@@ -103,7 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.ema_stds is None:
         check_effects(parser, ["step"], "without --ema_stds")
     if args.reference_statistics is not None:
-        names = ["dataset_split", "image_column", "max_reference_images"]
+        names = ["split", "image_column", "label_column", "max_reference_images"]
         check_effects(parser, names, "with --reference_statistics, which are measured already")
     if all(name == "torch-fidelity" or ":" in name for name in args.extractors):
         check_effects(parser, ["extractor_output"], "without a model of transformers in --extractors")
@@ -136,7 +136,6 @@ import datetime
 import itertools
 import json
 import shutil
-from collections import Counter
 
 import diffusers
 import numpy as np
@@ -287,7 +286,15 @@ def load_references(args, accelerator, extractors, resolution, num_channels) -> 
         references = [ReferenceStatistics.load(path) for path in args.reference_statistics]
     else:
         with accelerator.main_process_first():
-            images = open_reference(args)
+            source = open_reference(args)
+        report = source.report
+        accelerator.print("Reference: " + "\n    ".join(report.lines()))
+        images = RealImages(
+            source.dataset,
+            args.image_column,
+            None if report.counts is None else {name: count for name, count in report.counts.items() if count},
+            {reason: len(names) for reason, names in report.left_out.items()},
+        )
         processes = Processes(
             accelerator.num_processes, accelerator.process_index, gather=lambda part: gather_object([part])
         )
@@ -313,26 +320,22 @@ def load_references(args, accelerator, extractors, resolution, num_channels) -> 
     return references
 
 
-def open_reference(args) -> RealImages:
-    """The real images, with the number of each class where their source tells it: none is refused for lack of that."""
-    options = {name: getattr(args, name) for name in ("dataset_name", "dataset_config_name", "cache_dir")}
-    options |= {"split": args.split, "image_column": args.image_column}
-    options |= {"max_train_samples": args.max_reference_images}
+def open_reference(args):
+    """The real images, with their classes where they tell them: none is refused for lack of those."""
+    names = ("dataset_name", "dataset_config_name", "split", "cache_dir", "image_column")
+    options = {name: getattr(args, name) for name in names} | {"max_train_samples": args.max_reference_images}
     label_column = None if args.label_column == "none" else args.label_column
     try:
         try:
-            dataset, id2label, *_ = load_image_dataset(args.reference_dir, label_column=label_column, **options)
-        except ValueError:
+            return load_image_dataset(args.reference_dir, label_column=label_column, **options)
+        except ValueError as error:
             if args.label_column != "label":
                 raise
-            dataset, id2label, *_ = load_image_dataset(args.reference_dir, label_column=None, **options)
+            source = load_image_dataset(args.reference_dir, label_column=None, **options)
+            source.report.warnings.append(f"taken without classes: {error}")
+            return source
     except ValueError as error:
         raise ValueError(str(error).replace("`train_data_dir`", "`reference_dir`")) from error
-    counts = None
-    if id2label:
-        found = Counter(dataset.select_columns(label_column)[:][label_column])
-        counts = {name: found[id_] for id_, name in id2label.items() if found[id_]}
-    return RealImages(dataset, args.image_column, counts)
 
 
 def warnings_of(args, draw, references) -> list[str]:

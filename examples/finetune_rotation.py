@@ -136,10 +136,11 @@ from diffusers_mp import drop_shift_, save_rotation_adapter, set_shift_scale, sw
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.settings import EncodingSettings
-from diffusers_mp.publishing.hub import check_hub_access, check_trackers, public_arguments, publish
+from diffusers_mp.publishing.hub import check_hub_access, check_trackers, mask_places, public_arguments, publish
 from diffusers_mp.publishing.rotation_card import write_rotation_card
 from diffusers_mp.rotation_swap.checks import check_model, check_sites
 from diffusers_mp.rotation_swap.sites import find_sites
+from diffusers_mp.sources import check_reachable
 from diffusers_mp.training import (
     DDPMObjective,
     NonFiniteError,
@@ -159,7 +160,7 @@ from diffusers_mp.training.summary import DataSummary
 
 def main(args):
     try:
-        check_trackers(args.report_to, args.hub_token)
+        check_trackers(args.report_to, vars(args))
     except ValueError as error:
         make_parser().error(str(error))
     check_paths(args)
@@ -174,8 +175,11 @@ def main(args):
 
     # 1. The base and its data
     source = {"revision": args.revision, "cache_dir": args.cache_dir}
+    files = ["model_index.json"]
+    check_reachable("pretrained_model_name_or_path", args.pretrained_model_name_or_path, files, **source)
     pipeline = DiTPipeline.from_pretrained(args.pretrained_model_name_or_path, **source)
     check_finite(pipeline.transformer, args.pretrained_model_name_or_path)
+    mask_places(pipeline)
     if args.swap != "none":
         # What the swap would refuse, before the work. Annealed shifts are cut out as well, at the end.
         check_model(pipeline.transformer)

@@ -40,7 +40,8 @@ from diffusers_mp.data.encoding import encode_dataset, load_vae
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.latents import LatentDataset
 from diffusers_mp.data.settings import EncodingSettings
-from diffusers_mp.publishing.hub import check_hub_access, publish
+from diffusers_mp.files import space_for
+from diffusers_mp.publishing.hub import check_hub_access, mask_places, publish
 from diffusers_mp.publishing.model_card import write_model_card
 from diffusers_mp.sharding import whole
 from diffusers_mp.training import (
@@ -100,7 +101,7 @@ def main(args):
     if args.dry_run:
         dry_run(args, accelerator, vae, pretrained, checkpoint_to_resume(args, accelerator, curve))
         return
-    with lock_folder(args.output_dir, accelerator):
+    with space_for(args.output_dir), lock_folder(args.output_dir, accelerator):
         checkpoint = checkpoint_to_resume(args, accelerator, curve)
         latents = load_latents(args, vae, accelerator, pretrained)
         run = set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkpoint)
@@ -112,7 +113,8 @@ def main(args):
         learning_rate, model = run.facts["learning_rate"], run.pipeline.transformer
         lengths = run.max_train_steps, run.step
         accelerator.print(start_of_run(args, accelerator, data, model, learning_rate, *lengths, known))
-        with StopRequest() as stop, contextlib.ExitStack() as at_end:
+        when = "this update" if accelerator.num_processes == 1 else "the next multiple of --logging_steps"
+        with StopRequest(when) as stop, contextlib.ExitStack() as at_end:
             train(args, run, stop, at_end)
         if run.step < run.max_train_steps:
             accelerator.print(
@@ -192,6 +194,7 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
     pipeline = MPDiTPipeline(
         transformer=whole_model, scheduler=objective.scheduler, vae=vae, id2label=latents.id2label, **units
     )
+    mask_places(pipeline)
     if args.validation_steps and args.validation_guidance_scale is not None:
         pipeline.check_guidance(args.validation_guidance_scale)
     classes_of_samples(args.validation_labels, pipeline)

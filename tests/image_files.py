@@ -107,19 +107,18 @@ def _profile(kind: bytes, space: bytes, connection: bytes, tags: dict[bytes, byt
     return (head + bytes(28) + _fixed(*D50)).ljust(128, b"\0") + table + data
 
 
-def _curve(gamma: float | None) -> bytes:
+def _curve(gamma: float | None, entries: int = 1024) -> bytes:
     if gamma is None:
-        table = np.rint(65535 * srgb_decoded(np.linspace(0, 255, 1024))).astype(">u2")
-        return b"curv\0\0\0\0" + struct.pack(">I", 1024) + table.tobytes()
+        table = np.rint(65535 * srgb_decoded(np.linspace(0, 255, entries))).astype(">u2")
+        return b"curv\0\0\0\0" + struct.pack(">I", entries) + table.tobytes()
     return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
 
 
-def rgb_profile(primaries: tuple, gamma: float | None, white: np.ndarray = D65) -> bytes:
-    columns = to_d50(primaries, white).T
-    tags = {
-        name + b"XYZ": b"XYZ \0\0\0\0" + _fixed(*xyz) for name, xyz in zip((b"r", b"g", b"b"), columns, strict=True)
-    }
-    return _profile(b"mntr", b"RGB ", b"XYZ ", tags | {name + b"TRC": _curve(gamma) for name in (b"r", b"g", b"b")})
+def rgb_profile(primaries: tuple, gamma: float | None, white: np.ndarray = D65, entries: int = 1024) -> bytes:
+    tags = {}
+    for name, xyz in zip((b"r", b"g", b"b"), to_d50(primaries, white).T, strict=True):
+        tags |= {name + b"XYZ": b"XYZ \0\0\0\0" + _fixed(*xyz), name + b"TRC": _curve(gamma, entries)}
+    return _profile(b"mntr", b"RGB ", b"XYZ ", tags)
 
 
 def grey_profile(gamma: float) -> bytes:

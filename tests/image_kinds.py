@@ -302,8 +302,10 @@ def profiles() -> Iterator[Kind]:
     palette = np.random.default_rng(0).integers(0, 256, (256, 3)).astype(np.uint8)
     content = png(GREY, 8, 3, PLTE=palette.tobytes(), iCCP=iccp(profile))
     yield Kind("a.png", content, through_profile(palette[GREY], *space), 2, what="profile and palette")
-    srgb = iccp(rgb_profile(SRGB, None))
-    yield Kind("a.png", png(COLOURS, 8, 2, iCCP=srgb), COLOURS, what="sRGB, bit for bit")
+    # A curve in 20 points is that of sRGB but for roundings: its conversion would change some pixels by a level.
+    for entries in (1024, 20):
+        content = png(COLOURS, 8, 2, iCCP=iccp(rgb_profile(SRGB, None, entries=entries)))
+        yield Kind("a.png", content, COLOURS, what=f"sRGB in {entries} points, bit for bit")
     for gamma in (1.0, 1.8):
         profile, seen = iccp(grey_profile(gamma)), srgb_encoded((GREY / 255) ** round(gamma * 256 / 256, 9))
         yield Kind("a.png", png(GREY, 8, 0, iCCP=profile), seen, 2, what=f"grey of gamma {gamma}")

@@ -47,6 +47,7 @@ def raises(error):
         (ValueError("`folder_of_run` is a file"), "folder_of_run is a file", 2),
         (RuntimeError("launched as 2 processes"), "launched as 2 processes", 2),
         (FileNotFoundError("no snapshots"), "no snapshots", 2),
+        (ValueError("no https://me:open@host/a"), "no https://me:[removed]@host/a", 2),
         (RunFailedError("2 of 3 cells failed"), "2 of 3 cells failed", 1),
         (FloatingPointError("the loss is nan"), "the loss is nan", 1),
         (OSError(28, "No space left on device", "run/checkpoint-3"), "run/checkpoint-3: No space left on device", 1),

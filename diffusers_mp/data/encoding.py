@@ -34,9 +34,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ..files import UNFINISHED, read_json
+from ..sources import check_reachable
 from .changes import SourceState
 from .formats import register_formats
-from .latents import INDEX_NAME, LatentDataset, content_hash
+from .latents import INDEX_NAME, REPAIR, LatentDataset, content_hash
 from .settings import EncodingSettings, refuse_differences
 from .shards import (
     ChannelStatistics,
@@ -75,6 +76,9 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> "AutoencoderKL 
         return None
     from diffusers import AutoencoderKL
 
+    files = ("config.json", "vae/config.json")
+    instead = "the path of a VAE, or 'none' for images as they are"
+    check_reachable("vae", name_or_path, files, cache_dir=cache_dir, instead=instead)
     failures = []
     for subfolder in (None, "vae"):
         source = {"subfolder": subfolder, "cache_dir": cache_dir}
@@ -128,12 +132,14 @@ def encode_dataset(
     if not 0 <= process_index < num_processes:
         raise ValueError(f"`process_index` must be in [0, {num_processes}), got {process_index}.")
     num_rows = len(dataset) if hasattr(dataset, "__len__") else None
-    record = _claim(folder, settings.record(vae, id2label, num_rows), process_index)
-    is_finished = _is_finished(folder)
-    if is_finished and num_rows is None:
+    record = _claim(folder, settings.record(vae, id2label), process_index)
+    index = _finished_index(folder)
+    if index is not None and num_rows is None:
         # A stream would have to be read to its end to be compared.
         return _open(folder, settings.skip_corrupt, process_index)
-    if not is_finished and process_index == 0:
+    if index is not None:
+        refuse_differences(folder, index, {"num_rows": num_rows})
+    elif process_index == 0:
         (folder / INDEX_NAME).unlink(missing_ok=True)
 
     # The rows, without columns that nobody needs, and how many of them are this process's
@@ -142,6 +148,8 @@ def encode_dataset(
         columns["label"] = settings.label_column
     if settings.pooled_column is not None:
         columns["pooled_projections"] = settings.pooled_column
+    if settings.pooled_column not in (None, *(there := dataset.column_names or [settings.pooled_column])):
+        raise ValueError(f"`pooled_column` must be one of {there}, got {settings.pooled_column!r}.")
     source, dataset = SourceState(dataset, columns), dataset.select_columns(list(columns.values()))
     shard_size, own_rows = settings.shard_size, None
     if num_rows is not None:
@@ -181,11 +189,12 @@ def _claim(folder: Path, record: dict[str, Any], process_index: int) -> dict[str
     return stored
 
 
-def _is_finished(folder: Path) -> bool:
-    """Whether there is an index as it was written, and all its shards; an altered one is put together again."""
-    index = read_json(folder / INDEX_NAME)
-    is_unaltered = isinstance(index, dict) and index.get("content_hash") == content_hash(index)
-    return is_unaltered and all(is_whole(folder, shard) for shard in index["shards"])
+def _finished_index(folder: Path) -> dict[str, Any] | None:
+    """The index, if it is as it was written and has all its shards; an altered one is put together again."""
+    index = read_json(folder / INDEX_NAME, way_out=REPAIR)
+    if index is None or index.get("content_hash") != content_hash(index):
+        return None
+    return index if all(is_whole(folder, shard) for shard in index["shards"]) else None
 
 
 def _open(folder: Path, skip_corrupt: bool, process_index: int) -> LatentDataset:
@@ -251,7 +260,7 @@ def _assemble(record: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[st
             raise ValueError(f"Ids must run from 0 without a gap, {num_samples} images have ids up to {highest}.")
         id2label = {str(id_): str(id_) for id_ in range(highest + 1)}
     index = {
-        **{name: value for name, value in record.items() if name != "num_rows"},
+        **record,
         "latent_shape": shards[0]["latent_shape"],
         "pooled_projection_dim": dims.pop(),
         "num_samples": sum(shard["num_samples"] for shard in shards),
@@ -260,6 +269,7 @@ def _assemble(record: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[st
         "id2label": id2label,
         "num_samples_per_class": None if id2label is None else {id_: counts[id_] for id_ in id2label},
         "shards": [{key: shard[key] for key in ("name", "num_samples", "num_bytes", "sha256")} for shard in shards],
+        "num_rows": sum(sidecar["num_rows"] for sidecar in sidecars),
         "rows_sha256": hashlib.sha256("".join(sidecar["row_digests"] for sidecar in sidecars).encode()).hexdigest(),
         "skipped": [name for sidecar in sidecars for name in sidecar["skipped"]],
     }

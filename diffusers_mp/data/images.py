@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 
+from ..sources import check_dataset_reachable
 from .columns import check_bytes, class_names, class_names_of_stream, image_column_of, label_column_of
 from .folders import FolderListing, class_order, classes_of, list_folder, paths_in_split
 from .metadata import read_metadata
@@ -122,6 +123,7 @@ def load_image_dataset(
     if train_data_dir is None:
         if class_level is not None:
             raise ValueError("`class_level` is for a folder of images, `dataset_name` has columns.")
+        check_dataset_reachable(dataset_name, cache_dir)
         dataset = datasets.load_dataset(dataset_name, split=split or "train", **options)
         report = SourceReport(str(dataset_name), f"split {split or 'train'}")
         names_own_files = dataset.info.builder_name == "imagefolder"

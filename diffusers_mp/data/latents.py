@@ -69,13 +69,12 @@ class LatentDataset(Dataset):
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        self.index = read_json(self.folder / INDEX_NAME)
+        keys = ("format_version", "content_hash", "vae", "shards", "id2label", "latents_mean", "latents_std")
+        self.index = read_json(self.folder / INDEX_NAME, keys=keys, way_out=REPAIR)
         if self.index is None:
             raise FileNotFoundError(
                 f"`folder` must hold a finished encoded data set, {INDEX_NAME} is not in {folder}."
             )
-        keys = ("format_version", "content_hash", "vae", "shards", "id2label", "latents_mean", "latents_std")
-        self.index = read_json(self.folder / INDEX_NAME, keys=keys, way_out=REPAIR)
         version = self.index["format_version"]
         if version != FORMAT_VERSION:
             raise ValueError(

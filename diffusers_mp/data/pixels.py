@@ -191,7 +191,7 @@ def read_image(
     """What `prepare_image` makes of a cell of an undecoded image column, or the reason why it cannot be read.
 
     Args:
-        cell (dict): as in `read_bytes`.
+        cell (dict): as in `read_bytes`; with `bytes`, the `path` still says what a file without a signature is.
         resolution, num_channels, background: as in `prepare_image`.
     Returns:
         tuple: pixels and None, or None and the reason in a line: the caller decides what a damaged image means.
@@ -201,11 +201,11 @@ def read_image(
         ValueError: if the background is no colour.
     """
     ground_of(background)  # no fault of the image
-    content, path = read_bytes(cell), (cell or {}).get("path")
+    content, name = read_bytes(cell), (cell or {}).get("path") or ""
     try:
-        with open_image(content, path or "") as image:
+        with open_image(content, name) as image:
             return prepare_image(image, resolution, num_channels, background), None
     except MemoryError as error:
-        raise MemoryError(f"Not enough memory for {path or 'an image'}, a file of {len(content)} bytes.") from error
+        raise MemoryError(f"Not enough memory for {name or 'an image'}, a file of {len(content)} bytes.") from error
     except Exception as error:  # a damaged file raises whatever the parser of its format stumbles over
         return None, " ".join(f"{type(error).__name__}: {error}".split())

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 FORMAT_VERSION = 4
-# Entries of a record that no argument sets.
+# Entries that no argument sets.
 _IN_WORDS = {"format_version": "format version", "id2label": "classes", "num_rows": "number of images"}
 
 
@@ -100,14 +100,11 @@ class EncodingSettings:
         # Pixels are mirrored on reading: the same are stored with and without.
         return replace(self, num_channels=num_channels, random_flip=self.random_flip and vae is not None)
 
-    def record(
-        self, vae: "AutoencoderKL | None", id2label: Mapping[int, str] | None, num_rows: int | None
-    ) -> dict[str, Any]:
+    def record(self, vae: "AutoencoderKL | None", id2label: Mapping[int, str] | None) -> dict[str, Any]:
         """All that the encoded data depend on, as `settings.json` has it.
 
         Args:
             vae (AutoencoderKL, optional), id2label (dict, optional): as in `encode_dataset`.
-            num_rows (int, optional): of the source; a stream's are counted by reading it.
         Returns:
             dict: of JSON values.
         """
@@ -119,7 +116,6 @@ class EncodingSettings:
             "vae": fingerprint,
             **{each.name: getattr(self, each.name) for each in fields(self) if each.compare},
             "id2label": None if id2label is None else {str(id_): name for id_, name in id2label.items()},
-            "num_rows": num_rows,
         }
 
 
@@ -128,17 +124,14 @@ def refuse_differences(folder: Path, stored: Mapping[str, Any], wanted: Mapping[
 
     Args:
         folder (Path): of the data, for the message.
-        stored (mapping): what they were encoded with, as `EncodingSettings.record` has it.
-        wanted (mapping): the entries of such a record that have to agree. A VAE is itself under any name, and the
-            number of rows of a stream, None, agrees with any.
+        stored (mapping): what they were encoded with, as `EncodingSettings.record` has it, or their index.
+        wanted (mapping): the entries that have to agree. A VAE is itself under any name.
     Raises:
         ValueError: naming each difference.
     """
     found = []
     for name, value in wanted.items():
         former = stored.get(name)
-        if name == "num_rows" and None in (former, value):
-            continue
         if isinstance(former, dict) and isinstance(value, dict):
             names = [key for key in former | value if former.get(key) != value.get(key)]
             if name == "vae" and not {*names} - {"id"}:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from ..files import sha256_of_weights
 from ..masking import masked
+from ..sources import check_reachable
 
 
 INCEPTION = "torch-fidelity"
@@ -157,6 +158,7 @@ def transformers_extractor(
     """
     source = {"revision": revision, "cache_dir": cache_dir}
     try:
+        check_reachable("extractors", str(name), ["config.json"], **source, instead="a folder, or 'module:function'")
         processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil", **source).to_dict()
         model, loading = transformers.AutoModel.from_pretrained(
             name, **source, dtype=torch.float32, use_safetensors=True, output_loading_info=True

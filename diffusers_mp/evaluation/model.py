@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import inspect
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from ..pipeline_mpdit import MPDiTPipeline
 from ..publishing.hub import download_pipeline, files_to_publish, has_component
 from ..publishing.training_curve import LOG_NAME, LOGGING_DIR, log_file
 from ..schedulers import sampler_for, sampler_of
+from ..sources import check_reachable
 from ..transformer_mpdit import MPDiTTransformer2DModel
 
 
@@ -66,6 +68,7 @@ class EvaluatedModel:
         """
         folder, commit = Path(name_or_path), None
         if not folder.is_dir():
+            check_reachable("pretrained_model_name_or_path", name_or_path, ["model_index.json"], **of_hub)
             with accelerator.main_process_first():
                 folder = download_pipeline(name_or_path, **of_hub)
             commit = folder.name  # as the Hub's client names its folders
@@ -232,7 +235,10 @@ def sampler_options(pipe: MPDiTPipeline) -> dict[str, Any]:
     sampler = sampler_of(pipe.scheduler, pipe.transformer)
     # What another sampler had in the config plays no role for this one.
     names = [name for name in inspect.signature(type(sampler)).parameters if name in sampler.config]
-    return {"class": type(sampler).__name__, **{name: sampler.config[name] for name in names}}
+    options = {name: sampler.config[name] for name in names}
+    # JSON has no infinity.
+    told = {name: str(value) if value in (math.inf, -math.inf) else value for name, value in options.items()}
+    return {"class": type(sampler).__name__, **told}
 
 
 def _copy(source: Path, target: Path) -> None:

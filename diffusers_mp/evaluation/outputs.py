@@ -99,9 +99,7 @@ def check_outputs(folder: Path, cells: Iterable[Path], *, heat_map: bool, best: 
     """
     for path in (folder, folder / "cells", folder / "reference"):
         if os.path.lexists(path) and not path.is_dir():
-            raise ValueError(
-                f"`output_dir` must be a folder with room for a folder cells and reference, {path} is a file."
-            )
+            raise ValueError(f"`output_dir` must be a folder, and cells and reference in it too, {path} is a file.")
     files = [folder / "settings.json", folder / "results.json"]
     files += [path.with_suffix(suffix) for path in cells for suffix in (".json", ".png")]
     check_own([*files, *([folder / "heat_map.png"] if heat_map else []), *([folder / "best"] if best else [])])

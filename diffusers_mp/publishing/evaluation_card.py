@@ -39,15 +39,16 @@ def write_evaluation(folder: str | Path, results: Mapping) -> ModelCard:
     section = _evaluation(folder, results)
     heading, _, _ = section.partition("\n")
     sections = re.split(r"^(?=## )", (folder / CARD_NAME).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    # Where the last one was; else before the licence, where the formal end of our own cards begins; else at the end.
+    starts = [i for start in (f"{heading}\n", "## Licence") for i, one in enumerate(sections) if one.startswith(start)]
+    place = starts[0] if starts else len(sections)
     sections = [other for other in sections if not other.startswith(f"{heading}\n")]
-    # Before the licence, with which the formal end of our own cards begins; else at the end.
-    place = next((i for i, other in enumerate(sections) if other.startswith("## Licence")), len(sections))
     sections[place - 1] = sections[place - 1].rstrip("\n") + "\n\n"
     sections.insert(place, mask(f"{section}\n\n"))
-    card = ModelCard("".join(sections).rstrip("\n") + "\n")
+    text = "".join(sections).rstrip("\n") + "\n"
     with whole_file(folder / CARD_NAME) as unfinished:
-        card.save(unfinished)
-    return card
+        unfinished.write_text(text, encoding="utf-8")
+    return ModelCard(text)
 
 
 def _evaluation(folder: Path, results: Mapping) -> str:

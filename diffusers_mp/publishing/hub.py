@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -21,6 +21,10 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from .. import __version__
 from ..files import component_names
 from ..masking import mask, masked
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 CARD_NAME, GRID_NAME, CURVE_NAME = "README.md", "sample_grid.png", "training_curve.png"
@@ -78,20 +82,38 @@ def public_arguments(arguments: argparse.Namespace | Mapping, token: str | None 
     return masked(arguments, *secrets)
 
 
-def check_trackers(report_to: str, hub_token: str | None) -> None:
-    """Refuse a token on the command line beside a tracker that records the command line.
+def mask_places(pipeline: "DiffusionPipeline") -> None:
+    """Take secrets out of the places that a pipeline and its parts come from, which `save_pretrained` would write.
+
+    Args:
+        pipeline (DiffusionPipeline): changed in place, where there is a secret.
+    """
+    for part in (pipeline, *pipeline.components.values()):
+        place = getattr(part, "config", {}).get("_name_or_path")
+        if isinstance(place, str) and mask(place) != place:
+            part.register_to_config(_name_or_path=mask(place))
+
+
+def check_trackers(report_to: str, arguments: Mapping) -> None:
+    """Refuse secrets on the command line beside a tracker that records the command line.
 
     Args:
         report_to (str): name of the tracker, or "none".
-        hub_token (str, optional): the token as given on the command line.
+        arguments (mapping): the command line by the names of its arguments.
     Raises:
-        ValueError: if both are given; a token that `hf auth login` or `HF_TOKEN` knows goes with every tracker.
+        ValueError: naming the argument; a token that `hf auth login` or `HF_TOKEN` knows goes with every tracker.
     """
-    if hub_token is not None and report_to not in _LOCAL_TRACKERS:
+    if report_to in _LOCAL_TRACKERS:
+        return
+    recorded = f"together with `report_to={report_to!r}`, which may record the command line"
+    if arguments.get("hub_token") is not None:
         raise ValueError(
-            f"`hub_token` must not be given together with `report_to={report_to!r}`, which may record the command "
-            "line; use `hf auth login` or the environment variable HF_TOKEN instead."
+            f"`hub_token` must not be given {recorded}; use `hf auth login` or the environment variable HF_TOKEN "
+            "instead."
         )
+    for name, value in arguments.items():
+        if mask(str(value)) != str(value):
+            raise ValueError(f"`{name}` must hold no token or password {recorded}, got {mask(str(value))}.")
 
 
 def _find_token(token: str | None) -> str:

@@ -7,6 +7,7 @@ from accelerate.tracking import get_available_trackers
 from diffusers import AutoencoderKL
 
 from ..publishing.hub import check_trackers
+from ..sources import check_reachable
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .arguments import make_parser
 from .model import Pretrained, model_config
@@ -17,7 +18,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse, as the parser does, trackers that are not there, flags that make no model, decay that does nothing."""
     parser, installed = make_parser(), [str(tracker) for tracker in get_available_trackers()]
     try:
-        check_trackers(args.report_to, args.hub_token)
+        check_trackers(args.report_to, vars(args))
         if args.report_to not in ("none", *installed):
             parser.error(f"--report_to {args.report_to}: not installed; there are {installed}")
         if args.preset is not None:
@@ -35,6 +36,9 @@ def check_model(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained:
     if pretrained is not None:
         known |= pretrained.transformer.config
     elif args.model_config_name_or_path is not None:
+        check_reachable(
+            "model_config_name_or_path", args.model_config_name_or_path, ["config.json"], cache_dir=args.cache_dir
+        )
         known |= MPDiTTransformer2DModel.load_config(args.model_config_name_or_path, cache_dir=args.cache_dir)
     conditions = known["num_classes"], known["pooled_projection_dim"]
     source = known if pretrained is not None or args.model_config_name_or_path is not None else None

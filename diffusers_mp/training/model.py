@@ -13,6 +13,7 @@ from ..files import sha256_of_weights
 from ..pipeline_mpdit import MPDiTPipeline
 from ..presets import get_preset
 from ..rows import normalize_weights_
+from ..sources import check_reachable
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .arguments import DEFAULT_VAE, MODEL_FLAGS
 
@@ -32,6 +33,7 @@ class Pretrained:
 def vae_of_pretrained(args: argparse.Namespace) -> str:
     """What `--vae` is by default: the autoencoder of the checkpoint, whose latents the transformer knows."""
     source = args.pretrained_model_name_or_path
+    _check_reachable(args, "pretrained_model_name_or_path")
     try:
         components = MPDiTPipeline.load_config(source, cache_dir=args.cache_dir)
     except OSError:  # no model_index.json: a transformer alone, or nothing, which is an error
@@ -49,6 +51,7 @@ def load_pretrained(args: argparse.Namespace, vae: AutoencoderKL | None, schedul
         scheduler (SchedulerMixin): of the run's objective.
     """
     source = args.pretrained_model_name_or_path
+    _check_reachable(args, "pretrained_model_name_or_path")
     try:
         MPDiTPipeline.load_config(source, cache_dir=args.cache_dir)
     except OSError:  # no model_index.json
@@ -74,6 +77,10 @@ def load_pretrained(args: argparse.Namespace, vae: AutoencoderKL | None, schedul
     transformer, config = pipeline.transformer, pipeline.config
     sha256 = sha256_of_weights(transformer.state_dict())
     return Pretrained(transformer, sha256, pipeline.id2label, config.latents_mean, config.latents_std)
+
+
+def _check_reachable(args: argparse.Namespace, flag: str) -> None:
+    check_reachable(flag, getattr(args, flag), ("model_index.json", "config.json"), cache_dir=args.cache_dir)
 
 
 def channels_of(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained: Pretrained | None) -> int | None:
@@ -136,6 +143,7 @@ def model_config(
     source = args.pretrained_model_name_or_path or args.model_config_name_or_path
     config = pretrained_config
     if config is None:
+        _check_reachable(args, "model_config_name_or_path")
         config = MPDiTTransformer2DModel.load_config(source, cache_dir=args.cache_dir)
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     for name, value in of_data.items():

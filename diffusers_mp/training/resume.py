@@ -13,11 +13,11 @@ from accelerate.utils import broadcast_object_list
 
 from ..averages.snapshots import discard_snapshots_after
 from ..data.latents import LatentDataset
-from ..files import read_json, write_json
+from ..files import read_json, remove_unfinished, write_json
 from ..optimization import scale_learning_rate
 from ..publishing.hub import public_arguments
 from ..transformer_mpdit import MPDiTTransformer2DModel
-from .arguments import OBJECTIVE_FLAGS, OPTIMIZER_FLAGS
+from .arguments import LOCK_NAME, OBJECTIVE_FLAGS, OPTIMIZER_FLAGS
 from .checkpoints import find_checkpoints, load_checkpoint, read_state, resolve_checkpoint
 from .model import Pretrained
 from .run import Run
@@ -32,6 +32,23 @@ def checkpoint_to_resume(args: argparse.Namespace, accelerator: Accelerator, cur
     """What the run is to go on from; None for a new run, which says so where one was to be resumed."""
     if args.resume_from_checkpoint is None:
         return None
+    # What else is in a folder without this file is somebody's, whose README.md the run would replace.
+    former = args.output_dir / "training_arguments.json"
+    found = (
+        [] if former.is_file() or not args.output_dir.is_dir() else [path.name for path in args.output_dir.iterdir()]
+    )
+    others = sorted(
+        name for name in found if name not in ("latents", LOCK_NAME) and not name.startswith("checkpoint-")
+    )
+    if others:
+        raise ValueError(
+            f"`--resume_from_checkpoint` must go on in the folder of a run or in an empty one: {args.output_dir} has "
+            f"{others[0]} but no {former.name}. Give another `--output_dir`."
+        )
+    if accelerator.is_main_process and not args.dry_run:
+        # The room that a former try has lost: to a kill, or to a disk that was full.
+        for folder in (args.output_dir, args.output_dir / args.logging_dir, args.output_dir / "ema_snapshots"):
+            remove_unfinished(folder)
     checkpoint = _resolved_by_one(args, accelerator)
     if checkpoint is None:
         if (args.output_dir / "model_index.json").is_file():
@@ -41,7 +58,6 @@ def checkpoint_to_resume(args: argparse.Namespace, accelerator: Accelerator, cur
                 "snapshots. Give another `--output_dir`."
             )
         # As the former try was called: this one may want them more often.
-        former = args.output_dir / "training_arguments.json"
         way_out = "remove it, and a run without a checkpoint begins anew"
         due = read_json(former, {}, way_out=way_out).get("checkpointing_steps", args.checkpointing_steps)
         if curve.last_step > due:

@@ -102,6 +102,24 @@ def test_an_image_that_takes_the_place_of_another_is_named(bitmaps, encode_bitma
         encode_bitmaps()
 
 
+def test_a_damaged_image_may_be_taken_away_before_all_is_encoded(bitmaps, encode_bitmaps, tmp_path):
+    path = bitmaps / "b" / "7.bmp"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"7\.bmp"):
+        encode_bitmaps()
+    shards_before = {path: path.stat().st_ino for path in (tmp_path / "encoded").glob("shard-*")}
+    assert len(shards_before) == 4
+    path.unlink()
+    encoded = encode_bitmaps()
+    assert (len(encoded), encoded.index["num_rows"]) == (9, 9)
+    assert {path: path.stat().st_ino for path in shards_before} == shards_before
+    # One before them is another matter.
+    (tmp_path / "encoded" / "index.json").unlink()
+    (bitmaps / "a" / "0.bmp").unlink()
+    with pytest.raises(ValueError, match=r"2\.bmp is not what .*shard-00000.* was made from"):
+        encode_bitmaps()
+
+
 def test_a_finished_encoding_is_not_read_again_from_its_source(encode_bitmaps, opened, tmp_path):
     first = encode_bitmaps()
     assert sorted(opened) == [f"{k}.bmp" for k in range(10)]
@@ -206,6 +224,16 @@ def test_of_a_table_no_row_is_read_again(table, tmp_path, monkeypatch, source):
         without_rows.setattr(datasets.Dataset, "__getitem__", lambda *_: pytest.fail("a row was read"))
         assert encode(again, tmp_path / "encoded", id2label={0: "a", 1: "b"}, shard_size=3).index == first.index
     assert datasets.Dataset.__getitem__ is read_rows
+
+
+def test_an_edited_table_is_named(table, tmp_path):
+    dataset, id2label, *_ = table()
+    encode(dataset, tmp_path / "encoded", id2label=id2label, shard_size=3)
+    rows = dataset.to_list()
+    rows[4]["image"]["bytes"] = rows[5]["image"]["bytes"]  # of the same size
+    datasets.Dataset.from_list(rows, features=dataset.features).to_parquet(tmp_path / "table" / "train.parquet")
+    with pytest.raises(ValueError, match=rf"{rows[4]['image']['path']} is not what .*shard-00001.* was made from"):
+        encode(table()[0], tmp_path / "encoded", id2label=id2label, shard_size=3)
 
 
 def test_a_table_made_otherwise_is_compared_by_content(table, tmp_path, monkeypatch):

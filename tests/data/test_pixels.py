@@ -6,11 +6,12 @@ import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import random_image
-from image_files import ADOBE, COLOURS, rgb_profile, saved, through_profile
+from helpers import encode, random_image
+from image_files import ADOBE, ALPHA, COLOURS, on_ground, rgb_profile, saved, through_profile
 from PIL import Image
 
 from diffusers_mp.data import pixels as pixels_module
@@ -140,6 +141,18 @@ def test_a_background_that_is_no_colour_is_no_fault_of_an_image(tmp_path):
         ):
             with pytest.raises(ValueError, match=re.escape(message)):
                 call()
+
+
+def test_the_ground_is_part_of_the_encoding(tmp_path):
+    content = saved(np.dstack([COLOURS, ALPHA]), "PNG")
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    dataset = datasets.Dataset.from_dict({"image": [{"bytes": content, "path": "a.png"}] * 2}, features)
+    for ground in ("white", "#2040ff"):
+        encoded = encode(dataset, tmp_path / ground, resolution=16, background=ground)
+        levels = (encoded[0]["mean"].permute(1, 2, 0) + 1) * 127.5
+        assert np.abs(levels.numpy() - on_ground(COLOURS, ALPHA, ground)).max() < 1e-3
+    with pytest.raises(ValueError, match=r'`background` "white" \(now "black"\)'):
+        encode(dataset, tmp_path / "white", resolution=16, background="black")
 
 
 def test_an_image_that_does_not_fit_into_memory_is_named(monkeypatch):

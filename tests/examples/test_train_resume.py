@@ -237,3 +237,16 @@ def test_a_checkpoint_becomes_a_pipeline_elsewhere(data, tmp_path):
     snapshot = MPDiTTransformer2DModel.from_pretrained(run / "ema_snapshots" / "step-0000004_std-0.05")
     assert_same_weights(normalize_weights_(snapshot).state_dict(), pipe.transformer.state_dict())
     assert not list(output_dir.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("name", ["README.md", "training_curve.png", "samples"])
+def test_a_folder_of_the_user_is_not_taken_for_that_of_a_run(data, plain, tmp_path, name):
+    (tmp_path / "latents").mkdir()
+    (tmp_path / name).write_text("mine")
+    before = contents(tmp_path)
+    for checkpoint in ("latest", str(plain / "checkpoint-4")):
+        with pytest.raises(
+            ValueError, match=f"the folder of a run or in an empty one: .* has {name} but no training_ar"
+        ):
+            train(data, tmp_path, "--resume_from_checkpoint", checkpoint)
+        assert {path: content for path, content in contents(tmp_path).items() if path.name != ".lock"} == before

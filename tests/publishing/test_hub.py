@@ -52,11 +52,15 @@ def test_a_token_on_the_command_line_beside_a_tracker_that_records_it(report_to)
     with pytest.raises(
         ValueError, match=f"`hub_token` must not be given together with `report_to='{report_to}'`"
     ) as e:
-        hub.check_trackers(report_to, TOKEN)
+        hub.check_trackers(report_to, {"hub_token": TOKEN})
     assert TOKEN not in str(e.value)
-    hub.check_trackers(report_to, None)
-    hub.check_trackers("tensorboard", TOKEN)
-    hub.check_trackers("none", TOKEN)
+    address = "https://me:open-sesame@example.org/vae"
+    with pytest.raises(ValueError, match=f"`vae` must hold no token or password together with .*'{report_to}'") as e:
+        hub.check_trackers(report_to, {"hub_token": None, "vae": address})
+    assert "open-sesame" not in str(e.value)
+    hub.check_trackers(report_to, {"hub_token": None, "vae": "user/vae", "seed": 0})
+    hub.check_trackers("tensorboard", {"hub_token": TOKEN, "vae": address})
+    hub.check_trackers("none", {"hub_token": TOKEN})
 
 
 # Publishing
