@@ -44,8 +44,8 @@ def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def content_hash(index: dict[str, Any]) -> str:
-    """SHA-256 of what an index says of the data; names of files left out and of the VAE depend on the place."""
-    content = {key: value for key, value in index.items() if key not in ("content_hash", "skipped")}
+    """SHA-256 of what an index says of the data, but for names: of rows, of files left out, and of the VAE."""
+    content = {key: value for key, value in index.items() if key not in ("content_hash", "rows_sha256", "skipped")}
     if isinstance(content.get("vae"), dict):
         content["vae"] = {key: value for key, value in content["vae"].items() if key != "id"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
