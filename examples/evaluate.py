@@ -144,6 +144,7 @@ from diffusers_mp.files import read_json, write_json
 from diffusers_mp.publishing.evaluation_card import write_evaluation
 from diffusers_mp.publishing.hub import HEAT_MAP_NAME, check_hub_access, publish
 from diffusers_mp.publishing.model_card import write_model_card
+from diffusers_mp.sources import loading
 from diffusers_mp.training.engine import check_processes
 
 
@@ -166,20 +167,22 @@ def main(args):
         )
 
     # What is measured, and against what
-    model = EvaluatedModel.find(
-        args.pretrained_model_name_or_path,
-        accelerator,
-        ema_stds=args.ema_stds,
-        step=args.step,
-        token=args.hub_token,
-        revision=args.revision,
-        cache_dir=args.cache_dir,
-    )
-    model.check(args.guidance_scales, args.class_labels, args.scheduler)
-    extractors = [
-        load_extractor(name, output=args.extractor_output, device=accelerator.device, cache_dir=args.cache_dir)
-        for name in args.extractors
-    ]
+    with loading("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+        model = EvaluatedModel.find(
+            args.pretrained_model_name_or_path,
+            accelerator,
+            ema_stds=args.ema_stds,
+            step=args.step,
+            token=args.hub_token,
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+        )
+        model.check(args.guidance_scales, args.class_labels, args.scheduler)
+    extractors = []
+    for name in args.extractors:
+        options = {"output": args.extractor_output, "device": accelerator.device, "cache_dir": args.cache_dir}
+        with loading("extractors", name):
+            extractors.append(load_extractor(name, **options))
     references = load_references(args, accelerator, extractors, *model.image_shape())
     settings = describe(args, model, extractors, references)
     if accelerator.is_main_process:
@@ -303,7 +306,7 @@ def describe(args, model, extractors, references) -> dict:
 def keep_settings(path: Path, settings: dict) -> None:
     """Refuse to mix cells that cannot be compared."""
     if path.is_file():
-        stored = read_json(path, {})
+        stored = read_json(path, {}, way_out="take another --output_dir, or remove this one")
         # The same model may have moved.
         different = sorted(name for name in settings if name != "model" and stored.get(name) != settings[name])
         if different:
@@ -323,14 +326,25 @@ def cell_path(args, cell: dict) -> Path:
 
 
 def is_finished(args, cell: dict) -> bool:
-    return "metrics" in read_json(cell_path(args, cell), {})
+    return "metrics" in read_cell(cell_path(args, cell))
+
+
+def read_cell(path: Path) -> dict:
+    """What a cell's file holds, nothing if there is none; refuses a damaged one, which could pass for the best."""
+    way_out = "remove it, and the cell is measured again"
+    cell = read_json(path, {}, way_out=way_out)
+    metrics = cell.get("metrics", [{"frechet_distance": 0.0}])
+    is_whole = isinstance(metrics, list) and metrics and all(isinstance(each, dict) for each in metrics)
+    if not is_whole or not isinstance(metrics[0].get("frechet_distance"), float):
+        raise ValueError(f"{path} is damaged, its `metrics` are none: {way_out}.")
+    return cell
 
 
 def finish(args, model, settings, references, cells, repo_id) -> None:
     """Results of all cells in the folder, also of earlier sweeps with the same settings."""
-    finished = [read_json(path, {}) for path in sorted((args.output_dir / "cells").glob("*.json"))]
+    finished = [read_cell(path) for path in sorted((args.output_dir / "cells").glob("*.json"))]
     finished = [cell for cell in finished if "metrics" in cell]
-    failed = [read_json(cell_path(args, cell), {}) for cell in cells if not is_finished(args, cell)]
+    failed = [read_cell(cell_path(args, cell)) for cell in cells if not is_finished(args, cell)]
     if finished:
         best = min(finished, key=lambda cell: cell["metrics"][0]["frechet_distance"])
         warnings = [warning for reference in references for warning in reference.description["warnings"]]
