@@ -136,11 +136,11 @@ from diffusers_mp import drop_shift_, save_rotation_adapter, set_shift_scale, sw
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.settings import EncodingSettings
-from diffusers_mp.publishing.hub import check_hub_access, check_trackers, mask_places, public_arguments, publish
+from diffusers_mp.publishing.hub import check_hub_access, mask_places, public_arguments, publish
 from diffusers_mp.publishing.rotation_card import write_rotation_card
 from diffusers_mp.rotation_swap.checks import check_model, check_sites
 from diffusers_mp.rotation_swap.sites import find_sites
-from diffusers_mp.sources import check_reachable
+from diffusers_mp.sources import check_reachable, loading
 from diffusers_mp.training import (
     DDPMObjective,
     NonFiniteError,
@@ -151,6 +151,7 @@ from diffusers_mp.training import (
     validation_losses,
     validation_timesteps,
 )
+from diffusers_mp.training.checks import check_reporting
 from diffusers_mp.training.engine import start
 from diffusers_mp.training.finetuning import start_of_finetuning, verdict_of_finetuning
 from diffusers_mp.training.model import check_finite
@@ -159,10 +160,7 @@ from diffusers_mp.training.summary import DataSummary
 
 
 def main(args):
-    try:
-        check_trackers(args.report_to, vars(args))
-    except ValueError as error:
-        make_parser().error(str(error))
+    check_reporting(args, make_parser())
     check_paths(args)
     accelerator, _ = start(args, args.output_dir / "logs")
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
@@ -177,14 +175,16 @@ def main(args):
     source = {"revision": args.revision, "cache_dir": args.cache_dir}
     files = ["model_index.json"]
     check_reachable("pretrained_model_name_or_path", args.pretrained_model_name_or_path, files, **source)
-    pipeline = DiTPipeline.from_pretrained(args.pretrained_model_name_or_path, **source)
-    check_finite(pipeline.transformer, args.pretrained_model_name_or_path)
-    mask_places(pipeline)
-    if args.swap != "none":
-        # What the swap would refuse, before the work. Annealed shifts are cut out as well, at the end.
-        check_model(pipeline.transformer)
-        check_sites(pipeline.transformer, find_sites(pipeline.transformer, args.sublayers), keep_shift=False)
-    transformer, objective = pipeline.transformer.to(accelerator.device), training_objective(pipeline)
+    with loading("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+        pipeline = DiTPipeline.from_pretrained(args.pretrained_model_name_or_path, **source)
+        check_finite(pipeline.transformer, args.pretrained_model_name_or_path)
+        mask_places(pipeline)
+        if args.swap != "none":
+            # What the swap would refuse, before the work. Annealed shifts are cut out as well, at the end.
+            check_model(pipeline.transformer)
+            check_sites(pipeline.transformer, find_sites(pipeline.transformer, args.sublayers), keep_shift=False)
+        objective = training_objective(pipeline)
+    transformer = pipeline.transformer.to(accelerator.device)
     latents = load_latents(args, pipeline, accelerator)
     num_held_out = args.num_validation_images
     if num_held_out is None:
@@ -346,7 +346,8 @@ def load_latents(args, pipeline, accelerator):
     for line in report.left_out_lines():
         accelerator.print(line)
     if id2label is None:
-        raise ValueError("the data must have labels: a DiT generates images of a class.")
+        source = args.train_data_dir or args.dataset_name
+        raise ValueError(f"the data must have labels, {source} has none: a DiT generates images of a class.")
     vae, config = pipeline.vae.to(accelerator.device).eval(), pipeline.transformer.config
     if max(id2label) >= config.num_embeds_ada_norm:
         raise ValueError(
