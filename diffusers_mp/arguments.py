@@ -29,6 +29,7 @@ FLAG_OF_ARGUMENT = {
     "split": "dataset_split",
     "train_data_dir": "reference_dir",
     "max_train_samples": "max_reference_images",
+    "num_validation": "num_validation_images",
     "std": "ema_stds",
     "guidance_scale": "guidance_scales",
     "size": "preset",

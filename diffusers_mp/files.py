@@ -1,6 +1,7 @@
-"""Files that are there whole or not at all, JSON, and SHA-256 of files and of weights."""
+"""Files that are there whole or not at all, full disks, JSON, and SHA-256 of files and of weights."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,47 @@ if TYPE_CHECKING:
 # What a killed process leaves has this suffix, and may be deleted once no process writes there.
 UNFINISHED = ".unfinished"
 MISSING_IS_AN_ERROR = object()
+_FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+# PyTorch's writer forgets why it could write no more.
+_PYTORCH_WRITES_NO_MORE = "[enforce fail at inline_container.cc"
+
+
+class NoSpaceError(OSError):
+    """A file that could not be written because a disk, a quota or a limit is used up."""
+
+
+@contextlib.contextmanager
+def space_for(path: str | Path, num_bytes: int | None = None) -> Iterator[None]:
+    """Say what could not be written and how much is free, where the disk turns out to be full inside of the block.
+
+    Args:
+        path (str or Path): the file or folder that is written.
+        num_bytes (int, optional): how much it takes.
+    Raises:
+        NoSpaceError: for an error of Python, safetensors or PyTorch that says so in its words.
+    """
+    try:
+        yield
+    except NoSpaceError:
+        raise
+    except BaseException as error:  # `torch.distributed.checkpoint` has one that is no Exception
+        # By its text: safetensors' and PyTorch's errors have no number, and those of many processes come as one.
+        text = f"{error} {error.__cause__} {error.__context__}"
+        reasons = [reason for reason in _FULL if reason in text]
+        if not reasons and _PYTORCH_WRITES_NO_MORE not in text:
+            raise
+        folder = next(folder for folder in Path(path).absolute().parents if folder.is_dir())
+        free = f"{in_units(shutil.disk_usage(folder).free)} are free there"
+        needed = "" if num_bytes is None else f"it takes more than {in_units(num_bytes)}, and "
+        raise NoSpaceError(
+            f"{path} could not be written ({reasons[0] if reasons else 'the disk takes no more'}): {needed}{free}. "
+            "Make room; what was there before is untouched."
+        ) from error
+
+
+def in_units(num_bytes: int) -> str:
+    """A number of bytes as a person reads it, in MB or GB."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 @contextlib.contextmanager
@@ -31,35 +73,54 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         path (str or Path): the file; its folder is made if missing.
     Yields:
         Path: where to write it.
+    Raises:
+        NoSpaceError: if the disk is full.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
-    try:
-        yield unfinished
-        sync(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with space_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield unfinished
+            sync(unfinished)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """Write a folder that is there whole or not at all; one that is there already is replaced.
+    """Write a folder that is there whole or not at all. One that is there already is replaced, or kept after an error.
 
     Args:
         path (str or Path): the folder.
     Yields:
         Path: an empty folder to write to, beside it.
+    Raises:
+        NoSpaceError: if the disk is full.
     """
     path = Path(path)
     unfinished = path.with_name(f"{path.name}{UNFINISHED}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    if path.exists():
-        discard_folder(path)
-    unfinished.rename(path)
+    with space_for(path):
+        unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+            if path.exists():
+                discard_folder(path)
+            unfinished.rename(path)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Delete what killed processes have left in a folder, which may be missing, once no process writes there."""
+    for path in Path(folder).glob(f"*{UNFINISHED}"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def discard_folder(path: str | Path) -> None:

@@ -64,7 +64,7 @@ def parameter_groups(
     """
     if scaling not in SCALINGS:
         raise ValueError(f"`scaling` must be one of {list(SCALINGS)}, got {scaling!r}.")
-    normalized, matrices = _normalized_weights(model), _hidden_matrices(model) if muon else set()
+    normalized, matrices = _normalized_weights(model), hidden_matrices(model) if muon else set()
     if any(
         layer.weight.requires_grad and layer.forced_weight_normalization and not layer.training
         for layer in normalized.values()
@@ -159,7 +159,8 @@ def _normalized_weights(model: nn.Module) -> dict[int, MPLinear | MPEmbedding]:
     return {id(module.weight): module for module in model.modules() if isinstance(module, (MPLinear, MPEmbedding))}
 
 
-def _hidden_matrices(model: nn.Module) -> set[int]:
+def hidden_matrices(model: nn.Module) -> set[int]:
+    """`id` of each parameter that Muon is for: weights of linear maps within the model's `ModuleList`s."""
     blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
     layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
     return {id(layer.weight) for layer in layers}

@@ -130,17 +130,17 @@ def end(line: str, code: int) -> None:
 
 def message_of(error: BaseException, parser: argparse.ArgumentParser) -> tuple[str, int]:
     """An exception as one line, with the flags in place of the arguments that it names; and the exit code."""
-    own = _is_raised_here(error)
-    text = _text_of(error) if not own or isinstance(error, OSError) and error.filename else str(error)
+    text, own, is_of_file = str(error) or "no message", _is_raised_here(error), isinstance(error, OSError)
+    if is_of_file and error.filename is not None:
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
     text = with_flags(" ".join(text.split()), parser).rstrip(".")
     if not own and len(text) > _MAX_FOREIGN:
         text = f"{text[:_MAX_FOREIGN]}…"
-    is_usage = isinstance(error, (ValueError, OSError)) or own and isinstance(error, RuntimeError)
-    if isinstance(error, RunFailedError) or getattr(error, "errno", None) in _NOT_OF_A_PATH:
-        is_usage = False
-    if not own and not (isinstance(error, OSError) and error.filename):
+    if not own and not is_of_file:  # those are written for people
         text = f"{type(error).__name__}: {text} (--debug shows where)"
-    return text, USAGE if is_usage else FAILURE
+    is_failure = isinstance(error, RunFailedError) or is_of_file and error.errno in _NOT_OF_A_PATH
+    is_usage = isinstance(error, (ValueError, OSError)) or own and isinstance(error, RuntimeError)
+    return text, USAGE if is_usage and not is_failure else FAILURE
 
 
 def with_flags(message: str, parser: argparse.ArgumentParser) -> str:
@@ -157,13 +157,6 @@ def with_flags(message: str, parser: argparse.ArgumentParser) -> str:
 
     message = re.sub(r"`(?P<name>\w+)(=True)?`", flag_of, message)
     return re.sub(r"`(--[^`]*)`", r"\1", message)  # a flag as it is typed, in the words of the package
-
-
-def _text_of(error: BaseException) -> str:
-    """What a foreign exception says: of an `OSError` the file first."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
-    return str(error) or "no message"
 
 
 def _is_raised_here(error: BaseException) -> bool:

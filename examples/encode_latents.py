@@ -11,6 +11,7 @@ arguments, whatever the number of processes. The trainer takes the folder as `--
 """
 
 import argparse
+import shlex
 
 from diffusers_mp.arguments import (
     HelpFormatter,
@@ -87,6 +88,7 @@ from diffusers_mp.data.encoding import encode_dataset, load_vae
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.latents import LatentDataset
 from diffusers_mp.data.settings import EncodingSettings
+from diffusers_mp.start_block import device_warnings, device_words, start_block
 from diffusers_mp.training.engine import check_processes
 
 
@@ -104,6 +106,13 @@ def main(args):
         accelerator.print("\n".join(report.lines()))
         if args.list:
             return
+        mirrored = ", each mirrored too" if args.random_flip else ""
+        rows = {
+            "device": device_words(accelerator),
+            "encoding": f"--vae {args.vae}, {args.resolution} pixels{mirrored}",
+            "output": f"{args.latents_dir}: {args.shard_size:,} images a file",
+        }
+        accelerator.print(start_block(rows, device_warnings(accelerator)))
         vae, settings = load_vae(args.vae, args.cache_dir), EncodingSettings(**encoding_of(args))
         vae = None if vae is None else vae.to(accelerator.device)
         latents = encode_dataset(dataset, args.latents_dir, settings, vae=vae, id2label=id2label, **processes)
@@ -112,6 +121,10 @@ def main(args):
         f"{len(latents):,} images {state} in {len(latents.index['shards']):,} shards, {args.latents_dir}, "
         f"{len(latents.index['skipped']):,} left out, content {latents.index['content_hash'][:16]}"
     )
+    if not args.verify:
+        flags = ["--latents_dir", args.latents_dir, *(["--random_flip"] if args.random_flip else [])]
+        command = shlex.join(["python", "examples/train_mpdit.py", *flags, "--output_dir", "run"])
+        accelerator.print(f"Next: {command}")
     accelerator.end_training()
 
 

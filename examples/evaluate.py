@@ -163,6 +163,7 @@ from diffusers_mp.evaluation.outputs import (
     write_own,
 )
 from diffusers_mp.evaluation.reference import Processes, RealImages, ReferenceStatistics, reference_statistics
+from diffusers_mp.evaluation.summary import start_of_evaluation
 from diffusers_mp.masking import masked
 from diffusers_mp.publishing.evaluation_card import write_evaluation
 from diffusers_mp.publishing.hub import CARD_NAME, HEAT_MAP_NAME, check_hub_access, publish
@@ -211,6 +212,7 @@ def main(args):
     draw = draw_classes(pipe, args.class_labels, references[0].description["class_counts"], args.num_samples)
     settings = describe(args, model, pipe, draw, extractors, references)
     warnings = warnings_of(args, draw, references)
+    accelerator.print(start_of_evaluation(args, accelerator, references, len(cells_of(args))))
     for line in (*([] if draw is None else [draw.line()]), *(f"Warning: {text}" for text in warnings)):
         accelerator.print(line)
     if accelerator.is_main_process:

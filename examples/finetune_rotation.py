@@ -152,8 +152,10 @@ from diffusers_mp.training import (
     validation_timesteps,
 )
 from diffusers_mp.training.engine import start
+from diffusers_mp.training.finetuning import start_of_finetuning, verdict_of_finetuning
 from diffusers_mp.training.model import check_finite
 from diffusers_mp.training.optimizers import learning_rate_schedule
+from diffusers_mp.training.summary import DataSummary
 
 
 def main(args):
@@ -194,6 +196,8 @@ def main(args):
     held_out = HeldOut(args, TrainingSamples(latents, **options, indices=validation_indices), objective)
     options |= {"class_dropout_prob": args.class_dropout_prob, "random_flip": args.random_flip}
     samples = TrainingSamples(latents, **options, indices=train_indices)
+    data = DataSummary.of_latents(latents, len(validation_indices))
+    accelerator.print(start_of_finetuning(args, accelerator, data, count(transformer)))
 
     # 2. The swap, between two evaluations
     teacher = copy.deepcopy(transformer).eval().requires_grad_(False)
@@ -338,7 +342,9 @@ def training_objective(pipeline):
 
 def load_latents(args, pipeline, accelerator):
     """The data, encoded once by the base's VAE."""
-    dataset, id2label, _ = load_image_dataset(**source_of(args))
+    dataset, id2label, report = load_image_dataset(**source_of(args))
+    for line in report.left_out_lines():
+        accelerator.print(line)
     if id2label is None:
         raise ValueError("the data must have labels: a DiT generates images of a class.")
     vae, config = pipeline.vae.to(accelerator.device).eval(), pipeline.transformer.config
@@ -424,7 +430,7 @@ def save(args, pipeline, id2label, repo_id, record):
         pipeline.register_to_config(id2label={**{int(id_): name for id_, name in known.items()}, **id2label})
         pipeline.save_pretrained(folder)
     write_rotation_card(folder, repo_id, base_model=base, record=record, license=args.hub_license)
-    print(f"Saved the {'adapter' if args.save == 'adapter' else 'pipeline'} to {folder}")
+    print(verdict_of_finetuning(args, record))
     if args.push_to_hub:
         message = f"After {args.max_train_steps:,} updates"
         private = args.hub_private_repo or None

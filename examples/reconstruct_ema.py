@@ -9,6 +9,7 @@ The second line says how well each width can be rebuilt and writes nothing. The 
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from diffusers_mp.arguments import HelpFormatter, at_least, check_ema_stds, ema_width
@@ -63,6 +64,12 @@ def main(args: argparse.Namespace) -> None:
         )
     if args.output_dir is not None:
         print(f"Saved the pipeline to {args.output_dir}: MPDiTPipeline.from_pretrained({str(args.output_dir)!r})")
+        evaluate = ["--pretrained_model_name_or_path", str(args.output_dir), "--reference_dir", "photos"]
+        print(f"Next, how good it is: {shlex.join(['python', 'examples/evaluate.py', *evaluate])}")
+    else:
+        widths = " ".join(f"{std:g}" for std in args.ema_stds[:1])
+        command = ["python", "examples/reconstruct_ema.py", str(args.snapshots_dir), "--ema_stds", widths]
+        print(f"Nothing was written. Next, a pipeline: {shlex.join([*command, '--output_dir', f'run_{widths}'])}")
 
 
 if __name__ == "__main__":

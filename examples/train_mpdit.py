@@ -40,6 +40,7 @@ from diffusers_mp.data.encoding import encode_dataset, load_vae
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.latents import LatentDataset
 from diffusers_mp.data.settings import EncodingSettings
+from diffusers_mp.files import space_for
 from diffusers_mp.publishing.hub import check_hub_access, mask_places, publish
 from diffusers_mp.publishing.model_card import write_model_card
 from diffusers_mp.sharding import whole
@@ -100,7 +101,7 @@ def main(args):
     if args.dry_run:
         dry_run(args, accelerator, vae, pretrained, checkpoint_to_resume(args, accelerator, curve))
         return
-    with lock_folder(args.output_dir, accelerator):
+    with space_for(args.output_dir), lock_folder(args.output_dir, accelerator):
         checkpoint = checkpoint_to_resume(args, accelerator, curve)
         latents = load_latents(args, vae, accelerator, pretrained)
         run = set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkpoint)
@@ -112,7 +113,8 @@ def main(args):
         learning_rate, model = run.facts["learning_rate"], run.pipeline.transformer
         lengths = run.max_train_steps, run.step
         accelerator.print(start_of_run(args, accelerator, data, model, learning_rate, *lengths, known))
-        with StopRequest() as stop, contextlib.ExitStack() as at_end:
+        when = "this update" if accelerator.num_processes == 1 else "the next multiple of --logging_steps"
+        with StopRequest(when) as stop, contextlib.ExitStack() as at_end:
             train(args, run, stop, at_end)
         if run.step < run.max_train_steps:
             accelerator.print(
@@ -140,7 +142,9 @@ def load_latents(args, vae, accelerator, pretrained=None) -> LatentDataset:
         latents.validate(vae=vae, resolution=args.resolution, random_flip=args.random_flip)
     else:
         check_model(args, vae, pretrained)
-        dataset, id2label, _ = load_image_dataset(**source_of(args))
+        dataset, id2label, report = load_image_dataset(**source_of(args))
+        for line in report.left_out_lines():
+            accelerator.print(line)
         if vae is not None:
             vae.to(accelerator.device).eval()
         # Encodes what is missing, damaged shards that were deleted among it, and refuses a folder of other data. No

@@ -1,7 +1,9 @@
 """What several test modules share: the golden files and small real models."""
 
+import contextlib
 import json
 import math
+import resource
 from pathlib import Path
 
 import datasets
@@ -72,7 +74,9 @@ def forward(model, inputs):
 
 def write_table(dataset, folder):
     """The rows of an image folder as a parquet file with the images in it; what `--dataset_name` takes."""
-    rows = [row | {"image": {"bytes": Path(row["image"]["path"]).read_bytes(), "path": None}} for row in dataset]
+    paths = [Path(row["image"]["path"]) for row in dataset]
+    cells = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    rows = [row | {"image": cell} for row, cell in zip(dataset, cells, strict=True)]
     folder.mkdir()
     datasets.Dataset.from_list(rows, features=dataset.features).to_parquet(folder / "train.parquet")
     return str(folder)
@@ -280,3 +284,14 @@ def reset_accelerate():
     """As in a new process: Accelerate keeps what it was first told."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@contextlib.contextmanager
+def full_disk(num_bytes=0):
+    """No file may grow beyond so many bytes: writes fail in the kernel, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

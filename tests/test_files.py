@@ -1,5 +1,6 @@
 """Names out of files that become paths, and the hashes that files on disk carry."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -7,14 +8,25 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers import full_disk
+from PIL import Image
+from safetensors.torch import save_file
+from torch.distributed import checkpoint as dcp
 
 from diffusers_mp.files import (
     MISSING_IS_AN_ERROR,
+    NoSpaceError,
     component_names,
+    in_units,
     plain_name,
     read_json,
+    remove_unfinished,
     sha256_of_file,
     sha256_of_weights,
+    space_for,
+    whole_file,
+    whole_folder,
+    write_json,
 )
 
 
@@ -60,6 +72,85 @@ def test_the_parts_of_a_pipeline_have_plain_names(name, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({**index, name: ["diffusers", "B"]}))
     with pytest.raises(ValueError, match="model_index.json must name files and folders beside it by one plain name"):
         component_names(tmp_path)
+
+
+TENSORS = {"weight": torch.zeros(10_000)}
+WRITERS = {
+    "text": lambda path: path.write_text("x" * 10_000),
+    "safetensors": lambda path: save_file(TENSORS, path),
+    "torch": lambda path: torch.save(TENSORS, path),
+    "image": lambda path: Image.effect_noise((99, 99), 50).save(path, format="PNG"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_named_with_the_file_and_leaves_the_former_one(name, tmp_path):
+    path = tmp_path / "new" / "file"
+    write_json(path, "former")
+    reason = "the disk takes no more" if name == "torch" else "File too large"
+    message = rf"^{re.escape(str(path))} could not be written \({reason}\): [\d.]+ [MG]B are free there\. Make room; "
+    with pytest.raises(NoSpaceError, match=message) as caught, full_disk(1000), whole_file(path) as unfinished:
+        WRITERS[name](unfinished)
+    assert caught.value.__cause__ is not None
+    assert path.read_text() == '"former"\n'
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_full_disk_is_told_from_the_errors_of_all_processes_and_with_what_it_takes(tmp_path):
+    path = tmp_path / "checkpoint"
+    message = rf"^{re.escape(str(path))} could not .* no more\): it takes more than 2.50 GB, and .* are free there"
+    with pytest.raises(NoSpaceError, match=message), space_for(path, 2_500_000_000), full_disk(1000):
+        dcp.save(TENSORS, checkpoint_id=path)
+
+
+def test_no_space_left_on_the_device(tmp_path):
+    with (
+        pytest.raises(NoSpaceError, match=r"curve could not be written \(No space left on device\)"),
+        space_for(tmp_path / "curve"),
+        open("/dev/full", "w") as file,
+    ):
+        file.write("1")
+
+
+def test_one_error_is_named_once_and_others_stay_what_they_are(tmp_path):
+    with pytest.raises(NoSpaceError, match="^inner could not"):
+        with space_for("outer"), space_for("inner"), full_disk():
+            (tmp_path / "file").write_text("1")
+    for error in (PermissionError(13, "Permission denied"), KeyboardInterrupt(), ValueError("7")):
+        with pytest.raises(type(error)) as caught, space_for("outer"):
+            raise error
+        assert caught.value is error
+
+
+@pytest.mark.parametrize("ends", ["full", "error", "well"])
+def test_a_folder_is_there_whole_or_as_it_was(ends, tmp_path):
+    path = tmp_path / "folder"
+    write_json(path / "former", 1)
+    errors = {"full": NoSpaceError, "error": KeyError}
+    expected = pytest.raises(errors[ends]) if ends in errors else contextlib.nullcontext()
+    with expected, whole_folder(path) as unfinished:
+        with full_disk(100):
+            (unfinished / "new").write_text("x" * (1000 if ends == "full" else 10))
+        if ends == "error":
+            raise KeyError
+    assert [file.name for file in path.iterdir()] == ["new" if ends == "well" else "former"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_was_left_unfinished_is_removed(tmp_path):
+    (tmp_path / "a.unfinished" / "b").mkdir(parents=True)
+    for name in ("c.7.unfinished", "d", "unfinished"):
+        (tmp_path / name).write_text("")
+    remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "unfinished"]
+    remove_unfinished(tmp_path / "missing")
+
+
+def test_sizes_in_units():
+    assert [in_units(size) for size in (0, 999_949_999, 1_000_000_000, 2_345_000_000)] == [
+        *("0.0 MB", "999.9 MB", "1.00 GB", "2.35 GB"),
+    ]
 
 
 def test_weights_are_hashed_by_name_and_value():

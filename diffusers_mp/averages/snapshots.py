@@ -21,7 +21,16 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from ..files import UNFINISHED, component_names, discard_folder, read_json, sha256_of_file, whole_folder, write_json
+from ..files import (
+    UNFINISHED,
+    component_names,
+    discard_folder,
+    read_json,
+    sha256_of_file,
+    space_for,
+    whole_folder,
+    write_json,
+)
 from ..sharding import is_sharded, unwrapped, whole
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .ema import PowerFunctionEMA
@@ -84,8 +93,9 @@ def save_snapshots(ema: PowerFunctionEMA, directory: str | Path, pipeline: Diffu
     directory = Path(directory)
     writes = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     if writes:
-        directory.mkdir(parents=True, exist_ok=True)
-        _save_pipeline_parts(pipeline, directory)
+        with space_for(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            _save_pipeline_parts(pipeline, directory)
     folders = []
     for std, averages in zip(ema.stds, ema.state_dict()["averages"], strict=True):
         folders.append(directory / f"step-{ema.step:07d}_std-{std!r}")
@@ -220,15 +230,17 @@ def _save_pipeline_parts(pipeline: DiffusionPipeline, directory: Path) -> None:
         return
     unfinished = directory / f"pipeline{UNFINISHED}"
     shutil.rmtree(unfinished, ignore_errors=True)
-    pipeline.save_config(unfinished)
-    for name, part in pipeline.components.items():
-        if name != "transformer" and part is not None:
-            part.save_pretrained(unfinished / name)
-            shutil.rmtree(directory / name, ignore_errors=True)
-            (unfinished / name).rename(directory / name)
-    # The index last: once it is there, so is what it names.
-    (unfinished / PIPELINE_FILE).rename(index)
-    unfinished.rmdir()
+    try:
+        pipeline.save_config(unfinished)
+        for name, part in pipeline.components.items():
+            if name != "transformer" and part is not None:
+                part.save_pretrained(unfinished / name)
+                shutil.rmtree(directory / name, ignore_errors=True)
+                (unfinished / name).rename(directory / name)
+        # The index last: once it is there, so is what it names.
+        (unfinished / PIPELINE_FILE).rename(index)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _comparable(config: Path | str) -> dict:

@@ -37,7 +37,7 @@ from ..files import UNFINISHED, read_json
 from ..sources import check_reachable
 from .changes import SourceState
 from .formats import register_formats
-from .latents import INDEX_NAME, LatentDataset, content_hash
+from .latents import INDEX_NAME, REPAIR, LatentDataset, content_hash
 from .settings import EncodingSettings, refuse_differences
 from .shards import (
     ChannelStatistics,
@@ -148,6 +148,8 @@ def encode_dataset(
         columns["label"] = settings.label_column
     if settings.pooled_column is not None:
         columns["pooled_projections"] = settings.pooled_column
+    if settings.pooled_column not in (None, *(there := dataset.column_names or [settings.pooled_column])):
+        raise ValueError(f"`pooled_column` must be one of {there}, got {settings.pooled_column!r}.")
     source, dataset = SourceState(dataset, columns), dataset.select_columns(list(columns.values()))
     shard_size, own_rows = settings.shard_size, None
     if num_rows is not None:
@@ -189,9 +191,10 @@ def _claim(folder: Path, record: dict[str, Any], process_index: int) -> dict[str
 
 def _finished_index(folder: Path) -> dict[str, Any] | None:
     """The index, if it is as it was written and has all its shards; an altered one is put together again."""
-    index = read_json(folder / INDEX_NAME)
-    is_unaltered = isinstance(index, dict) and index.get("content_hash") == content_hash(index)
-    return index if is_unaltered and all(is_whole(folder, shard) for shard in index["shards"]) else None
+    index = read_json(folder / INDEX_NAME, way_out=REPAIR)
+    if index is None or index.get("content_hash") != content_hash(index):
+        return None
+    return index if all(is_whole(folder, shard) for shard in index["shards"]) else None
 
 
 def _open(folder: Path, skip_corrupt: bool, process_index: int) -> LatentDataset:

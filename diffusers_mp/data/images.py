@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from ..sources import check_dataset_reachable
 from .columns import check_bytes, class_names, class_names_of_stream, image_column_of, label_column_of
@@ -51,9 +52,11 @@ class SourceReport:
             shown = [f"{name} {count:,}" for name, count in list(self.counts.items())[:NUM_NAMES_SHOWN]]
             more = f", … {len(self.counts) - NUM_NAMES_SHOWN:,} more" if len(self.counts) > NUM_NAMES_SHOWN else ""
             lines.append(f"classes: {len(self.counts):,} ({', '.join(shown)}{more})")
-        for reason, names in self.left_out.items():
-            lines.append(f"left out: {len(names):,}, {reason}, such as {names[0]}")
-        return lines + [f"warning: {warning}" for warning in self.warnings]
+        return lines + self.left_out_lines() + [f"warning: {warning}" for warning in self.warnings]
+
+    def left_out_lines(self) -> list[str]:
+        """What is left out, a line for each reason."""
+        return [f"left out: {len(names):,}, {reason}, such as {names[0]}" for reason, names in self.left_out.items()]
 
 
 class ImageSource(NamedTuple):
@@ -227,7 +230,12 @@ def _rows_of_folder(
             )
         columns |= {name: [row.get(name) for row in rows] for name in names}
         report.layout = f"labels of {', '.join(listing.metadata)}"
-        return datasets.Dataset.from_dict(columns).cast_column("image", features["image"])
+        try:
+            return datasets.Dataset.from_dict(columns).cast_column("image", features["image"])
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise ValueError(
+                f"{', '.join(listing.metadata)} in {root} must hold values of one kind in each column: {error}."
+            ) from error
     classes = None
     report.layout = "in one place"
     if label_column is not None:

@@ -44,8 +44,8 @@ def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def content_hash(index: dict[str, Any]) -> str:
-    """SHA-256 of what an index says of the data; names of files left out and of the VAE depend on the place."""
-    content = {key: value for key, value in index.items() if key not in ("content_hash", "skipped")}
+    """SHA-256 of what an index says of the data, but for names: of rows, of files left out, and of the VAE."""
+    content = {key: value for key, value in index.items() if key not in ("content_hash", "rows_sha256", "skipped")}
     if isinstance(content.get("vae"), dict):
         content["vae"] = {key: value for key, value in content["vae"].items() if key != "id"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -69,13 +69,12 @@ class LatentDataset(Dataset):
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        self.index = read_json(self.folder / INDEX_NAME)
+        keys = ("format_version", "content_hash", "vae", "shards", "id2label", "latents_mean", "latents_std")
+        self.index = read_json(self.folder / INDEX_NAME, keys=keys, way_out=REPAIR)
         if self.index is None:
             raise FileNotFoundError(
                 f"`folder` must hold a finished encoded data set, {INDEX_NAME} is not in {folder}."
             )
-        keys = ("format_version", "content_hash", "vae", "shards", "id2label", "latents_mean", "latents_std")
-        self.index = read_json(self.folder / INDEX_NAME, keys=keys, way_out=REPAIR)
         version = self.index["format_version"]
         if version != FORMAT_VERSION:
             raise ValueError(

@@ -202,7 +202,8 @@ def _add_training_arguments(add):
         "--on_non_finite",
         default="stop",
         choices=("stop", "skip"),
-        help="what to do about an update whose loss or gradient is not finite; evidence goes to OUTPUT_DIR/non_finite",
+        help="what to do about an update whose loss or gradient is not finite, and whether a loss that has exploded "
+        "stops the run; evidence goes to OUTPUT_DIR/non_finite",
     )
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="[as `accelerate config` says]")

@@ -29,9 +29,10 @@ from accelerate.utils import SCALER_NAME
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_leaves
 
 from ..averages.ema import PowerFunctionEMA
-from ..files import MISSING_IS_AN_ERROR, UNFINISHED, read_json, sha256_of_file, sync, write_json
+from ..files import MISSING_IS_AN_ERROR, UNFINISHED, read_json, sha256_of_file, space_for, sync, write_json
 from ..sharding import return_to_shards
 from .watchdog import NonFiniteError, all_finite
 
@@ -157,31 +158,21 @@ def save_checkpoint(
         Path: the checkpoint.
     Raises:
         NonFiniteError: if a weight is not finite, on every process alike; nothing is written then.
+        NoSpaceError: if the disk is full; what was written of this checkpoint is gone again.
     """
     if not all_finite(state.model):
         raise NonFiniteError(f"weights are not finite after update {step}: no checkpoint of them is written")
     output_dir = Path(output_dir)
     final, unfinished = output_dir / f"checkpoint-{step}", output_dir / f"checkpoint-{step}{UNFINISHED}"
+    tensors = _tensors(state)
+    with space_for(final, sum(leaf.nbytes for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor))):
+        try:
+            _write(accelerator, unfinished, step, state.lr_scheduler, tensors, facts)
+        except BaseException:
+            if accelerator.is_main_process and unfinished.exists():
+                shutil.rmtree(unfinished)
+            raise
     if accelerator.is_main_process:
-        for leftover in output_dir.glob(f"checkpoint-*{UNFINISHED}"):
-            shutil.rmtree(leftover)
-        unfinished.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    with _one_process_is_no_mistake():
-        dcp.save(_tensors(state), checkpoint_id=unfinished / SHARDS_FOLDER)
-    index, scaler = accelerator.process_index, accelerator.scaler
-    save_accelerator_state(str(unfinished), [], [], [state.lr_scheduler], [], index, step, scaler)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(unfinished / STATE_FILE, {"step": step, **facts})
-        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        manifest = {
-            path.relative_to(unfinished).as_posix(): {"num_bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-            for path in files
-        }
-        write_json(unfinished / MANIFEST_FILE, manifest)
-        for path in (*files, unfinished / MANIFEST_FILE, unfinished / SHARDS_FOLDER, unfinished):
-            sync(path)
         if final.exists():  # a damaged one that was passed over
             shutil.rmtree(final)
         unfinished.rename(final)
@@ -195,6 +186,30 @@ def save_checkpoint(
                 shutil.rmtree(path)
     accelerator.wait_for_everyone()
     return final
+
+
+def _write(accelerator, unfinished: Path, step: int, lr_scheduler, tensors: dict[str, Any], facts) -> None:
+    """All files of a checkpoint, on the disk, in a folder that is not yet one."""
+    if accelerator.is_main_process:
+        for leftover in unfinished.parent.glob(f"checkpoint-*{UNFINISHED}"):
+            shutil.rmtree(leftover)
+        unfinished.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    with _one_process_is_no_mistake():
+        dcp.save(tensors, checkpoint_id=unfinished / SHARDS_FOLDER)
+    index, scaler = accelerator.process_index, accelerator.scaler
+    save_accelerator_state(str(unfinished), [], [], [lr_scheduler], [], index, step, scaler)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(unfinished / STATE_FILE, {"step": step, **facts})
+        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+        manifest = {
+            path.relative_to(unfinished).as_posix(): {"num_bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+            for path in files
+        }
+        write_json(unfinished / MANIFEST_FILE, manifest)
+        for path in (*files, unfinished / MANIFEST_FILE, unfinished / SHARDS_FOLDER, unfinished):
+            sync(path)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -44,12 +44,11 @@ def dry_run(
         shape, pooled_dim = latents.latent_shape, latents.pooled_projection_dim
     else:
         check_model(args, vae, pretrained)
-        source = load_image_dataset(**source_of(args))
-        dataset, id2label = source[0], source[1]
-        data, shape = DataSummary.of_source(dataset, id2label, args), latent_shape_of(args, vae)
+        dataset, id2label, report = load_image_dataset(**source_of(args))
+        data, shape = DataSummary.of_source(report, id2label, args.num_validation_images), latent_shape_of(args, vae)
         pooled_dim = None if args.pooled_column is None else len(next(iter(dataset))[args.pooled_column])
-        if report := getattr(source, "report", None):
-            accelerator.print("\n".join(report.lines()))
+        for line in report.left_out_lines():
+            accelerator.print(line)
     pretrained_config = None if pretrained is None else pretrained.transformer.config
     num_classes = len(id2label) if id2label else None
     with init_empty_weights():

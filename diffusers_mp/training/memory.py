@@ -5,21 +5,32 @@ from typing import Any
 
 from torch import nn
 
+from ..optimization import hidden_matrices
+
 
 FLOAT32 = 4  # bytes
 
 
-def state_bytes(model: nn.Module, num_averages: int, num_shards: int = 1) -> int:
-    """Weights, their gradients, Adam's two moments and the averages, all in float32, of one process.
+def state_bytes(
+    model: nn.Module, num_averages: int, num_shards: int = 1, optimizer: str = "adam", use_8bit_adam: bool = False
+) -> int:
+    """Weights, their gradients, the optimiser's moments and the averages of one process, in float32 but for 8 bits.
 
     Args:
         model (nn.Module): whole, on any device.
         num_averages (int): how many of the weights are tracked.
         num_shards (int): processes among which `fully_shard` divides it.
+        optimizer (str), use_8bit_adam (bool): as the trainer's flags. Adam has two moments, Muon one of hidden
+            matrices; in 8 bits are those of parameters of 4096 numbers or more.
     """
-    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    num_all = sum(parameter.numel() for parameter in model.parameters())
-    return FLOAT32 * ((1 + num_averages) * num_all + 3 * num_trained) // num_shards
+    matrices, num_bytes = hidden_matrices(model) if optimizer == "muon" else set(), 0
+    for parameter in model.parameters():
+        moments = 2 if use_8bit_adam and parameter.numel() >= 4096 else 2 * FLOAT32
+        if id(parameter) in matrices:
+            moments = FLOAT32
+        of_training = (FLOAT32 + moments) * parameter.requires_grad
+        num_bytes += parameter.numel() * (FLOAT32 * (1 + num_averages) + of_training)
+    return num_bytes // num_shards
 
 
 def activation_bytes(config: Mapping[str, Any], num_images: int, gradient_checkpointing: bool = False) -> int:

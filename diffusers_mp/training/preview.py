@@ -9,6 +9,7 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ..files import whole_file
 from ..pipeline_mpdit import MPDiTPipeline
 from ..sheets import draw_sheet
 from .run import Run
@@ -47,8 +48,8 @@ def validate_pipeline(args: argparse.Namespace, run: Run, pipeline: MPDiTPipelin
         losses = validation_losses(pipeline.transformer, objective, batches, levels, accelerator.device)
         accelerator.log({f"validation/{name}": value for name, value in losses.items()}, step=run.step)
     sheet = sample_sheet(args, run, pipeline)
-    (args.output_dir / "samples").mkdir(exist_ok=True)
-    sheet.save(args.output_dir / "samples" / f"step-{run.step:07d}.png")
+    with whole_file(args.output_dir / "samples" / f"step-{run.step:07d}.png") as unfinished:
+        sheet.save(unfinished, format="PNG")
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             stacked = np.asarray(sheet.convert("RGB"))[None]

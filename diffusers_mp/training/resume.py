@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from ..averages.snapshots import discard_snapshots_after
 from ..data.latents import LatentDataset
-from ..files import read_json, write_json
+from ..files import read_json, remove_unfinished, write_json
 from ..optimization import scale_learning_rate
 from ..publishing.hub import public_arguments
 from ..transformer_mpdit import MPDiTTransformer2DModel
@@ -45,6 +45,10 @@ def checkpoint_to_resume(args: argparse.Namespace, accelerator: Accelerator, cur
             f"`--resume_from_checkpoint` must go on in the folder of a run or in an empty one: {args.output_dir} has "
             f"{others[0]} but no {former.name}. Give another `--output_dir`."
         )
+    if accelerator.is_main_process and not args.dry_run:
+        # The room that a former try has lost: to a kill, or to a disk that was full.
+        for folder in (args.output_dir, args.output_dir / args.logging_dir, args.output_dir / "ema_snapshots"):
+            remove_unfinished(folder)
     checkpoint = _resolved_by_one(args, accelerator)
     if checkpoint is None:
         if (args.output_dir / "model_index.json").is_file():

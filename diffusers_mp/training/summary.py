@@ -1,11 +1,11 @@
 """The start block of a training run: what is trained on what, and what a user is likely to have overlooked."""
 
 import argparse
-from collections import Counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
+from ..data.images import SourceReport
 from ..data.latents import LatentDataset
 from ..start_block import class_warnings, class_words, device_warnings, device_words, gibibytes, start_block
 from ..transformer_mpdit import MPDiTTransformer2DModel
@@ -13,10 +13,6 @@ from .arguments import OBJECTIVES
 from .batch_size import RECIPE_BATCH_SIZE, divide_batch
 from .memory import activation_bytes, state_bytes
 from .samples import num_to_hold_out
-
-
-if TYPE_CHECKING:
-    import datasets
 
 
 class DataSummary(NamedTuple):
@@ -44,20 +40,15 @@ class DataSummary(NamedTuple):
 
     @classmethod
     def of_source(
-        cls,
-        dataset: "datasets.Dataset | datasets.IterableDataset",
-        id2label: dict[int, str] | None,
-        args: argparse.Namespace,
+        cls, report: SourceReport, id2label: dict[int, str] | None, num_validation: int | None
     ) -> "DataSummary":
-        """Of images that are not encoded yet, as `load_image_dataset` gives them."""
-        if not hasattr(dataset, "__len__"):
+        """Of images that are not encoded yet, as `load_image_dataset` describes them."""
+        if report.num_images is None:
             return cls(None, None if id2label is None else dict.fromkeys(id2label.values(), 0), None)
-        num_held_out, counts = num_to_hold_out(len(dataset), args.num_validation_images), None
-        if id2label is not None:
-            found = Counter(dataset[args.label_column])
-            counts = {name: found[id_] for id_, name in id2label.items()}
-            num_held_out = min(num_held_out, len(dataset) - len(found))
-        return cls(len(dataset), counts, num_held_out)
+        num_held_out = num_to_hold_out(report.num_images, num_validation)
+        if report.counts is not None:
+            num_held_out = min(num_held_out, report.num_images - sum(count > 0 for count in report.counts.values()))
+        return cls(report.num_images, report.counts, num_held_out, sum(map(len, report.left_out.values())))
 
 
 def start_of_run(
@@ -95,10 +86,11 @@ def start_of_run(
     num_shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     activations = activation_bytes(config, batch.micro, args.gradient_checkpointing)
+    state = state_bytes(model, len(args.ema_stds), num_shards, args.optimizer, args.use_8bit_adam)
     rows["memory"] = (
-        f"{gibibytes(state_bytes(model, len(args.ema_stds), num_shards))} of weights, gradients, Adam's moments and "
-        f"{len(args.ema_stds)} averages; {gibibytes(num_bytes)} of the model that is validated, in main memory; about "
-        f"{gibibytes(activations)} of activations of {batch.micro} images"
+        f"{gibibytes(state)} of weights, gradients, optimiser and {len(args.ema_stds)} averages; "
+        f"{gibibytes(num_bytes)} of the model that is validated, in main memory; about {gibibytes(activations)} of "
+        f"activations of {batch.micro} images"
     )
     warnings = _warnings(args, data, config, learning_rate, num_known_classes)
     return start_block(rows, device_warnings(accelerator) + warnings)

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker, on_main_process
 
-from ..files import UNFINISHED, parse_json, whole_file
+from ..files import UNFINISHED, parse_json, space_for, whole_file
 from .arguments import NAMES_OF_RUNS
 
 
@@ -86,6 +86,7 @@ class JSONLinesTracker(GeneralTracker):
             values (dict): names to JSON-serialisable values.
             step (int, optional): optimiser updates done.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        with space_for(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")

@@ -1,4 +1,4 @@
-"""Watches a training run for a loss or gradient that is not finite, and finds where it came from.
+"""Watches a training run for a loss or gradient that is not finite, and finds where it came from; or that explodes.
 
 While all is finite this costs one norm over the gradients and one read of the host per update. Only when it is not,
 the batch is run again with a hook on every module.
@@ -11,17 +11,21 @@ a resumed run is the same run. Buffers that a forward pass writes, such as Batch
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils._pytree import tree_flatten_with_path
 
+from ..files import whole_file, write_json
 from ..sharding import unwrapped, whole
+from .explosion import FACTOR, PATIENCE, WINDOW, LossHistory
 from .trace import find_first, is_finite
 
 
@@ -31,7 +35,7 @@ MAX_REPORTS = 20
 
 
 class NonFiniteError(FloatingPointError):
-    """An update with a loss or gradient that is not finite, not to be skipped."""
+    """An update with a loss or gradient that is not finite, or with one of many losses that have exploded."""
 
 
 class Watchdog:
@@ -56,6 +60,9 @@ class Watchdog:
     - Accumulation: batches of one update are kept until its check.
     - Several processes: `check` is to be called on all of them; one number more is reduced per update, so that all
       skip or stop. Under `fully_shard` gradients are shards, their norm is that of all shards.
+    - Explosion: a loss that is finite, but above ten times the median of the last 100 updates, for 20 updates running,
+      stops the run as well, or with "skip" is warned of, once. A learning rate that is too high is the usual cause.
+      Nothing is run again for it; the report has the losses. Of several processes the largest loss counts.
     - Mixed precision: in bfloat16 nothing changes. With a `GradScaler` infinite gradients are how it finds its scale:
       they are left to it, which skips the step by itself, until its scale is down to 1, from where on scaling cannot
       be the reason. The loss, which is not scaled, always counts. Where clipping has called `scaler.unscale_`, an
@@ -65,7 +72,7 @@ class Watchdog:
         model (nn.Module): the model in training, wrapped (DistributedDataParallel, compiled) or not. Any module.
         folder (str or Path): where evidence goes; made on the first failure.
         compute_loss (callable): batch to loss, a scalar tensor, as in training; it is expected to call `model`.
-        action (str): "stop" raises `NonFiniteError`, "skip" makes `check` return False.
+        action (str): "stop" raises `NonFiniteError`, "skip" makes `check` return False, or warns of an explosion.
         max_skips (int): with "skip", so many failures in a row raise all the same.
         save_weights (bool): write the model's weights as well.
         scaler (torch.amp.GradScaler, optional): the scaler of float16 training.
@@ -99,6 +106,7 @@ class Watchdog:
         self.num_skipped = 0
         self._num_skipped_in_a_row = 0
         self._num_reports = 0
+        self._history = LossHistory()
         self._recorded: list[tuple[Any, torch.Tensor]] = []
 
     def record(self, batch: Any, loss: torch.Tensor) -> None:
@@ -120,7 +128,10 @@ class Watchdog:
             bool: False if the update failed and is to be skipped; the gradients are gone then.
         Raises:
             NonFiniteError: if it failed and `action` is "stop", it is the last of `max_skips` failures in a row, or
-                the weights themselves are not finite, so that all further updates would fail.
+                the weights themselves are not finite, so that all further updates would fail; or if the loss has
+                exploded and `action` is "stop".
+        Warns:
+            UserWarning: if the loss has exploded and `action` is "skip".
         """
         recorded, self._recorded = self._recorded, []
         if grad_norm is None:
@@ -128,19 +139,46 @@ class Watchdog:
         grad_norm = whole(grad_norm)
         losses = [loss for _, loss in recorded]
         device = losses[0].device if losses else grad_norm.device
-        finite = torch.stack([torch.isfinite(value).all().to(device) for value in (*losses, grad_norm)])
-        # One host read: [a loss is not finite, the norm is not], the larger of all processes.
-        failed = torch.stack([~finite[:-1].all(), ~finite[-1]]).to(torch.float32)
+        means = [loss.float().mean().to(device) for loss in losses]
+        loss = torch.stack(means).mean() if means else torch.zeros((), device=device)
+        # One host read: [loss, infinity if one is not finite; whether the norm is not], the larger of all processes.
+        norm_failed = (~torch.isfinite(grad_norm).all()).float().to(device)
+        values = torch.stack([torch.where(torch.isfinite(loss), loss, math.inf), norm_failed])
         if _num_processes() > 1:
-            dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-        loss_failed, norm_failed = failed.tolist()
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        loss, norm_failed = values.tolist()
+        loss_failed = not math.isfinite(loss)
         if norm_failed and self.scaler is not None and self.scaler.is_enabled() and self.scaler.get_scale() > 1:
             norm_failed = 0.0
         if not (loss_failed or norm_failed):
             self._num_skipped_in_a_row = 0
+            median = self._history.add(loss)
+            if median is not None:
+                self._explode(step, recorded, loss, median, grad_norm)
             return True
         self._fail(step, recorded, losses, grad_norm)
         return False
+
+    def _explode(self, step, recorded, loss, median, grad_norm) -> None:
+        message = (
+            f"update {step}: the loss is {loss:.4g}, and has been above {FACTOR} times its median of {WINDOW} updates "
+            f"({median:.4g}) for {PATIENCE} updates"
+        )
+        summary = {
+            "step": step,
+            "action": self.action,
+            "message": message,
+            "losses": list(self._history.losses),
+            "gradient_norm": _as_json(grad_norm.item()),
+        }
+        message = (
+            f"{message}; the usual cause is a learning rate that is too high: go back to a checkpoint from before "
+            f"update {step - PATIENCE + 1}, and try a third of it; {self._keep(step, summary, recorded, True)}"
+        )
+        if self.action == "stop":
+            raise NonFiniteError(message)
+        if _process() == 0:
+            warnings.warn(message, stacklevel=3)
 
     def _fail(self, step, recorded, losses, grad_norm) -> None:
         report = {
@@ -165,7 +203,6 @@ class Watchdog:
         num_in_a_row = self._num_skipped_in_a_row + 1
         stops = self.action == "stop" or weights_failed or num_in_a_row >= self.max_skips
 
-        folder = self.folder / f"step-{step:07d}"
         summary = {
             "step": step,
             "action": "stop" if stops else "skip",
@@ -174,15 +211,7 @@ class Watchdog:
             "scale": self.scaler.get_scale() if self.scaler is not None else None,
             "processes": reports,
         }
-        if self._num_reports < MAX_REPORTS:
-            self._num_reports += 1
-            try:
-                self._save(folder, summary, recorded, is_witness=report in found or not found)
-                where = f"evidence in {folder}"
-            except OSError as error:
-                where = f"the evidence could not be written: {error}"
-        else:
-            where = f"evidence of the first {MAX_REPORTS} failures only, in {self.folder}"
+        where = self._keep(step, summary, recorded, is_witness=report in found or not found)
         if stops:
             reason = ""
             if weights_failed:
@@ -202,6 +231,18 @@ class Watchdog:
             "buffers_not_finite": [name for name, tensor in model.named_buffers() if not is_finite(tensor)],
         }
 
+    def _keep(self, step: int, summary: dict, recorded, is_witness: bool) -> str:
+        """Write evidence, unless there is much already; where it is, in words."""
+        if self._num_reports >= MAX_REPORTS:
+            return f"evidence of the first {MAX_REPORTS} failures only, in {self.folder}"
+        self._num_reports += 1
+        folder = self.folder / f"step-{step:07d}"
+        try:
+            self._save(folder, summary, recorded, is_witness)
+        except (OSError, SafetensorError) as error:
+            return f"the evidence could not be written: {error}"
+        return f"evidence in {folder}"
+
     def _save(self, folder: Path, summary: dict, recorded, is_witness: bool) -> None:
         process = _process()
         weights = {}
@@ -213,17 +254,17 @@ class Watchdog:
                 tensor = whole(tensor.detach())
                 if process == 0:
                     weights[name] = tensor
-        folder.mkdir(parents=True, exist_ok=True)
         if is_witness:
             for number, (batch, _) in enumerate(recorded):
                 tensors, others = _flatten(batch)
                 metadata = {name: json.dumps(value, default=repr) for name, value in others.items()}
-                path = folder / f"batch-process{process}-{number}.safetensors"
-                save_file(_to_save(tensors), path, metadata=metadata)
+                with whole_file(folder / f"batch-process{process}-{number}.safetensors") as path:
+                    save_file(_to_save(tensors), path, metadata=metadata)
         if process == 0:
+            write_json(folder / REPORT_FILE, summary)
             if weights:
-                save_file(_to_save(weights), folder / "weights.safetensors")
-            (folder / REPORT_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+                with whole_file(folder / "weights.safetensors") as path:
+                    save_file(_to_save(weights), path)
 
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:

@@ -226,6 +226,16 @@ def test_of_a_table_no_row_is_read_again(table, tmp_path, monkeypatch, source):
     assert datasets.Dataset.__getitem__ is read_rows
 
 
+def test_an_edited_table_is_named(table, tmp_path):
+    dataset, id2label, *_ = table()
+    encode(dataset, tmp_path / "encoded", id2label=id2label, shard_size=3)
+    rows = dataset.to_list()
+    rows[4]["image"]["bytes"] = rows[5]["image"]["bytes"]  # of the same size
+    datasets.Dataset.from_list(rows, features=dataset.features).to_parquet(tmp_path / "table" / "train.parquet")
+    with pytest.raises(ValueError, match=rf"{rows[4]['image']['path']} is not what .*shard-00001.* was made from"):
+        encode(table()[0], tmp_path / "encoded", id2label=id2label, shard_size=3)
+
+
 def test_a_table_made_otherwise_is_compared_by_content(table, tmp_path, monkeypatch):
     dataset, id2label, *_ = table()
     first = encode(dataset, tmp_path / "encoded", id2label=id2label, shard_size=3)

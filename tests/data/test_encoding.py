@@ -45,13 +45,18 @@ def test_truncated_shards_are_named_and_made_again(image_data, tmp_path, vae):
         assert content_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"num_samples": 4}'])
-def test_a_shard_with_a_sidecar_of_something_else_is_made_again(image_data, tmp_path, content):
+@pytest.mark.parametrize("name", ["settings.json", "shard-00001.json"])
+@pytest.mark.parametrize("content", ["[]", "{", "null", ""])
+def test_a_file_of_something_else_is_named_and_can_be_removed(image_data, tmp_path, name, content):
     encode(image_data[0], tmp_path, shard_size=4)
     before = content_of(tmp_path)
-    (tmp_path / "shard-00001.json").write_text(content)
-    encode(image_data[0], tmp_path, shard_size=4)
-    assert content_of(tmp_path) == before
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name} .*remove"):
+        encode(image_data[0], tmp_path, shard_size=4)
+    if name != "settings.json":
+        (tmp_path / name).unlink()
+        encode(image_data[0], tmp_path, shard_size=4)
+        assert content_of(tmp_path) == before
 
 
 def test_a_shard_that_is_made_again_and_comes_out_otherwise_is_in_the_index(image_data, tmp_path, monkeypatch):

@@ -151,7 +151,7 @@ def test_the_ground_is_part_of_the_encoding(tmp_path):
         encoded = encode(dataset, tmp_path / ground, resolution=16, background=ground)
         levels = (encoded[0]["mean"].permute(1, 2, 0) + 1) * 127.5
         assert np.abs(levels.numpy() - on_ground(COLOURS, ALPHA, ground)).max() < 1e-3
-    with pytest.raises(ValueError, match=r'background "white" \(now "black"\)'):
+    with pytest.raises(ValueError, match=r'`background` "white" \(now "black"\)'):
         encode(dataset, tmp_path / "white", resolution=16, background="black")
 
 

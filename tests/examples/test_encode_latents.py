@@ -42,7 +42,13 @@ def encode(*arguments):
 
 def test_two_launched_processes_leave_what_one_leaves(arguments, tmp_path, capsys):
     encode(*arguments, tmp_path / "one")
-    assert "\n10 images encoded in 4 shards" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\n10 images encoded in 4 shards" in said
+    assert ["device", "encoding", "output"] == [
+        line.split()[0] for line in said.splitlines() if line.startswith(("device ", "encoding ", "output "))
+    ]
+    command = f"python examples/train_mpdit.py --latents_dir {tmp_path / 'one'} --random_flip --output_dir run"
+    assert said.endswith(f"\nNext: {command}\n")
     printed = run_processes(EXAMPLES / "encode_latents.py", *arguments, tmp_path / "two")
     assert printed.count("10 images encoded in 4 shards") == 1
     assert content_of(tmp_path / "two") == content_of(tmp_path / "one")

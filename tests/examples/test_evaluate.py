@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -59,6 +60,8 @@ def test_the_numbers_are_those_of_the_library(arguments, folder, photos, dinov2,
     unlabelled = "the reference has no class labels that are known here: classes come in turn"
     assert [warning[: len(unlabelled)] for warning in results["warnings"]] == [unlabelled]
     printed = capsys.readouterr().out
+    rows = dict(re.findall(r"^(\w+)  +(.*)$", printed, re.MULTILINE))
+    assert list(rows) == ["device", "data", "model", "images", "measures", "output"]
     assert f"frechet_distance {metrics['frechet_distance']:.5g}" in printed
     assert "Classes, in turn: cat (id 0) 4, dog (id 1) 4, owl (id 2) 4" in printed
     card = (folder / "README.md").read_text()

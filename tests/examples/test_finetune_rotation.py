@@ -1,6 +1,7 @@
 """Swapping and fine-tuning a small stock DiT on real digits."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -61,9 +62,19 @@ STOCK, SWAPPED = "DiTTransformer2DModel", "RotationDiTTransformer2DModel"
         ("anneal", SWAPPED, SAVED_WITH_MEAN, {"keep_shift": False, "mean_shift": True}),
     ],
 )
-def test_run_becomes_a_pipeline(base, tmp_path, swap, class_name, saved, options):
+def test_run_becomes_a_pipeline(base, tmp_path, capsys, swap, class_name, saved, options):
     record = finetune(base, tmp_path / "run", "--swap", swap, "--validation_steps", "2")
     before, after_swap, final = (record[stage] for stage in ("before", "after_swap", "final"))
+    said = capsys.readouterr().out
+    assert re.findall(r"^(\w+)  ", said, re.MULTILINE) == [
+        *("device", "batch", "data", "model", "objective", "updates", "output")
+    ]
+    assert "60 images, 10 classes: 0 (6), 1 (6), " in said
+    assert "; 12 held out, 0 left out" in said
+    change = final["loss"] / before["loss"] - 1
+    verdict = f"4 updates: loss of held-out images {final['loss']:.4f}, before {before['loss']:.4f} ({change:+.1%})"
+    assert f"{verdict}, right after the swap {after_swap['loss']:.4f}" in said
+    assert f"Saved the pipeline to {tmp_path / 'run'}\nNext, an image of it: python -c " in said
     assert before["relative_error"] == 0
     if swap in ("none", "anneal"):
         assert after_swap["relative_error"] < 1e-12

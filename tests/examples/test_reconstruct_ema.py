@@ -19,10 +19,13 @@ def test_the_script_reports_and_writes(tmp_path, capsys):
     assert "8 snapshots" in shown
     assert "std 0.03 at step 4" in shown
     assert "std 0.075 at step 4: fit error" in shown
+    command = f"python examples/reconstruct_ema.py {snapshots} --ema_stds 0.03 --output_dir run_0.03"
+    assert shown.endswith(f"Nothing was written. Next, a pipeline: {command}\n")
     script.main(script.parse_args([snapshots, "--ema_stds", "0.075", "--step", "3", "--output_dir", str(output)]))
     shown = capsys.readouterr().out
     assert "std 0.075 at step 3: fit error" in shown
-    assert str(output) in shown
+    assert f"Saved the pipeline to {output}: " in shown
+    assert f"python examples/evaluate.py --pretrained_model_name_or_path {output}" in shown
     assert MPDiTPipeline.from_pretrained(output).config.latents_std == [2.0] * 4
 
 
@@ -31,6 +34,7 @@ def test_arguments(tmp_path, capsys):
 
     for arguments, message in (
         (("--ema_stds", "0.03", "0.075", "--output_dir", "two"), "--output_dir takes one pipeline"),
+        (("--ema_stds", "0.05", "0.050000001"), "--ema_stds must differ in six digits, got 0.05 0.050000001"),
         (("--ema_stds", "0.3"), "--ema_stds: must be in (0, 1/sqrt(12)), that is below 0.2887, got 0.3"),
         (("--ema_stds", "0.075"), f"--ema_snapshot_steps does, got {tmp_path / 'nowhere'}"),
     ):

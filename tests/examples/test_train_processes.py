@@ -91,10 +91,11 @@ def test_one_process_reads_the_checkpoint_to_its_end(two):
 # argv: the trainer's arguments. The sender has to be another process: PyTorch's workers take SIGTERM from their parent
 # for the end of their work.
 SIGNAL_TO_THE_GROUP = f"""
-import multiprocessing, os, sys, time
+import multiprocessing, os, signal, subprocess, sys, time
 # As in a process of its own, which leads a group, and whose workers have its handlers.
 multiprocessing.set_start_method("fork", force=True)
 os.setsid()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in the foreground
 sys.path.insert(0, {str(EXAMPLES)!r})
 import torch
 torch.set_num_threads(1)
@@ -104,17 +105,18 @@ update = train_mpdit.PowerFunctionEMA.update
 def update_and_signal(self, step):
     update(self, step)
     if step == 3:
-        os.system("kill -s TERM 0")
+        subprocess.run(["sh", "-c", "kill -s " + sys.argv[1][3:] + " 0"])
         time.sleep(0.5)  # word of a dead worker comes within
 train_mpdit.PowerFunctionEMA.update = update_and_signal
-train_mpdit.main(train_mpdit.parse_args(sys.argv[1:]))
+train_mpdit.main(train_mpdit.parse_args(sys.argv[2:]))
 """
 
 
-def test_signal_to_all_processes_of_a_group_does_not_end_the_workers(data, tmp_path):
-    """As a cluster's scheduler sends it to all processes of a job."""
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signal_to_all_processes_of_a_group_does_not_end_the_workers(data, tmp_path, name):
+    """As a cluster's scheduler sends it to all processes of a job, and a terminal to those in the foreground."""
     argv = arguments(data, tmp_path / "run", "--checkpointing_steps", "100", "--dataloader_num_workers", "2")
-    assert "SIGTERM: stopped after update 3" in run_python(SIGNAL_TO_THE_GROUP, *argv)
+    assert f"{name}: stopped after update 3" in run_python(SIGNAL_TO_THE_GROUP, name, *argv)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
 
 

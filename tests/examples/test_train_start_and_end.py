@@ -5,10 +5,12 @@ import shlex
 import shutil
 
 import pytest
-from helpers import reset_accelerate
+from helpers import reset_accelerate, write_table
 from PIL import Image
 from processes import run_python
 from training_runs import MODEL, arguments, contents, metrics, train, weights
+
+from diffusers_mp.data.images import load_image_dataset
 
 
 pytestmark = pytest.mark.usefixtures("examples_run_here")
@@ -97,10 +99,15 @@ def test_a_dry_run_says_it_and_writes_nothing(data, plain, tmp_path, capfd, enco
 
 
 def test_a_dry_run_of_small_classes_of_a_stream_and_of_what_goes_on(data, plain_copy, singles, tmp_path, capfd):
+    import train_mpdit
+
     train(data, tmp_path / "dry", "--dry_run", "--train_data_dir", str(singles))
     assert "10 classes: class 0 (1), " in (printed := capfd.readouterr().out)
     assert "; 0 held out, 0 left out" in printed
-    train(data, tmp_path / "dry", "--dry_run", "--streaming")
+    table = ("--dataset_name", write_table(load_image_dataset(data / "images").dataset, tmp_path / "table"))
+    _, _, *others = arguments(data, tmp_path / "dry")  # without --train_data_dir
+    train_mpdit.main(train_mpdit.parse_args([*others, *table, "--streaming", "--dry_run"]))
+    reset_accelerate()
     assert "a stream of 2 classes, counted while it is encoded at 16 pixels" in capfd.readouterr().out
     before = contents(plain_copy)
     train(data, plain_copy, "--dry_run", "--resume_from_checkpoint", "checkpoint-4", "--max_train_steps", "8")

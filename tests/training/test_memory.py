@@ -8,6 +8,7 @@ from accelerate import init_empty_weights
 from helpers import ROOT, tiny_inputs, tiny_model
 
 from diffusers_mp import MPDiTTransformer2DModel, PowerFunctionEMA, get_preset, parameter_groups
+from diffusers_mp.optimization import MuonWithAdam
 from diffusers_mp.training.memory import activation_bytes, state_bytes
 
 
@@ -26,6 +27,23 @@ def test_state_is_what_a_step_of_training_holds(stds):
     averages = [tensor for average in ema.state_dict()["averages"] for tensor in average.values()]
     held = [*model.parameters(), *(parameter.grad for parameter in model.parameters()), *moments, *averages]
     assert state_bytes(model, len(stds)) == num_bytes(held)
+
+
+def test_muon_keeps_one_moment_of_hidden_matrices():
+    model = tiny_model().train()
+    optimizer = MuonWithAdam(parameter_groups(model, lr=1e-2, muon=True))
+    model(**tiny_inputs()).sample.square().mean().backward()
+    optimizer.step()
+    state = [value for of_one in optimizer.state.values() for value in of_one.values() if value.ndim]
+    held = [*model.parameters(), *(parameter.grad for parameter in model.parameters()), *state]
+    assert state_bytes(model, 0, optimizer="muon") == num_bytes(held)
+    assert state_bytes(model, 0, optimizer="muon") < state_bytes(model, 0)
+
+
+def test_moments_in_8_bits():
+    # 64 x 64 numbers, and 64 too few to be worth it.
+    layer = torch.nn.Linear(64, 64)
+    assert state_bytes(layer, 0, use_8bit_adam=True) == 4096 * (4 + 4 + 2) + 64 * (4 + 4 + 8)
 
 
 TABLE = re.findall(

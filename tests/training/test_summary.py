@@ -51,7 +51,7 @@ def test_rows_of_the_recipe(block):
         "output": "never written: logs/metrics.jsonl each 10 updates, samples/ each 5,000, checkpoints each 5,000 "
         "(the last 3 are kept)",
         # 24 bytes for a parameter, 4 for one of the copy, 81 MiB for an image.
-        "memory": "0.68 GiB of weights, gradients, Adam's moments and 2 averages; 116.6 MiB of the model that is "
+        "memory": "0.68 GiB of weights, gradients, optimiser and 2 averages; 116.6 MiB of the model that is "
         "validated, in main memory; about 5.08 GiB of activations of 64 images",
     }
 

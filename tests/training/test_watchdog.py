@@ -125,6 +125,68 @@ def test_so_many_skips_in_a_row_stop(tmp_path):
     assert watchdog.num_skipped == 4
 
 
+# A finite explosion
+
+
+def losses_of(watchdog, batch, factors):
+    """Whether each update may be made, of losses that are multiplied by these factors."""
+    decisions = []
+    for step, factor in enumerate(factors, start=1):
+        loss = watchdog.compute_loss(batch) * factor
+        loss.backward()
+        watchdog.record(batch, loss)
+        decisions.append(watchdog.check(step))
+    return decisions
+
+
+EXPLOSION = [1.0] * 100 + [20.0] * 20
+
+
+def test_an_explosion_stops_the_run_and_leaves_evidence(tmp_path):
+    network, batch, watchdog = make(tmp_path, save_weights=True)
+    loss = watchdog.compute_loss(batch).item()
+    assert all(losses_of(watchdog, batch, EXPLOSION[:-1]))
+    message = (
+        rf"update 1: the loss is {20 * loss:.4g}, and has been above 10 times its median of 100 updates "
+        rf"\({loss:.4g}\) for 20 updates; the usual cause is a learning rate that is too high: .* try a third of it; "
+        r"evidence in .*step-0000001"
+    )
+    with pytest.raises(NonFiniteError, match=message):
+        losses_of(watchdog, batch, [20.0])
+    report = report_of(tmp_path, 1)
+    assert report["action"] == "stop"
+    assert report["losses"] == pytest.approx([loss] * 80 + [20 * loss] * 20)
+    stored = load_file(tmp_path / "evidence" / "step-0000001" / "weights.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in network.state_dict().items())
+    assert (tmp_path / "evidence" / "step-0000001" / "batch-process0-0.safetensors").is_file()
+
+
+def test_an_explosion_is_warned_of_once_and_the_updates_are_made(tmp_path):
+    _, batch, watchdog = make(tmp_path, action="skip")
+    with pytest.warns(UserWarning, match="update 120: the loss is .* try a third of it") as warned:
+        assert all(losses_of(watchdog, batch, [*EXPLOSION, *[20.0] * 40]))
+    assert len(warned) == 1
+    assert watchdog.num_skipped == 0
+    assert report_of(tmp_path, 120)["action"] == "skip"
+
+
+def test_the_loss_of_an_update_is_the_mean_of_its_micro_batches(tmp_path):
+    """One of two is 15 times as large, so that both together are 8 times."""
+    _, batch, watchdog = make(tmp_path)
+    for step in range(1, 150):
+        for factor in (1.0, 15.0 if step > 100 else 1.0):
+            watchdog.record(batch, watchdog.compute_loss(batch) * factor)
+        assert watchdog.check(step)
+
+
+def test_updates_that_failed_are_no_part_of_an_explosion(tmp_path):
+    _, batch, watchdog = make(tmp_path, action="skip", max_skips=100)
+    factors = [1.0] * 100 + [math.inf, 20.0] * 19
+    assert losses_of(watchdog, batch, factors) == [math.isfinite(factor) for factor in factors]
+    with pytest.warns(UserWarning, match="for 20 updates"):
+        losses_of(watchdog, batch, [20.0])
+
+
 # Cost while all is finite
 
 
@@ -274,6 +336,18 @@ for engine in ("ddp", "fully_shard"):
                 assert words in str(error) and "process 1" in str(error), error
             else:
                 assert step == 5, step
+# A loss that explodes on one process stops all.
+network = nn.Linear(4, 1)
+watchdog = Watchdog(network, Path(sys.argv[1]) / "explosion", lambda x: network(x).square().mean())
+x = torch.ones(2, 4)
+for step in range(1, 121):
+    watchdog.record(x, watchdog.compute_loss(x) * (20 if rank == 1 and step > 100 else 1))
+    try:
+        assert watchdog.check(step)
+    except NonFiniteError as error:
+        assert step == 120 and "has been above 10 times" in str(error), error
+    else:
+        assert step < 120
 print("done", rank)
 dist.barrier()
 sys.stdout.flush()
@@ -295,6 +369,9 @@ def test_two_processes_decide_together(tmp_path):
             load_file(folder / "weights.safetensors")["0.weight"].isfinite(), torch.ones(4, 4, dtype=torch.bool)
         )
         assert (folder / "batch-process1-0.safetensors").is_file()
+    assert {path.name for path in (tmp_path / "explosion" / "step-0000120").iterdir()} == {
+        *("report.json", "batch-process0-0.safetensors", "batch-process1-0.safetensors"),
+    }
     # Under DDP gradients are not exchanged in the search, so that the healthy process finds nothing.
     assert not (tmp_path / "ddp-backward" / "step-0000002" / "batch-process0-0.safetensors").exists()
 
