@@ -29,7 +29,7 @@ _REPORTED_ARGUMENTS = (
     *("preset", "configuration", "variance_type", "prediction_type", "resolution", "random_flip", "seed"),
     *("class_dropout_prob", "optimizer", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_constant_steps"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "mixed_precision", "ema_stds", "snr_gamma"),
-    *("logit_mean", "logit_std"),
+    *("logit_mean", "logit_std", "lr_num_cycles", "lr_power", "use_8bit_adam", "adam_weight_decay"),
 )
 # Conditions of the model, and the keys of its config that say so.
 _CONDITIONS = {"class": "num_classes", "vector": "pooled_projection_dim"}
