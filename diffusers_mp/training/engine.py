@@ -43,12 +43,7 @@ def start(args: argparse.Namespace, logging_dir: Path) -> tuple[Accelerator, JSO
         project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(logging_dir)),
         kwargs_handlers=[patience],
     )
-    check_engine(accelerator, args.gradient_accumulation_steps)
-    if accelerator.is_fsdp2 and getattr(args, "use_8bit_adam", False):
-        raise RuntimeError(
-            "`--use_8bit_adam` was asked for under FSDP2, whose shards bitsandbytes does not take: leave one of them "
-            "out."
-        )
+    check_engine(accelerator, args.gradient_accumulation_steps, getattr(args, "use_8bit_adam", False))
     if accelerator.is_fsdp2:
         # Accelerate's policy rounds weights and timesteps to half precision. Autocast computes as under the other
         # engines: rows are normalised, and gradients summed, in float32.
@@ -74,7 +69,7 @@ def check_processes(accelerator: Accelerator, consequence: str) -> None:
         )
 
 
-def check_engine(accelerator: Accelerator, gradient_accumulation_steps: int) -> None:
+def check_engine(accelerator: Accelerator, gradient_accumulation_steps: int, use_8bit_adam: bool = False) -> None:
     """Refuse what is not supported, or was asked for and not given: Accelerate says nothing about it."""
     check_processes(accelerator, "train a model of its own in the same folder")
     asked_for = [
@@ -101,6 +96,11 @@ def check_engine(accelerator: Accelerator, gradient_accumulation_steps: int) -> 
         raise RuntimeError(
             "`--fsdp_activation_checkpointing` renames parameters, and checkpoints would fit no other engine: use "
             "the trainer's own `--gradient_checkpointing`."
+        )
+    if accelerator.is_fsdp2 and use_8bit_adam:
+        raise RuntimeError(
+            "`--use_8bit_adam` was asked for under FSDP2, whose shards bitsandbytes does not take: leave out one of "
+            "the two."
         )
     if accelerator.mixed_precision == "fp8":
         raise RuntimeError(
