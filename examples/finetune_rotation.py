@@ -136,6 +136,7 @@ from diffusers_mp import drop_shift_, save_rotation_adapter, set_shift_scale, sw
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.settings import EncodingSettings
+from diffusers_mp.files import space_for
 from diffusers_mp.publishing.hub import check_hub_access, mask_places, public_arguments, publish
 from diffusers_mp.publishing.rotation_card import write_rotation_card
 from diffusers_mp.rotation_swap.checks import check_model, check_sites
@@ -148,6 +149,7 @@ from diffusers_mp.training import (
     TrainingSamples,
     all_finite,
     hold_out,
+    leave_signals_to_main_process,
     validation_losses,
     validation_timesteps,
 )
@@ -236,7 +238,8 @@ def main(args):
         record = {"arguments": arguments, "num_parameters": num_parameters, **evaluation}
         args.output_dir.mkdir(parents=True, exist_ok=True)
         (args.output_dir / "evaluation.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
-        save(args, pipeline, latents.id2label, repo_id, record)
+        with space_for(args.output_dir):
+            save(args, pipeline, latents.id2label, repo_id, record)
     accelerator.end_training()
 
 
@@ -258,7 +261,12 @@ def train(args, accelerator, transformer, teacher, parameters, samples, held_out
         process_index=accelerator.process_index,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
     )
-    batches = DataLoader(samples, batch_sampler=batch_sampler, num_workers=args.dataloader_num_workers)
+    batches = DataLoader(
+        samples,
+        batch_sampler=batch_sampler,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=leave_signals_to_main_process,
+    )
     progress_bar = tqdm(total=args.max_train_steps, desc="Fine-tuning", disable=not accelerator.is_main_process)
     set_training_mode(model)
     objective, step, losses = held_out.objective, 0, []
