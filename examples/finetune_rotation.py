@@ -103,8 +103,6 @@ def parse_args(argv=None):
     check_batch_arguments(args, parser, BATCH_SIZE)
     if args.swap == "none":
         check_effects(parser, ["rank", "sublayers"], "with --swap none")
-    if args.lr_scheduler == "constant" and args.lr_warmup_steps:
-        parser.error("--lr_warmup_steps has no meaning for --lr_scheduler constant: use constant_with_warmup")
     if args.swap == "none" and (args.train == "rotation" or args.save == "adapter"):
         parser.error("--swap none has no rotations for --train rotation or --save adapter")
     if args.save == "adapter" and args.train == "all":
