@@ -208,6 +208,11 @@ def check_paths(args: argparse.Namespace) -> None:
                 f"`--{name}` must be a path, or an id on the Hub as user/name, got {given[name]!r}: there is no such "
                 "path."
             )
+    for name in ("pretrained_model_name_or_path", "vae"):
+        if name in given and Path(given[name]).is_file():
+            raise ValueError(
+                f"`{name}` must be a folder, or an id on the Hub as user/name, got the file {given[name]!r}."
+            )
     for name in ("latents_dir", "output_dir", "cache_dir"):
         if name in given:
             _check_folder_can_be_made(name, Path(given[name]))

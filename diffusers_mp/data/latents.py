@@ -20,7 +20,6 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import Dataset
 
-from ..configuration import check_latent_statistics
 from ..files import plain_name, read_json, sha256_of_file
 from .settings import FORMAT_VERSION, refuse_differences, vae_fingerprint
 
@@ -69,7 +68,16 @@ class LatentDataset(Dataset):
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        keys = ("format_version", "content_hash", "vae", "shards", "id2label", "latents_mean", "latents_std")
+        keys = (
+            "format_version",
+            "content_hash",
+            "vae",
+            "shards",
+            "id2label",
+            "latents_mean",
+            "latents_std",
+            "skipped",
+        )
         self.index = read_json(self.folder / INDEX_NAME, keys=keys, way_out=REPAIR)
         if self.index is None:
             raise FileNotFoundError(
@@ -80,6 +88,8 @@ class LatentDataset(Dataset):
             raise ValueError(
                 f"`folder` must have format version {FORMAT_VERSION}, {folder} has {version}: encode into another one."
             )
+        if not isinstance(self.index["skipped"], list):
+            raise ValueError(f"{self.folder / INDEX_NAME} must have a list as `skipped`: {REPAIR}.")
         if self.index["content_hash"] != content_hash(self.index):
             raise ValueError(f"{self.folder / INDEX_NAME} must be as it was written, it was altered: {REPAIR}.")
         for shard in self.index["shards"]:
@@ -91,6 +101,8 @@ class LatentDataset(Dataset):
         self.id2label = None if names is None else {int(id_): name for id_, name in names.items()}
         self.latents_mean, self.latents_std = self.index["latents_mean"], self.index["latents_std"]
         self.latent_shape = tuple(self.index["latent_shape"])
+        from ..configuration import check_latent_statistics  # brings diffusers, which encoding need not
+
         check_latent_statistics(self.latents_mean, self.latents_std, self.latent_shape[0])
         self.pooled_projection_dim = self.index["pooled_projection_dim"]
         self._ends = list(itertools.accumulate(shard["num_samples"] for shard in self.index["shards"]))
