@@ -172,7 +172,7 @@ def test_sweep_over_widths(arguments, folder, tmp_path, capsys):
     with Image.open(evaluation / "heat_map.png") as image:
         assert np.asarray(image.convert("RGB")).std() > 10
     assert (evaluation / "best" / "evaluation.png").read_bytes() == (evaluation / "heat_map.png").read_bytes()
-    with pytest.raises(FileNotFoundError, match="--ema_stds needs the snapshots of a run"):
+    with pytest.raises(OSError, match="--ema_stds needs the snapshots of a run"):
         evaluate(arguments, "--ema_stds", 0.05)
 
 
