@@ -134,7 +134,7 @@ from diffusers_mp import drop_shift_, save_rotation_adapter, set_shift_scale, sw
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.settings import EncodingSettings
-from diffusers_mp.files import space_for, whole_file
+from diffusers_mp.files import space_for, write_json
 from diffusers_mp.publishing.hub import check_hub_access, mask_places, public_arguments, publish
 from diffusers_mp.publishing.rotation_card import write_rotation_card
 from diffusers_mp.rotation_swap.checks import check_model, check_sites
@@ -173,11 +173,11 @@ def main(args):
 
     # 1. The base and its data
     source = {"revision": args.revision, "cache_dir": args.cache_dir}
-    files = ["model_index.json"]
-    check_reachable("pretrained_model_name_or_path", args.pretrained_model_name_or_path, files, **source)
-    with loading("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
-        pipeline = DiTPipeline.from_pretrained(args.pretrained_model_name_or_path, **source)
-        check_finite(pipeline.transformer, args.pretrained_model_name_or_path)
+    base = args.pretrained_model_name_or_path
+    check_reachable("pretrained_model_name_or_path", base, ["model_index.json"], **source)
+    with loading("pretrained_model_name_or_path", base):
+        pipeline = DiTPipeline.from_pretrained(base, **source)
+        check_finite(pipeline.transformer, base)
         mask_places(pipeline)
         if args.swap != "none":
             # What the swap would refuse, before the work. Annealed shifts are cut out as well, at the end.
@@ -234,10 +234,9 @@ def main(args):
     accelerator.log(final, step=args.max_train_steps)
     if accelerator.is_main_process:
         record = {"arguments": arguments, "num_parameters": num_parameters, **evaluation}
-        args.output_dir.mkdir(parents=True, exist_ok=True)
+        plain = json.loads(json.dumps(record, default=str))
         with space_for(args.output_dir):
-            with whole_file(args.output_dir / "evaluation.json") as unfinished:
-                unfinished.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+            write_json(args.output_dir / "evaluation.json", plain)
             save(args, pipeline, latents.id2label, repo_id, record)
     accelerator.end_training()
 
