@@ -90,19 +90,9 @@ class LatentDataset(Dataset):
             raise FileNotFoundError(
                 f"`folder` must hold a finished encoded data set, {INDEX_NAME} is not in {folder}."
             )
-        keys = (
-            "format_version",
-            "content_hash",
-            "vae",
-            "shards",
-            "id2label",
-            "latents_mean",
-            "latents_std",
-            "skipped",
-        )
+        keys = dict.fromkeys(("format_version", "vae", "id2label", "latents_mean", "latents_std"), object)
+        keys |= {"content_hash": str, "shards": list, "skipped": list}
         self.index = read_json(self.folder / INDEX_NAME, keys=keys, way_out=REPAIR)
-        if not isinstance(self.index["skipped"], list):
-            raise ValueError(f"{self.folder / INDEX_NAME} must have a list as `skipped`: {REPAIR}.")
         if self.index["format_version"] != FORMAT_VERSION:
             version = self.index["format_version"]
             raise ValueError(f"`folder` must have format version {FORMAT_VERSION}, {folder} has {version}.")

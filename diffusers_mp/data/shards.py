@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..files import read_json, sha256_of_file, whole_file
+from ..files import check_keys, read_json, sha256_of_file, whole_file
 from .latents import to_unit_range
 from .pixels import read_image
 from .settings import EncodingSettings, shortened
@@ -196,8 +196,7 @@ def _vector(name: str, values: Any, dim: int | None) -> list[float]:
     # As they are stored: beyond float32 they would be infinite.
     if not is_vector or not all(abs(v) <= _FLOAT32_MAX for v in values) or len(values) != (dim or len(values)):
         raise ValueError(
-            "Condition vectors must be lists of finite numbers of float32's range, all of one length, "
-            f"{name} has {shortened(values)}."
+            f"Condition vectors must be lists of finite numbers, all of one length, {name} has {shortened(values)}."
         )
     return [float(value) for value in values]
 
@@ -213,8 +212,14 @@ def _sidecar_name(number: int) -> str:
 def finished_sidecar(folder: Path, number: int) -> dict[str, Any] | None:
     """The sidecar of a shard, None if the shard has to be made (again)."""
     way_out = "remove it, and the shard is made again"
-    keys = ("num_samples", "num_rows", "rows_sha256", "skipped")
-    sidecar = read_json(folder / _sidecar_name(number), keys=keys, way_out=way_out)
+    path, keys = (
+        folder / _sidecar_name(number),
+        {"num_samples": int, "num_rows": int, "rows_sha256": str, "skipped": list},
+    )
+    sidecar = read_json(path, keys=keys, way_out=way_out)
+    if sidecar is not None and sidecar["num_samples"]:
+        of_shard = {"name": str, "num_bytes": int, "sha256": str, "latent_shape": list, "statistics": dict}
+        check_keys(sidecar, path, of_shard | {"num_samples_per_class": dict}, way_out)
     return sidecar if sidecar is not None and (not sidecar["num_samples"] or is_whole(folder, sidecar)) else None
 
 
