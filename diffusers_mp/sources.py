@@ -83,16 +83,17 @@ def loading(argument: str, name: str | Path) -> Iterator[None]:
         argument (str): the argument, for the message.
         name (str or Path): what it was given.
     Raises:
-        OSError: in place of one.
-        ValueError: in place of another exception that comes of what a file holds.
+        OSError, TypeError, RuntimeError: in place of one.
+        ValueError: in place of any other exception, which comes of what a file holds.
     """
     try:
         yield
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
+    except Exception as error:
         said = str(error) or type(error).__name__
-        if argument in said:
+        if argument in said or type(error).__name__ == "OutOfMemoryError":
             raise
-        kind = OSError if isinstance(error, OSError) else ValueError
+        kinds = (FileNotFoundError, OSError, TypeError, RuntimeError)
+        kind = next((kind for kind in kinds if isinstance(error, kind)), ValueError)
         raise kind(f"`{argument}` cannot be {str(name)!r}: {said}") from error
 
 

@@ -234,6 +234,7 @@ class Fuzzer:
         """Run input `number`; where it is accepted, find what each changed flag did."""
         script, command, changed, damaged = self.draw(number)
         names = [f"--{name}" if name else "snapshots_dir" for name in changed]
+        names += [value for name in changed for value in command.get(name, ()) if len(value) > 3]
         if damaged is not None:
             names = [str(self.folder / "damaged" / str(number)), damaged.split()[0]]
         ended = self.run(script, command, tuple(names))

@@ -68,16 +68,8 @@ class LatentDataset(Dataset):
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        keys = (
-            "format_version",
-            "content_hash",
-            "vae",
-            "shards",
-            "id2label",
-            "latents_mean",
-            "latents_std",
-            "skipped",
-        )
+        keys = dict.fromkeys(("format_version", "vae", "id2label", "latents_mean", "latents_std"), object)
+        keys |= {"content_hash": str, "shards": list, "skipped": list}
         self.index = read_json(self.folder / INDEX_NAME, keys=keys, way_out=REPAIR)
         if self.index is None:
             raise FileNotFoundError(
@@ -88,8 +80,6 @@ class LatentDataset(Dataset):
             raise ValueError(
                 f"`folder` must have format version {FORMAT_VERSION}, {folder} has {version}: encode into another one."
             )
-        if not isinstance(self.index["skipped"], list):
-            raise ValueError(f"{self.folder / INDEX_NAME} must have a list as `skipped`: {REPAIR}.")
         if self.index["content_hash"] != content_hash(self.index):
             raise ValueError(f"{self.folder / INDEX_NAME} must be as it was written, it was altered: {REPAIR}.")
         for shard in self.index["shards"]:
