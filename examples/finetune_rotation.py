@@ -134,7 +134,7 @@ from diffusers_mp import drop_shift_, save_rotation_adapter, set_shift_scale, sw
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.settings import EncodingSettings
-from diffusers_mp.files import space_for
+from diffusers_mp.files import space_for, write_json
 from diffusers_mp.publishing.hub import check_hub_access, mask_places, public_arguments, publish
 from diffusers_mp.publishing.rotation_card import write_rotation_card
 from diffusers_mp.rotation_swap.checks import check_model, check_sites
@@ -173,11 +173,11 @@ def main(args):
 
     # 1. The base and its data
     source = {"revision": args.revision, "cache_dir": args.cache_dir}
-    files = ["model_index.json"]
-    check_reachable("pretrained_model_name_or_path", args.pretrained_model_name_or_path, files, **source)
-    with loading("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
-        pipeline = DiTPipeline.from_pretrained(args.pretrained_model_name_or_path, **source)
-        check_finite(pipeline.transformer, args.pretrained_model_name_or_path)
+    base = args.pretrained_model_name_or_path
+    check_reachable("pretrained_model_name_or_path", base, ["model_index.json"], **source)
+    with loading("pretrained_model_name_or_path", base):
+        pipeline = DiTPipeline.from_pretrained(base, **source)
+        check_finite(pipeline.transformer, base)
         mask_places(pipeline)
         if args.swap != "none":
             # What the swap would refuse, before the work. Annealed shifts are cut out as well, at the end.
@@ -234,9 +234,9 @@ def main(args):
     accelerator.log(final, step=args.max_train_steps)
     if accelerator.is_main_process:
         record = {"arguments": arguments, "num_parameters": num_parameters, **evaluation}
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        (args.output_dir / "evaluation.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+        plain = json.loads(json.dumps(record, default=str))
         with space_for(args.output_dir):
+            write_json(args.output_dir / "evaluation.json", plain)
             save(args, pipeline, latents.id2label, repo_id, record)
     accelerator.end_training()
 
@@ -285,11 +285,12 @@ def train(args, accelerator, transformer, teacher, parameters, samples, held_out
             accelerator.backward(loss)
             losses.append(loss.detach())
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
+        learning_rate = lr_scheduler.get_last_lr()[0]  # of this update, not of the next one
         lr_scheduler.step()
         step += 1
         progress_bar.update()
@@ -300,8 +301,10 @@ def train(args, accelerator, transformer, teacher, parameters, samples, held_out
             loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
             if not math.isfinite(loss):
                 raise NonFiniteError(f"the loss is {loss} before update {step}: try a lower --learning_rate")
-            progress_bar.set_postfix({"loss": f"{loss:.4f}"})
-            accelerator.log({"train/loss": loss, "train/learning_rate": lr_scheduler.get_last_lr()[0]}, step=step)
+            grad_norm = grad_norm.item()
+            entry = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
+            progress_bar.set_postfix_str(f"loss={loss:.4f}, lr={learning_rate:.2g}, grad_norm={grad_norm:.3g}")
+            accelerator.log({f"train/{name}": value for name, value in entry.items()}, step=step)
             losses = []
         if args.validation_steps and step % args.validation_steps == 0 and step < args.max_train_steps:
             measured = held_out.losses(transformer)

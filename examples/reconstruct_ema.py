@@ -42,6 +42,7 @@ if __name__ == "__main__":
 from diffusers_mp import reconstruct_ema
 from diffusers_mp.averages.reconstruction import plan_reconstruction
 from diffusers_mp.averages.snapshots import find_snapshots
+from diffusers_mp.start_block import start_block
 
 
 def main(args: argparse.Namespace) -> None:
@@ -51,7 +52,15 @@ def main(args: argparse.Namespace) -> None:
             "snapshots_dir must hold folders like step-0001000_std-0.05, as ema_snapshots of a run with "
             f"--ema_snapshot_steps does, got {args.snapshots_dir}"
         )
-    print(f"{len(snapshots)} snapshots in {args.snapshots_dir}")
+    steps, stds = ({getattr(snapshot, name) for snapshot in snapshots} for name in ("step", "std"))
+    stored, wanted = (", ".join(f"{std:g}" for std in widths) for widths in (sorted(stds), args.ema_stds))
+    rows = {
+        "data": f"{args.snapshots_dir}: {len(snapshots):,} snapshots of updates {min(steps):,} to {max(steps):,}, "
+        f"widths {stored}",
+        "wanted": f"{wanted} at update {args.step or max(steps):,}",
+        "output": "none, the fit is shown" if args.output_dir is None else f"{args.output_dir}: a pipeline",
+    }
+    print(start_block(rows))
     for std in args.ema_stds:
         if args.output_dir is None:
             fit = plan_reconstruction(snapshots, std, args.step)

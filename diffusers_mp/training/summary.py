@@ -78,7 +78,7 @@ def start_of_run(
         "device": device_words(accelerator),
         "batch": str(batch),
         "data": _data_words(args, data),
-        "model": _model_words(args, model, data, num_known_classes),
+        "model": _model_words(args, model, num_known_classes),
         "objective": _objective_words(args),
         "updates": _update_words(args, data, learning_rate, max_train_steps, step),
         "output": _output_words(args),
@@ -112,7 +112,7 @@ def _data_words(args, data):
     )
 
 
-def _model_words(args, model, data, num_known_classes):
+def _model_words(args, model, num_known_classes):
     config = model.config
     if args.pretrained_model_name_or_path is not None:
         name = args.pretrained_model_name_or_path
@@ -176,7 +176,8 @@ def _warnings(args, data, config, learning_rate, num_known_classes):
             "rate belongs"
         )
     usual = recipe_learning_rate(config)
-    if not usual / 10 < learning_rate < usual * 10:
+    is_new = args.pretrained_model_name_or_path is None  # fine-tuning takes lower ones
+    if is_new and not usual / 10 < learning_rate < usual * 10:
         kind = "weights of norm 1" if config.weight_normalization else "plain weights"
         warnings.append(f"the learning rate is {learning_rate:g}, the recipe's for {kind} is {usual:g}")
     return warnings

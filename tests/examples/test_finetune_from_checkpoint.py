@@ -162,7 +162,9 @@ def test_a_transformer_alone_has_no_names(data, tmp_path, monkeypatch, capsys):
     query.data.mul_(0.5)
     model.save_pretrained(tmp_path / "transformer")
     run = start_of(data, tmp_path / "run", monkeypatch, "--vae", "none", source=tmp_path / "transformer")
-    assert "knows 0 of 3 classes by name" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "knows 0 of 3 classes by name" in said
+    assert "knows none of the classes by name, and learns all of them anew" in said
     base, weights = load_file(TINY / "transformer" / WEIGHTS), run.transformer.state_dict()
     assert torch.equal(weights[TABLE][-1], base[TABLE][-1])
     assert not any(torch.equal(row, old) for row in weights[TABLE][:-1] for old in base[TABLE])

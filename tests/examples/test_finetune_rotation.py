@@ -204,6 +204,16 @@ def test_micro_batches_are_one_batch(base, tmp_path):
     assert whole["final"]["loss"] != pytest.approx(whole["after_swap"]["loss"], rel=1e-2)
 
 
+def test_the_log_has_the_rate_of_the_update_and_the_norm_of_its_gradient(base, tmp_path):
+    more = ("--lr_scheduler", "linear", "--logging_steps", "1", "--max_grad_norm", "1e-3")
+    finetune(base, tmp_path / "run", *more)
+    lines = (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines()
+    log = [entry for entry in map(json.loads, lines) if "train/loss" in entry]
+    assert [entry["train/learning_rate"] for entry in log] == pytest.approx([3e-3, 2.25e-3, 1.5e-3, 0.75e-3])
+    # Before clipping.
+    assert all(entry["train/grad_norm"] > 1e-2 for entry in log)
+
+
 @pytest.mark.parametrize(
     "steps, message",
     [

@@ -16,7 +16,11 @@ def test_the_script_reports_and_writes(tmp_path, capsys):
     small_run(tmp_path / "ema_snapshots")
     script.main(script.parse_args([snapshots, "--ema_stds", "0.03", "0.075"]))
     shown = capsys.readouterr().out
-    assert "8 snapshots" in shown
+    assert shown.splitlines()[:3] == [
+        f"data    {snapshots}: 8 snapshots of updates 1 to 4, widths 0.05, 0.1",
+        "wanted  0.03, 0.075 at update 4",
+        "output  none, the fit is shown",
+    ]
     assert "std 0.03 at step 4" in shown
     assert "std 0.075 at step 4: fit error" in shown
     command = f"python examples/reconstruct_ema.py {snapshots} --ema_stds 0.03 --output_dir run_0.03"
