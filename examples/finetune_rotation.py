@@ -103,8 +103,8 @@ def parse_args(argv=None):
     check_batch_arguments(args, parser, BATCH_SIZE)
     if args.swap == "none":
         check_effects(parser, ["rank", "sublayers"], "with --swap none")
-    if args.swap == "none" and (args.train == "rotation" or args.save == "adapter"):
-        parser.error("--swap none has no rotations for --train rotation or --save adapter")
+        if args.train == "rotation" or args.save == "adapter":
+            parser.error("--swap none has no rotations for --train rotation or --save adapter")
     if args.save == "adapter" and args.train == "all":
         parser.error("--save adapter does not hold the whole model: use --train rotation or --train modulation")
     check_schedule(args, parser)
@@ -223,11 +223,10 @@ def main(args):
     if args.swap == "anneal" and args.max_train_steps:
         drop_shift_(transformer)
     evaluation["final"], num_parameters["after"] = held_out.evaluate(transformer, teacher), count(transformer)
-    loss = evaluation["final"]["loss"]
     # Weights as well: held-out images need not use all of them.
-    if not all_finite(transformer) or not math.isfinite(loss):
+    if not all_finite(transformer) or not math.isfinite(evaluation["final"]["loss"]):
         raise NonFiniteError(
-            f"after update {args.max_train_steps} the weights or the held-out loss ({loss}) are not finite, nothing "
+            f"after update {args.max_train_steps} the weights or the held-out loss ({evaluation['final']['loss']}) are not finite, nothing "
             "is saved: try a lower --learning_rate"
         )
     final = {f"validation/{name}": value for name, value in evaluation["final"].items()}
@@ -442,9 +441,8 @@ def save(args, pipeline, id2label, repo_id, record):
     write_rotation_card(folder, repo_id, base_model=base, record=record, license=args.hub_license)
     print(verdict_of_finetuning(args, record))
     if args.push_to_hub:
-        message = f"After {args.max_train_steps:,} updates"
-        private = args.hub_private_repo or None
-        url = publish(folder, repo_id, token=args.hub_token, private=private, commit_message=message)
+        options = {"token": args.hub_token, "private": args.hub_private_repo or None}
+        url = publish(folder, repo_id, **options, commit_message=f"After {args.max_train_steps:,} updates")
         print(f"Published: {url}")
 
 
