@@ -226,7 +226,7 @@ def main(args):
     # Weights as well: held-out images need not use all of them.
     if not all_finite(transformer) or not math.isfinite(evaluation["final"]["loss"]):
         raise NonFiniteError(
-            f"after update {args.max_train_steps} the weights or the held-out loss ({evaluation['final']['loss']}) are not finite, nothing "
+            f"after update {args.max_train_steps} the weights or the held-out loss are not finite, nothing "
             "is saved: try a lower --learning_rate"
         )
     final = {f"validation/{name}": value for name, value in evaluation["final"].items()}
