@@ -59,7 +59,7 @@ def within(kind: type, rule: str, holds: Callable[[Any], bool], limit: float | N
         if not holds(value):
             raise argparse.ArgumentTypeError(f"must {rule}, got {text}")
         if abs(value) >= limit:
-            raise argparse.ArgumentTypeError(f"must be below {limit:g}, got {text}")
+            raise argparse.ArgumentTypeError(f"must be below {limit} in size, got {text}")
         return value
 
     value_of.__name__ = kind.__name__  # for argparse's "invalid int value: 'x'"
@@ -208,6 +208,11 @@ def check_paths(args: argparse.Namespace) -> None:
                 f"`--{name}` must be a path, or an id on the Hub as user/name, got {given[name]!r}: there is no such "
                 "path."
             )
+    for name in ("pretrained_model_name_or_path", "vae"):
+        if name in given and Path(given[name]).is_file():
+            raise ValueError(
+                f"`{name}` must be a folder, or an id on the Hub as user/name, got the file {given[name]!r}."
+            )
     for name in ("latents_dir", "output_dir", "cache_dir"):
         if name in given:
             _check_folder_can_be_made(name, Path(given[name]))
@@ -243,6 +248,6 @@ def check_effects(parser: Any, flags: Iterable[str], reason: str) -> None:
 def check_source_effects(args: argparse.Namespace, parser: Any) -> None:
     """Refuse flags of a source or of the Hub that have no effect beside the others."""
     if args.dataset_name is None:
-        check_effects(parser, ["dataset_config_name"], "without --dataset_name")
+        check_effects(parser, ["dataset_config_name", "dataset_split"], "without --dataset_name")
     if not args.push_to_hub:
         check_effects(parser, ["hub_model_id", "hub_private_repo"], "without --push_to_hub")

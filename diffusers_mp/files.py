@@ -142,14 +142,18 @@ def sync(path: str | Path) -> None:
 
 
 def read_json(
-    path: str | Path, default: Any = None, *, keys: Iterable[str] = (), way_out: str = "restore it, or remove it"
+    path: str | Path,
+    default: Any = None,
+    *,
+    keys: Iterable[str] | Mapping[str, type] = (),
+    way_out: str = "restore it, or remove it",
 ) -> Any:
     """Content of a JSON file that holds an object, or `default` if there is no such file.
 
     Args:
         path (str or Path): the file.
         default: what is returned without it; `MISSING_IS_AN_ERROR` raises.
-        keys (iterable of str): what the object must have.
+        keys (iterable of str, or mapping): what the object must have; a mapping has the type of each value.
         way_out (str): what to do about a damaged file, for the message.
     Raises:
         FileNotFoundError: if there is none and must be one.
@@ -166,7 +170,9 @@ def read_json(
     return parse_json(content, path, keys=keys, way_out=way_out)
 
 
-def parse_json(text: str, source: str | Path, *, keys: Iterable[str] = (), way_out: str) -> dict[str, Any]:
+def parse_json(
+    text: str, source: str | Path, *, keys: Iterable[str] | Mapping[str, type] = (), way_out: str
+) -> dict[str, Any]:
     """What a JSON text holds, which must be an object with these keys; a `ValueError` names `source`."""
     try:
         content = json.loads(text)
@@ -175,9 +181,19 @@ def parse_json(text: str, source: str | Path, *, keys: Iterable[str] = (), way_o
         raise ValueError(f"{source} is damaged, it is no JSON ({said}): {way_out}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{source} must hold a JSON object, it holds a {type(content).__name__}: {way_out}.")
+    check_keys(content, source, keys, way_out)
+    return content
+
+
+def check_keys(
+    content: dict[str, Any], source: str | Path, keys: Iterable[str] | Mapping[str, type], way_out: str
+) -> None:
+    """Refuse what a JSON object lacks, or has of another type, with a `ValueError` that names `source`."""
     if missing := [key for key in keys if key not in content]:
         raise ValueError(f"{source} is damaged, it lacks {', '.join(missing)}: {way_out}.")
-    return content
+    for key, kind in keys.items() if isinstance(keys, Mapping) else ():
+        if not isinstance(content[key], kind):
+            raise ValueError(f"{source} is damaged, its {key} is {content[key]!r}: {way_out}.")
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:

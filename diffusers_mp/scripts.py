@@ -94,7 +94,7 @@ def run_script(
 ) -> None:
     """Run a script's `main`; what it raises becomes one line on stderr and an exit code.
 
-        2     what the user can put right: a `ValueError` or `OSError`, or a `RuntimeError` of this package
+        2     what the user can put right: a `ValueError`, an `OSError`; of this package a `RuntimeError`, `TypeError`
         1     what failed otherwise; where nobody has foreseen it, the line names the exception
         130   Ctrl+C
 
@@ -131,15 +131,19 @@ def end(line: str, code: int) -> None:
 def message_of(error: BaseException, parser: argparse.ArgumentParser) -> tuple[str, int]:
     """An exception as one line, with the flags in place of the arguments that it names; and the exit code."""
     text, own, is_of_file = str(error) or "no message", _is_raised_here(error), isinstance(error, OSError)
+    number = getattr(error, "errno", None)
     if is_of_file and error.filename is not None:
         text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    elif found := re.search(r"\(os error (\d+)\)", text):  # what is written in Rust, such as safetensors
+        number, is_of_file = int(found[1]), True
+        text = f"a file could not be read or written: {text}"
     text = with_flags(" ".join(text.split()), parser).rstrip(".")
     if not own and len(text) > _MAX_FOREIGN:
         text = f"{text[:_MAX_FOREIGN]}…"
     if not own and not is_of_file:  # those are written for people
         text = f"{type(error).__name__}: {text} (--debug shows where)"
-    is_failure = isinstance(error, RunFailedError) or is_of_file and error.errno in _NOT_OF_A_PATH
-    is_usage = isinstance(error, (ValueError, OSError)) or own and isinstance(error, RuntimeError)
+    is_failure = isinstance(error, RunFailedError) or is_of_file and number in _NOT_OF_A_PATH
+    is_usage = is_of_file or isinstance(error, ValueError) or own and isinstance(error, (RuntimeError, TypeError))
     return text, USAGE if is_usage and not is_failure else FAILURE
 
 

@@ -1,6 +1,7 @@
 """Whether what a script was given by name can be had at all, asked before libraries that ask for a minute."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
@@ -72,6 +73,28 @@ def check_dataset_reachable(name: str, cache_dir: str | Path | None = None) -> N
     if "/" in name and not folder.exists():
         instead = "a folder by `train_data_dir`"
         check_reachable("dataset_name", name, ["README.md"], repo_type="dataset", instead=instead)
+
+
+@contextlib.contextmanager
+def loading(argument: str, name: str | Path) -> Iterator[None]:
+    """Within it, what libraries say of a damaged or unsuitable source names the argument that it was given by.
+
+    Args:
+        argument (str): the argument, for the message.
+        name (str or Path): what it was given.
+    Raises:
+        OSError, TypeError, RuntimeError: in place of one.
+        ValueError: in place of any other exception, which comes of what a file holds.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = str(error) or type(error).__name__
+        if argument in said or type(error).__name__ == "OutOfMemoryError":
+            raise
+        kinds = (FileNotFoundError, OSError, TypeError, RuntimeError)
+        kind = next((kind for kind in kinds if isinstance(error, kind)), ValueError)
+        raise kind(f"`{argument}` cannot be {str(name)!r}: {said}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -158,7 +158,7 @@ from diffusers_mp.evaluation.outputs import (
     check_card,
     check_outputs,
     keep_settings,
-    read_own,
+    read_cell,
     whole_pipeline,
     write_own,
 )
@@ -168,6 +168,7 @@ from diffusers_mp.masking import masked
 from diffusers_mp.publishing.evaluation_card import write_evaluation
 from diffusers_mp.publishing.hub import CARD_NAME, HEAT_MAP_NAME, check_hub_access, publish
 from diffusers_mp.publishing.model_card import write_model_card
+from diffusers_mp.sources import loading
 from diffusers_mp.training.engine import check_processes
 
 
@@ -176,8 +177,7 @@ def main(args):
     check_sampler(args.scheduler)
     check_folders(args)
     # The main process alone rebuilds averages and computes distances, which takes it minutes.
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
-    accelerator = Accelerator(kwargs_handlers=[patience])
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))])
     check_processes(accelerator, "generate everything")
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:
@@ -191,23 +191,25 @@ def main(args):
         )
 
     # What is measured, and against what
-    model = EvaluatedModel.find(
-        args.pretrained_model_name_or_path,
-        accelerator,
-        ema_stds=args.ema_stds,
-        step=args.step,
-        token=args.hub_token,
-        revision=args.revision,
-        cache_dir=args.cache_dir,
-    )
-    pipe = model.without_weights(args.scheduler)
+    with loading("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+        model = EvaluatedModel.find(
+            args.pretrained_model_name_or_path,
+            accelerator,
+            ema_stds=args.ema_stds,
+            step=args.step,
+            token=args.hub_token,
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+        )
+        pipe = model.without_weights(args.scheduler)
     for scale in args.guidance_scales:
         pipe.check_guidance(scale)
     draw_classes(pipe, args.class_labels, None, args.num_samples)  # refuses labels before the reference is measured
-    extractors = [
-        load_extractor(name, output=args.extractor_output, device=accelerator.device, cache_dir=args.cache_dir)
-        for name in args.extractors
-    ]
+    extractors = []
+    for name in args.extractors:
+        device, cache_dir = accelerator.device, args.cache_dir
+        with loading("extractors", name):
+            extractors.append(load_extractor(name, output=args.extractor_output, device=device, cache_dir=cache_dir))
     references = load_references(args, accelerator, extractors, *model.image_shape())
     draw = draw_classes(pipe, args.class_labels, references[0].description["class_counts"], args.num_samples)
     settings = describe(args, model, pipe, draw, extractors, references)
@@ -375,16 +377,16 @@ def cell_path(args, cell: dict) -> Path:
 
 
 def is_finished(args, cell: dict) -> bool:
-    return "metrics" in (read_own(cell_path(args, cell)) or {})
+    return "metrics" in read_cell(cell_path(args, cell))
 
 
 def finish(args, model, settings, warnings, repo_id) -> None:
     """Results of all cells in the folder, also of earlier sweeps with the same settings."""
     cells = cells_of(args)
     # Other files in the folder are not ours to read.
-    stored = {path: read_own(path) for path in sorted((args.output_dir / "cells").glob("*.json"))}
-    finished = {path: cell for path, cell in stored.items() if cell is not None and "metrics" in cell}
-    failed = [read_own(cell_path(args, cell)) for cell in cells if not is_finished(args, cell)]
+    stored = {path: read_cell(path) for path in sorted((args.output_dir / "cells").glob("*.json"))}
+    finished = {path: cell for path, cell in stored.items() if "metrics" in cell}
+    failed = [read_cell(cell_path(args, cell)) for cell in cells if not is_finished(args, cell)]
     if finished:
         path = min(finished, key=lambda path: finished[path]["metrics"][0]["frechet_distance"])
         best = finished[path]

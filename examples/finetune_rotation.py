@@ -103,10 +103,8 @@ def parse_args(argv=None):
     check_batch_arguments(args, parser, BATCH_SIZE)
     if args.swap == "none":
         check_effects(parser, ["rank", "sublayers"], "with --swap none")
-    if args.lr_scheduler == "constant" and args.lr_warmup_steps:
-        parser.error("--lr_warmup_steps has no meaning for --lr_scheduler constant: use constant_with_warmup")
-    if args.swap == "none" and (args.train == "rotation" or args.save == "adapter"):
-        parser.error("--swap none has no rotations for --train rotation or --save adapter")
+        if args.train == "rotation" or args.save == "adapter":
+            parser.error("--swap none has no rotations for --train rotation or --save adapter")
     if args.save == "adapter" and args.train == "all":
         parser.error("--save adapter does not hold the whole model: use --train rotation or --train modulation")
     check_schedule(args, parser)
@@ -136,12 +134,12 @@ from diffusers_mp import drop_shift_, save_rotation_adapter, set_shift_scale, sw
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.settings import EncodingSettings
-from diffusers_mp.files import whole_file
-from diffusers_mp.publishing.hub import check_hub_access, check_trackers, mask_places, public_arguments, publish
+from diffusers_mp.files import space_for, write_json
+from diffusers_mp.publishing.hub import check_hub_access, mask_places, public_arguments, publish
 from diffusers_mp.publishing.rotation_card import write_rotation_card
 from diffusers_mp.rotation_swap.checks import check_model, check_sites
 from diffusers_mp.rotation_swap.sites import find_sites
-from diffusers_mp.sources import check_reachable
+from diffusers_mp.sources import check_reachable, loading
 from diffusers_mp.training import (
     DDPMObjective,
     NonFiniteError,
@@ -149,9 +147,11 @@ from diffusers_mp.training import (
     TrainingSamples,
     all_finite,
     hold_out,
+    leave_signals_to_main_process,
     validation_losses,
     validation_timesteps,
 )
+from diffusers_mp.training.checks import check_reporting
 from diffusers_mp.training.engine import start
 from diffusers_mp.training.finetuning import start_of_finetuning, verdict_of_finetuning
 from diffusers_mp.training.model import check_finite
@@ -160,10 +160,7 @@ from diffusers_mp.training.summary import DataSummary
 
 
 def main(args):
-    try:
-        check_trackers(args.report_to, vars(args))
-    except ValueError as error:
-        make_parser().error(str(error))
+    check_reporting(args, make_parser())
     check_paths(args)
     accelerator, _ = start(args, args.output_dir / "logs")
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
@@ -176,16 +173,18 @@ def main(args):
 
     # 1. The base and its data
     source = {"revision": args.revision, "cache_dir": args.cache_dir}
-    files = ["model_index.json"]
-    check_reachable("pretrained_model_name_or_path", args.pretrained_model_name_or_path, files, **source)
-    pipeline = DiTPipeline.from_pretrained(args.pretrained_model_name_or_path, **source)
-    check_finite(pipeline.transformer, args.pretrained_model_name_or_path)
-    mask_places(pipeline)
-    if args.swap != "none":
-        # What the swap would refuse, before the work. Annealed shifts are cut out as well, at the end.
-        check_model(pipeline.transformer)
-        check_sites(pipeline.transformer, find_sites(pipeline.transformer, args.sublayers), keep_shift=False)
-    transformer, objective = pipeline.transformer.to(accelerator.device), training_objective(pipeline)
+    base = args.pretrained_model_name_or_path
+    check_reachable("pretrained_model_name_or_path", base, ["model_index.json"], **source)
+    with loading("pretrained_model_name_or_path", base):
+        pipeline = DiTPipeline.from_pretrained(base, **source)
+        check_finite(pipeline.transformer, base)
+        mask_places(pipeline)
+        if args.swap != "none":
+            # What the swap would refuse, before the work. Annealed shifts are cut out as well, at the end.
+            check_model(pipeline.transformer)
+            check_sites(pipeline.transformer, find_sites(pipeline.transformer, args.sublayers), keep_shift=False)
+        objective = training_objective(pipeline)
+    transformer = pipeline.transformer.to(accelerator.device)
     latents = load_latents(args, pipeline, accelerator)
     num_held_out = args.num_validation_images
     if num_held_out is None:
@@ -224,21 +223,20 @@ def main(args):
     if args.swap == "anneal" and args.max_train_steps:
         drop_shift_(transformer)
     evaluation["final"], num_parameters["after"] = held_out.evaluate(transformer, teacher), count(transformer)
-    loss = evaluation["final"]["loss"]
     # Weights as well: held-out images need not use all of them.
-    if not all_finite(transformer) or not math.isfinite(loss):
+    if not all_finite(transformer) or not math.isfinite(evaluation["final"]["loss"]):
         raise NonFiniteError(
-            f"after update {args.max_train_steps} the weights or the held-out loss ({loss}) are not finite, nothing "
+            f"after update {args.max_train_steps} the weights or the held-out loss are not finite, nothing "
             "is saved: try a lower --learning_rate"
         )
     final = {f"validation/{name}": value for name, value in evaluation["final"].items()}
     accelerator.log(final, step=args.max_train_steps)
     if accelerator.is_main_process:
         record = {"arguments": arguments, "num_parameters": num_parameters, **evaluation}
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        with whole_file(args.output_dir / "evaluation.json") as unfinished:
-            unfinished.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-        save(args, pipeline, latents.id2label, repo_id, record)
+        plain = json.loads(json.dumps(record, default=str))
+        with space_for(args.output_dir):
+            write_json(args.output_dir / "evaluation.json", plain)
+            save(args, pipeline, latents.id2label, repo_id, record)
     accelerator.end_training()
 
 
@@ -260,7 +258,12 @@ def train(args, accelerator, transformer, teacher, parameters, samples, held_out
         process_index=accelerator.process_index,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
     )
-    batches = DataLoader(samples, batch_sampler=batch_sampler, num_workers=args.dataloader_num_workers)
+    batches = DataLoader(
+        samples,
+        batch_sampler=batch_sampler,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=leave_signals_to_main_process,
+    )
     progress_bar = tqdm(total=args.max_train_steps, desc="Fine-tuning", disable=not accelerator.is_main_process)
     set_training_mode(model)
     objective, step, losses = held_out.objective, 0, []
@@ -351,7 +354,8 @@ def load_latents(args, pipeline, accelerator):
     for line in report.left_out_lines():
         accelerator.print(line)
     if id2label is None:
-        raise ValueError("the data must have labels: a DiT generates images of a class.")
+        source = args.train_data_dir or args.dataset_name
+        raise ValueError(f"the data must have labels, {source} has none: a DiT generates images of a class.")
     vae, config = pipeline.vae.to(accelerator.device).eval(), pipeline.transformer.config
     if max(id2label) >= config.num_embeds_ada_norm:
         raise ValueError(
@@ -437,9 +441,8 @@ def save(args, pipeline, id2label, repo_id, record):
     write_rotation_card(folder, repo_id, base_model=base, record=record, license=args.hub_license)
     print(verdict_of_finetuning(args, record))
     if args.push_to_hub:
-        message = f"After {args.max_train_steps:,} updates"
-        private = args.hub_private_repo or None
-        url = publish(folder, repo_id, token=args.hub_token, private=private, commit_message=message)
+        options = {"token": args.hub_token, "private": args.hub_private_repo or None}
+        url = publish(folder, repo_id, **options, commit_message=f"After {args.max_train_steps:,} updates")
         print(f"Published: {url}")
 
 

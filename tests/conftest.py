@@ -29,6 +29,7 @@ LONGEST_FIRST = (
         "test_speed",
         "test_train_processes",
         "test_train_failures",
+        "test_train_optimizers",
         "test_train_resume",
         "test_transformer_in_torch",
         "test_encoding",

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import os
 from dataclasses import fields
 
 import pytest
@@ -10,11 +11,14 @@ from diffusers_mp.arguments import (
     add_encoding_arguments,
     add_source_arguments,
     at_least,
+    check_paths,
     color,
     ema_width,
     encoding_of,
     finite,
+    pixels,
     positive,
+    seed,
     share,
     source_of,
 )
@@ -33,6 +37,13 @@ from diffusers_mp.data.settings import EncodingSettings
         (positive, ("3",), "inf", "must be positive, got inf"),
         (finite, ("-2.5", "0"), "nan", "must be finite, got nan"),
         (share, ("0", "0.999"), "1", "must be in [0, 1), got 1"),
+        (seed, ("0", "4294967295"), "4294967296", "must be in [0, 2**32), got 4294967296"),
+        (seed, ("7",), "-1", "must be in [0, 2**32), got -1"),
+        (pixels, ("1", "16384"), "16385", "must be below 16385 in size, got 16385"),
+        # What int32 and float32 cannot hold.
+        (at_least(1), ("2147483647",), "2147483648", "must be below 2147483648 in size, got 2147483648"),
+        (positive, ("2.9e38",), "3e38", "must be below 3e+38 in size, got 3e38"),
+        (finite, ("-2.9e38",), "-3e38", "must be below 3e+38 in size, got -3e38"),
         (ema_width, ("0.05", "0.2886"), "0.2887", "must be in (0, 1/sqrt(12)), that is below 0.2887, got 0.2887"),
     ],
 )
@@ -81,3 +92,57 @@ def test_flags_of_data_are_arguments_of_the_package():
     settings = EncodingSettings(**encoding_of(all_flags))
     assert (settings.resolution, settings.batch_size, settings.num_workers, settings.vae_id) == (64, 8, 2, "none")
     assert {field.name for field in fields(settings)} - encoding_of(all_flags).keys() == {"random_flip", "shard_size"}
+
+
+@pytest.fixture
+def at(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        (
+            "train_data_dir",
+            "nowhere",
+            "`train_data_dir` must be a folder of images, got '.*nowhere', where there is noth",
+        ),
+        ("reference_dir", "file", "`reference_dir` must be a folder of images, got '.*file', where there is a file"),
+        ("snapshots_dir", "nowhere", "`snapshots_dir` must be the ema_snapshots of a run, got"),
+        ("checkpoint_path", "folder", "`checkpoint_path` must be a file, got '.*', where there is a folder"),
+        ("id2label", "nowhere", "`id2label` must be a file, got '.*', where there is nothing"),
+        ("vae", "nowhere", "`--vae` must be a path, or an id on the Hub as user/name, got '.*nowhere': there is no"),
+        ("pretrained_model_name_or_path", "file", "must be a folder, or an id on the Hub as user/name, got the file"),
+        ("output_dir", "file", "`output_dir` must be a folder or a new name, got '.*file': .*file is a file"),
+        ("latents_dir", "file/x", "`latents_dir` must be a folder or a new name, got '.*file/x': .*file is a file"),
+    ],
+)
+def test_paths_are_checked_by_name(at, name, value, message):
+    with pytest.raises((OSError, ValueError), match=message):
+        check_paths(argparse.Namespace(**{name: str(at / value)}))
+
+
+def test_paths_that_are_there_or_may_be_made_pass(at):
+    folder, file = str(at / "folder"), str(at / "file")
+    right = {
+        **{
+            "train_data_dir": folder,
+            "reference_dir": None,
+            "checkpoint_path": file,
+            "reference_statistics": [file, file],
+        },
+        **{"vae": "none", "pretrained_model_name_or_path": "user/name", "model_config_name_or_path": file},
+        **{"output_dir": str(at / "new" / "er"), "latents_dir": folder, "dataset_name": "user/images"},
+    }
+    check_paths(argparse.Namespace(**right))
+    with pytest.raises(ValueError, match="`reference_statistics` must be a file, got '.*none'"):
+        check_paths(argparse.Namespace(**{**right, "reference_statistics": [file, str(at / "none")]}))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_to(at):
+    (at / "folder").chmod(0o500)
+    with pytest.raises(ValueError, match="`output_dir` must be a folder that can be written to"):
+        check_paths(argparse.Namespace(output_dir=str(at / "folder" / "x")))

@@ -193,6 +193,13 @@ def test_damaged_json_is_named_with_a_way_out(tmp_path, content, said):
         read_json(tmp_path / "index.json", keys=["b"], way_out="make it anew")
 
 
+def test_a_value_of_another_type_is_named(tmp_path):
+    (tmp_path / "index.json").write_text('{"a": 1, "b": "x"}')
+    assert read_json(tmp_path / "index.json", keys={"a": int, "b": str}) == {"a": 1, "b": "x"}
+    with pytest.raises(ValueError, match="index.json is damaged, its b is 'x': restore it, or remove it."):
+        read_json(tmp_path / "index.json", keys={"a": int, "b": list})
+
+
 def test_json_that_is_there_or_not(tmp_path):
     (tmp_path / "index.json").write_text('{"b": [1, null]}')
     assert read_json(tmp_path / "index.json", keys=["b"]) == {"b": [1, None]}

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from diffusers_mp import presets
 from diffusers_mp.data.settings import EncodingSettings
@@ -51,6 +53,7 @@ def raises(error):
         (RunFailedError("2 of 3 cells failed"), "2 of 3 cells failed", 1),
         (FloatingPointError("the loss is nan"), "the loss is nan", 1),
         (OSError(28, "No space left on device", "run/checkpoint-3"), "run/checkpoint-3: No space left on device", 1),
+        (TypeError("`resolution` must be a number"), "--resolution must be a number", 2),
         (PermissionError(13, "Permission denied", "/root/x"), "/root/x: Permission denied", 2),
     ],
 )
@@ -70,6 +73,16 @@ def test_an_error_of_this_package_is_one_line(capsys, error, line, code):
 )
 def test_an_error_that_nobody_foresaw_names_its_exception(capsys, call, line, code):
     assert ended(call, capsys) == (code, f"train.py: error: {line}\n")
+
+
+def test_a_full_disk_that_safetensors_meets_is_no_usage(capsys):
+    def main(args):
+        save_file({"weight": torch.zeros(1)}, os.devnull + "/x")
+
+    code, said = ended(main, capsys)
+    assert code == 2
+    assert said.startswith("train.py: error: a file could not be read or written: ")
+    assert ended(raises(SafetensorError("I/O error: No space left on device (os error 28)")), capsys)[0] == 1
 
 
 def test_long_words_of_others_are_cut(capsys):

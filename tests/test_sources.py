@@ -8,7 +8,7 @@ import time
 import pytest
 from hub_client import TOKEN, client
 
-from diffusers_mp.sources import check_dataset_reachable, check_reachable
+from diffusers_mp.sources import check_dataset_reachable, check_reachable, loading
 
 
 # A port that nobody listens on.
@@ -70,3 +70,19 @@ check_reachable("vae", "user/nothing", ["config.json"])
 print("RESULTS null")
 """
     client(server, tmp_path / "home", code, None, HF_TOKEN=TOKEN)
+
+
+@pytest.mark.parametrize(
+    "error, kind, said",
+    [
+        (KeyError("shape"), ValueError, "`vae` cannot be 'folder': 'shape'"),
+        (UnboundLocalError("act_fn"), ValueError, "`vae` cannot be 'folder': act_fn"),
+        (TypeError("no list"), TypeError, "`vae` cannot be 'folder': no list"),
+        (FileNotFoundError("config.json"), FileNotFoundError, "`vae` cannot be 'folder': config.json"),
+        (ValueError("`vae` must be finite"), ValueError, "`vae` must be finite"),
+    ],
+)
+def test_what_libraries_say_of_a_source_names_its_argument(error, kind, said):
+    with pytest.raises(kind) as raised, loading("vae", "folder"):
+        raise error
+    assert str(raised.value) == said

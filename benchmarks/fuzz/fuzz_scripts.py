@@ -7,6 +7,7 @@ at random, or with a damaged file in one of its folders; models are tiny, so tha
 
     clear      refused in one line that names a flag or file of the command
     unclear    refused in one line that names neither
+    failed     was accepted, and failed with a line of its own, as a training that diverges
     foreign    an exception that nobody foresaw; without the scripts' handler it would have been a traceback
     effect     accepted, and a result differs from that without the flag
     default    accepted, the flag says what holds anyway
@@ -45,7 +46,15 @@ OF_SPEED = {
     *("debug", "cache_dir", "train_batch_size", "encode_batch_size", "dataloader_num_workers", "batch_size"),
     *("streaming", "gradient_checkpointing", "allow_tf32", "report_to", "logging_dir", "checkpoints_total_limit"),
     *("mixed_precision", "hub_token", "hub_license", "latents_dir", "output_dir", "shard_size", "skip_corrupt"),
-    *("on_non_finite", "resume_from_checkpoint", "vae", "tracker_project_name", "tracker_run_name", "dtype"),
+    *(
+        "checkpointing_steps",
+        "on_non_finite",
+        "resume_from_checkpoint",
+        "vae",
+        "tracker_project_name",
+        "tracker_run_name",
+        "dtype",
+    ),
 }
 NOT_RESULTS = ("training_arguments.json", "README.md", ".lock", "state.json", "manifest.json", "snapshot.json")
 BAD = ("foreign", "unclear", "no effect", "slow")
@@ -65,7 +74,7 @@ class Fuzzer:
     def __init__(self, folder: Path, seed: int):
         from fuzz_inputs import make_inputs
 
-        self.folder, self.seed = folder, seed
+        self.folder, self.seed, self.share_damaged = folder, seed, 0.3
         self.inputs = make_inputs(folder / "inputs")
         sys.path.insert(0, str(self.inputs))
         self.scripts = {name: importlib.import_module(name) for name in SCRIPTS}
@@ -110,7 +119,7 @@ class Fuzzer:
         rng = random.Random(f"{self.seed} {number}")
         script = rng.choices(SCRIPTS, weights=(8, 4, 5, 5, 3, 3, 1))[0]
         command, changed = dict(self.bases[script]), []
-        if rng.random() < 0.2 and script != "demo":
+        if rng.random() < self.share_damaged and script != "demo":
             return script, *self.damaged(command, rng, number)
         actions = [action for action in self.parser(script)._actions if action.dest not in ("help", "debug")]
         for action in rng.sample(actions, rng.choice((1, 1, 2))):
@@ -129,14 +138,26 @@ class Fuzzer:
         """A command one of whose folders is a damaged copy."""
         from fuzz_inputs import damage
 
-        given = {name: values[0] for name, values in command.items() if name != "cache_dir"}
-        folders = [name for name, value in given.items() if Path(value).is_dir()]
-        if not folders:
+        run, evaluation = self.inputs / "run", self.inputs / "evaluation"
+        given = [(name, Path(values[0]), {}) for name, values in command.items() if name != "cache_dir" and values]
+        given = [each for each in given if each[1].is_dir()]
+        if "ema_snapshot_steps" in command:  # the trainer
+            given += [("latents_dir", run / "latents", {}), ("latents_dir", run / "latents", {"train_data_dir": None})]
+            given += [("output_dir", run, {"resume_from_checkpoint": ["latest"], "max_train_steps": ["3"]})] * 2
+        elif "extractors" in command:  # the evaluation: what it goes on from, and a run with snapshots
+            given += [("output_dir", evaluation, {"num_inference_steps": ["2", "3"]})]
+            given += [("pretrained_model_name_or_path", run, {"ema_stds": ["0.07"]})]
+        elif "resolution" in command:
+            given += [("latents_dir", run / "latents", more) for more in ({}, {"verify": []})]
+        if not given:
             return command, [], None
-        name = rng.choice(folders)
-        path, what = damage(Path(command[name][0]), self.folder / "damaged" / str(number), rng)
-        command = {**command, name: [str(self.folder / "damaged" / str(number))]}
-        return command, [], what
+        name, source, more = rng.choice(given)
+        target = self.folder / "damaged" / str(number)
+        _, what = damage(source, target, rng)
+        command = command | more | {name: [str(target)]}
+        if "verify" in command:
+            command = {name: command[name] for name in ("verify", "latents_dir")}
+        return {name: values for name, values in command.items() if values is not None}, [], what
 
     def value(self, action: argparse.Action, rng: random.Random) -> str:
         """Something that a flag may be given."""
@@ -195,7 +216,10 @@ class Fuzzer:
             return Outcome("slow", "")
         if "--debug shows where" in line or ": error: " not in line:
             return Outcome("foreign", line)
-        return Outcome("clear" if any(name in line for name in names) else "unclear", line)
+        if code == 1:
+            return Outcome("failed", line)
+        is_named = any(name in line for name in names) or " --" in line
+        return Outcome("clear" if is_named else "unclear", line)
 
     def call(self, script: str) -> None:
         """What `if __name__ == "__main__"` of a script does; of the demo, which takes minutes, the command line."""
@@ -210,6 +234,7 @@ class Fuzzer:
         """Run input `number`; where it is accepted, find what each changed flag did."""
         script, command, changed, damaged = self.draw(number)
         names = [f"--{name}" if name else "snapshots_dir" for name in changed]
+        names += [value for name in changed for value in command.get(name, ()) if len(value) > 3]
         if damaged is not None:
             names = [str(self.folder / "damaged" / str(number)), damaged.split()[0]]
         ended = self.run(script, command, tuple(names))
@@ -291,7 +316,7 @@ def _timeless(line: str) -> str:
 
 def table(outcomes: list[tuple[str, Outcome, list[str]]]) -> str:
     """How many inputs ended how, by script, and the lines of the bad ones."""
-    kinds = ("clear", "unclear", "foreign", "effect", "default", "no effect", "speed", "slow")
+    kinds = ("clear", "unclear", "foreign", "failed", "effect", "default", "no effect", "speed", "slow")
     counts = collections.Counter((words[0], kind) for kind, _, words in outcomes)
     rows = [f"{'':20}" + "".join(f"{kind:>11}" for kind in kinds)]
     for script in (*SCRIPTS, "all"):

@@ -35,7 +35,7 @@ class SourceState:
 
     Images in files have names, sizes and times of their last change; labels and condition vectors are read. Images in
     the table itself have the fingerprint that `datasets` keeps, of the table's files and all that was done to them.
-    What an edit leaves as it is: an image replaced by one of the same size within a tick of the file system's clock.
+    One edit leaves the state as it is: of a file, to the same size, within the tick of the clock of its last change.
 
     Args:
         dataset (datasets.Dataset or datasets.IterableDataset): the rows; a stream has no state.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from ..sources import check_dataset_reachable
 from .columns import check_bytes, class_names, class_names_of_stream, image_column_of, label_column_of
@@ -229,7 +230,12 @@ def _rows_of_folder(
             )
         columns |= {name: [row.get(name) for row in rows] for name in names}
         report.layout = f"labels of {', '.join(listing.metadata)}"
-        return datasets.Dataset.from_dict(columns).cast_column("image", features["image"])
+        try:
+            return datasets.Dataset.from_dict(columns).cast_column("image", features["image"])
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise ValueError(
+                f"{', '.join(listing.metadata)} in {root} must hold values of one kind in each column: {error}."
+            ) from error
     classes = None
     report.layout = "in one place"
     if label_column is not None:

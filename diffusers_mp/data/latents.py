@@ -20,7 +20,6 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import Dataset
 
-from ..configuration import check_latent_statistics
 from ..files import plain_name, read_json, sha256_of_file
 from .settings import FORMAT_VERSION, refuse_differences, vae_fingerprint
 
@@ -44,8 +43,8 @@ def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def content_hash(index: dict[str, Any]) -> str:
-    """SHA-256 of what an index says of the data; names of files left out and of the VAE depend on the place."""
-    content = {key: value for key, value in index.items() if key not in ("content_hash", "skipped")}
+    """SHA-256 of what an index says of the data, but for names: of rows, of files left out, and of the VAE."""
+    content = {key: value for key, value in index.items() if key not in ("content_hash", "rows_sha256", "skipped")}
     if isinstance(content.get("vae"), dict):
         content["vae"] = {key: value for key, value in content["vae"].items() if key != "id"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -69,7 +68,8 @@ class LatentDataset(Dataset):
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        keys = ("format_version", "content_hash", "vae", "shards", "id2label", "latents_mean", "latents_std")
+        keys = dict.fromkeys(("format_version", "vae", "id2label", "latents_mean", "latents_std"), object)
+        keys |= {"content_hash": str, "shards": list, "skipped": list}
         self.index = read_json(self.folder / INDEX_NAME, keys=keys, way_out=REPAIR)
         if self.index is None:
             raise FileNotFoundError(
@@ -91,6 +91,8 @@ class LatentDataset(Dataset):
         self.id2label = None if names is None else {int(id_): name for id_, name in names.items()}
         self.latents_mean, self.latents_std = self.index["latents_mean"], self.index["latents_std"]
         self.latent_shape = tuple(self.index["latent_shape"])
+        from ..configuration import check_latent_statistics  # brings diffusers, which encoding need not
+
         check_latent_statistics(self.latents_mean, self.latents_std, self.latent_shape[0])
         self.pooled_projection_dim = self.index["pooled_projection_dim"]
         self._ends = list(itertools.accumulate(shard["num_samples"] for shard in self.index["shards"]))

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..files import plain_name, read_json, sha256_of_file, whole_file
+from ..files import check_keys, plain_name, read_json, sha256_of_file, whole_file
 from .changes import DIGEST_LENGTH, row_digest
 from .latents import to_unit_range
 from .pixels import read_bytes, read_image
@@ -244,8 +244,12 @@ def _sidecar_name(number: int) -> str:
 def finished_sidecar(folder: Path, number: int) -> dict[str, Any] | None:
     """The sidecar of a shard, None if the shard has to be made (again)."""
     way_out = "remove it, and the shard is made again"
-    keys = ("num_samples", "num_rows", "row_digests", "skipped", "source_state")
-    sidecar = read_json(folder / _sidecar_name(number), keys=keys, way_out=way_out)
+    path = folder / _sidecar_name(number)
+    keys = {"num_samples": int, "num_rows": int, "row_digests": str, "skipped": list, "source_state": object}
+    sidecar = read_json(path, keys=keys, way_out=way_out)
+    if sidecar is not None and sidecar["num_samples"]:
+        of_shard = {"name": str, "num_bytes": int, "sha256": str, "latent_shape": list, "statistics": dict}
+        check_keys(sidecar, path, of_shard | {"num_samples_per_class": dict}, way_out)
     return sidecar if sidecar is not None and (not sidecar["num_samples"] or is_whole(folder, sidecar)) else None
 
 

@@ -23,7 +23,7 @@ from ..pipeline_mpdit import MPDiTPipeline
 from ..publishing.hub import download_pipeline, files_to_publish, has_component
 from ..publishing.training_curve import LOG_NAME, LOGGING_DIR, log_file
 from ..schedulers import sampler_for, sampler_of
-from ..sources import check_reachable
+from ..sources import check_reachable, loading
 from ..transformer_mpdit import MPDiTTransformer2DModel
 
 
@@ -196,7 +196,8 @@ class EvaluatedModel:
                 if is_main:
                     reconstruct_ema(self.snapshots_dir, folder, std, self.step)
             accelerator.wait_for_everyone()
-            pipe = MPDiTPipeline.from_pretrained(folder, dtype=dtype)
+            with loading("pretrained_model_name_or_path", folder):
+                pipe = MPDiTPipeline.from_pretrained(folder, dtype=dtype)
             accelerator.wait_for_everyone()
         if sampler is not None:
             pipe.scheduler = sampler_for(pipe.scheduler, sampler)

@@ -40,6 +40,20 @@ def read_own(path: Path) -> dict[str, Any] | None:
     return {name: value for name, value in content.items() if name not in MARK}
 
 
+def read_cell(path: Path) -> dict[str, Any]:
+    """What the file of a cell holds; nothing if there is none, or it is not of an evaluation.
+
+    Raises:
+        ValueError: if its measures are damaged, which could pass for the best.
+    """
+    cell = read_own(path) or {}
+    metrics = cell.get("metrics", [{"frechet_distance": 0.0}])
+    is_whole = isinstance(metrics, list) and metrics and all(isinstance(each, dict) for each in metrics)
+    if not is_whole or not isinstance(metrics[0].get("frechet_distance"), float):
+        raise ValueError(f"{path} is damaged, its `metrics` are none: remove it, and the cell is measured again.")
+    return cell
+
+
 def is_own(path: Path) -> bool:
     """Whether a file or folder was made by an evaluation, and by nobody changed since if it is a folder."""
     if path.is_symlink():

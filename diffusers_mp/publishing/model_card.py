@@ -31,7 +31,7 @@ _REPORTED_ARGUMENTS = (
     *("class_dropout_prob", "optimizer", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_constant_steps"),
     "total_batch_size",
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "mixed_precision", "ema_stds", "snr_gamma"),
-    *("logit_mean", "logit_std"),
+    *("logit_mean", "logit_std", "lr_num_cycles", "lr_power", "use_8bit_adam", "adam_weight_decay"),
 )
 _SAMPLES = re.compile(r"step-(\d+)\.png")
 # Conditions of the model, and the keys of its config that say so.

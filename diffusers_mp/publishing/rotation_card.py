@@ -14,7 +14,7 @@ _REPORTED_FINETUNING = (
     *("swap", "anneal_steps", "distillation", "train", "rank", "sublayers", "num_calibration_samples"),
     *("max_train_steps", "total_batch_size", "learning_rate", "lr_scheduler"),
     *("lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "class_dropout_prob", "random_flip", "mixed_precision"),
-    "seed",
+    *("lr_num_cycles", "lr_power", "seed"),
 )
 _OPTIONS = ("sublayers", "keep_shift", "mean_shift", "rank")
 _MEASURES = ("loss", "mse", "relative_error")

@@ -28,7 +28,7 @@ def log_file(run: Path, arguments: Mapping) -> Path:
 def read_log(path: Path) -> list[dict]:
     """Entries of the log in order, without a last line that a kill cut off; none without a file."""
     entries = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             entries.append(json.loads(line))
         except json.JSONDecodeError:

@@ -7,7 +7,7 @@ from accelerate.tracking import get_available_trackers
 from diffusers import AutoencoderKL
 
 from ..publishing.hub import check_trackers
-from ..sources import check_reachable
+from ..sources import check_reachable, loading
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .arguments import make_parser
 from .model import Pretrained, model_config
@@ -16,17 +16,26 @@ from .optimizers import optimizer_groups
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse, as the parser does, trackers that are not there, flags that make no model, decay that does nothing."""
-    parser, installed = make_parser(), [str(tracker) for tracker in get_available_trackers()]
+    parser = make_parser()
+    check_reporting(args, parser)
     try:
-        check_trackers(args.report_to, vars(args))
-        if args.report_to not in ("none", *installed):
-            parser.error(f"--report_to {args.report_to}: not installed; there are {installed}")
         if args.preset is not None:
             with init_empty_weights():
                 model = MPDiTTransformer2DModel(**model_config(args, (4, 8, 8), 2))
             optimizer_groups(args, model.train(), learning_rate=1.0)
     except ValueError as error:
         parser.error(str(error))
+
+
+def check_reporting(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse, as the parser does, a tracker that is not there, or that would be told the token."""
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    try:
+        check_trackers(args.report_to, vars(args))
+    except ValueError as error:
+        parser.error(str(error))
+    if args.report_to not in ("none", *installed):
+        parser.error(f"--report_to {args.report_to}: not installed; there are {installed}")
 
 
 def check_model(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained: Pretrained | None) -> None:
@@ -39,7 +48,9 @@ def check_model(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained:
         check_reachable(
             "model_config_name_or_path", args.model_config_name_or_path, ["config.json"], cache_dir=args.cache_dir
         )
-        known |= MPDiTTransformer2DModel.load_config(args.model_config_name_or_path, cache_dir=args.cache_dir)
+        with loading("model_config_name_or_path", args.model_config_name_or_path):
+            source = args.model_config_name_or_path
+            known |= MPDiTTransformer2DModel.load_config(source, cache_dir=args.cache_dir)
     conditions = known["num_classes"], known["pooled_projection_dim"]
     source = known if pretrained is not None or args.model_config_name_or_path is not None else None
     try:

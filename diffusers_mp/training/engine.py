@@ -43,12 +43,7 @@ def start(args: argparse.Namespace, logging_dir: Path) -> tuple[Accelerator, JSO
         project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(logging_dir)),
         kwargs_handlers=[patience],
     )
-    check_engine(accelerator)
-    if accelerator.is_fsdp2 and getattr(args, "use_8bit_adam", False):
-        raise RuntimeError(
-            "`--use_8bit_adam` was asked for under FSDP2, whose shards bitsandbytes does not take: leave one of them "
-            "out."
-        )
+    check_engine(accelerator, getattr(args, "use_8bit_adam", False))
     batch = divide_batch(args, accelerator.num_processes)
     share = batch.total // batch.processes
     if batch.micro < min(share, args.train_batch_size):
@@ -83,7 +78,7 @@ def check_processes(accelerator: Accelerator, consequence: str) -> None:
         )
 
 
-def check_engine(accelerator: Accelerator) -> None:
+def check_engine(accelerator: Accelerator, use_8bit_adam: bool = False) -> None:
     """Refuse what is not supported, or was asked for and not given: Accelerate says nothing about it."""
     check_processes(accelerator, "train a model of its own in the same folder")
     asked_for = [
@@ -110,6 +105,11 @@ def check_engine(accelerator: Accelerator) -> None:
         raise RuntimeError(
             "`--fsdp_activation_checkpointing` renames parameters, and checkpoints would fit no other engine: use "
             "the trainer's own `--gradient_checkpointing`."
+        )
+    if accelerator.is_fsdp2 and use_8bit_adam:
+        raise RuntimeError(
+            "`--use_8bit_adam` was asked for under FSDP2, whose shards bitsandbytes does not take: leave out one of "
+            "the two."
         )
     if accelerator.mixed_precision == "fp8":
         raise RuntimeError(

@@ -56,7 +56,11 @@ class JSONLinesTracker(GeneralTracker):
         return [entry[name] for entry in entries if name in entry]
 
     def _whole_lines(self) -> list[str]:
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
+        lines = (
+            self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            if self.path.is_file()
+            else []
+        )
         return [line for line in lines if line.endswith("\n")]  # a kill can have cut the last one
 
     def _step_of(self, line: str) -> int:

@@ -104,6 +104,14 @@ def test_damaged_json_lines(folder, text):
         load_image_dataset(folder)
 
 
+def test_labels_of_two_kinds(folder):
+    labels = ["a", 1, "b"]
+    rows = [json.dumps({"file_name": f"{k}.png", "label": label}) for k, label in enumerate(labels)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="metadata.jsonl .* must hold values of one kind in each column"):
+        load_image_dataset(folder)
+
+
 def test_folders_beside_a_label_file_without_labels(folder):
     (folder / "a").mkdir()
     for k in range(3):

@@ -92,7 +92,10 @@ FULL_DISKS = {
 }
 
 
-@pytest.mark.parametrize("where", FULL_DISKS)
+@pytest.mark.parametrize(
+    "where",
+    [pytest.param(w, marks=pytest.mark.slow) if w in ("metrics", "parts", "end") else w for w in FULL_DISKS],
+)
 def test_a_full_disk_says_what_it_did_not_take_and_the_run_can_go_on(data, plain, tmp_path, monkeypatch, where):
     target, call, num_bytes, named, checkpoint, *more = FULL_DISKS[where]
     function, calls = pkgutil.resolve_name(target), []

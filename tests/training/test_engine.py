@@ -25,13 +25,14 @@ def test_engine_that_is_not_given_is_refused(monkeypatch, engine, message):
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "options, more, message",
     [
-        ({"fsdp_version": 1}, "FSDP version 1 was asked for, .* launch with `--fsdp_version 2`"),
-        ({"activation_checkpointing": True}, "`--fsdp_activation_checkpointing` renames parameters"),
+        ({"fsdp_version": 1}, {}, "FSDP version 1 was asked for, .* launch with `--fsdp_version 2`"),
+        ({"activation_checkpointing": True}, {}, "`--fsdp_activation_checkpointing` renames parameters"),
+        ({}, {"use_8bit_adam": True}, "`--use_8bit_adam` was asked for under FSDP2"),
     ],
 )
-def test_kind_of_fsdp_that_is_not_supported_is_refused(monkeypatch, options, message):
+def test_kind_of_fsdp_that_is_not_supported_is_refused(monkeypatch, options, more, message):
 
     # A single process says that it shards: nothing needs a second one to be refused.
     with monkeypatch.context() as patch:
@@ -41,4 +42,4 @@ def test_kind_of_fsdp_that_is_not_supported_is_refused(monkeypatch, options, mes
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
         with pytest.raises(RuntimeError, match=message):
-            check_engine(accelerator)
+            check_engine(accelerator, **more)
