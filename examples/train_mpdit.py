@@ -65,7 +65,7 @@ from diffusers_mp.training.model import (
     vae_of_pretrained,
 )
 from diffusers_mp.training.optimizers import learning_rate_schedule, make_optimizer
-from diffusers_mp.training.preview import classes_of_samples, validate
+from diffusers_mp.training.preview import check_classes_of_samples, classes_of_samples, validate
 from diffusers_mp.training.progress import Progress
 from diffusers_mp.training.resume import (
     checkpoint_to_resume,
@@ -145,6 +145,7 @@ def load_latents(args, vae, accelerator, pretrained=None) -> LatentDataset:
         dataset, id2label, report = load_image_dataset(**source_of(args))
         for line in report.left_out_lines():
             accelerator.print(line)
+        check_classes_of_samples(args.validation_labels, id2label)
         if vae is not None:
             vae.to(accelerator.device).eval()
         # Encodes what is missing, damaged shards that were deleted among it, and refuses a folder of other data. No

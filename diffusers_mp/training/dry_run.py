@@ -14,6 +14,7 @@ from .arguments import latents_folder
 from .checkpoints import read_state
 from .checks import check_model, latent_shape_of
 from .model import Pretrained, model_config, num_known_classes
+from .preview import check_classes_of_samples
 from .run import run_length
 from .samples import hold_out
 from .summary import DataSummary, recipe_learning_rate, start_of_run
@@ -49,6 +50,7 @@ def dry_run(
         pooled_dim = None if args.pooled_column is None else len(next(iter(dataset))[args.pooled_column])
         for line in report.left_out_lines():
             accelerator.print(line)
+    check_classes_of_samples(args.validation_labels, id2label)
     pretrained_config = None if pretrained is None else pretrained.transformer.config
     num_classes = len(id2label) if id2label else None
     with init_empty_weights():

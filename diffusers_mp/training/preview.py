@@ -1,6 +1,7 @@
 """A validation: the loss of held-out images and a sheet of samples, with the first average in the model."""
 
 import argparse
+import difflib
 import traceback
 
 import numpy as np
@@ -70,13 +71,32 @@ def classes_of_samples(labels: list[str] | None, pipeline: MPDiTPipeline) -> lis
     num_classes = pipeline.transformer.config.num_classes
     if labels is None:
         return None if num_classes is None else list(range(min(10, num_classes)))
-    names = [name for label in (pipeline.id2label or {}).values() for name in (label, *label.split(","))]
-    names = {name.strip() for name in names}
+    names = _names_of(pipeline.id2label or {})
     wanted = [int(label) if label.isdecimal() and label not in names else label for label in labels]
     try:
         return pipeline.get_label_ids(wanted)
     except ValueError as error:
         raise ValueError(f"{error}".replace("`class_labels`", "`validation_labels`")) from error
+
+
+def check_classes_of_samples(labels: list[str] | None, id2label: dict[int, str] | None) -> None:
+    """Refuse labels that are no classes, before images are encoded; a stream tells its classes at its end only."""
+    if not labels or id2label == {}:
+        return
+    if id2label is None:
+        raise ValueError(f"`validation_labels` must be left out for images without classes, got {labels}.")
+    names = _names_of(id2label)
+    for label in labels:
+        if label.strip() not in names and not (label.isdecimal() and int(label) < len(id2label)):
+            close = difflib.get_close_matches(label, names, n=3, cutoff=0.5)
+            hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise ValueError(
+                f"`validation_labels` must be names or ids of the {len(id2label):,} classes, got {label!r}.{hint}"
+            )
+
+
+def _names_of(id2label: dict[int, str]) -> set[str]:
+    return {name.strip() for label in id2label.values() for name in (label, *label.split(","))}
 
 
 def sample_sheet(args: argparse.Namespace, run: Run, pipeline: MPDiTPipeline) -> Image.Image:

@@ -1,6 +1,7 @@
 """The trainer on a small real image folder: a tiny AutoencoderKL, a tiny model, on the CPU."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -231,8 +232,11 @@ def test_samples_are_of_the_classes_asked_for(data, tmp_path, monkeypatch):
         shutil.copytree(data / "images" / name, tmp_path / "numbers" / number)
     train(data, tmp_path / "numbered", *more, "1", "--train_data_dir", str(tmp_path / "numbers"))
     assert asked[1:] == [[1]]
-    with pytest.raises(ValueError, match="`validation_labels` must be ids or names .* unknown name 'lihgt'.*'light'"):
+    # Before anything is encoded, and of images that are encoded already.
+    message = "`validation_labels` must be names or ids of the 2 classes, got 'lihgt'. Did you mean 'light'?"
+    with pytest.raises(ValueError, match=re.escape(message)):
         train(data, tmp_path / "wrong", *more, "lihgt")
+    assert not (tmp_path / "wrong" / "latents").exists()
 
 
 def test_bf16(data, tmp_path):
