@@ -144,7 +144,7 @@ from diffusers_mp.files import read_json, write_json
 from diffusers_mp.publishing.evaluation_card import write_evaluation
 from diffusers_mp.publishing.hub import HEAT_MAP_NAME, check_hub_access, publish
 from diffusers_mp.publishing.model_card import write_model_card
-from diffusers_mp.sources import loading
+from diffusers_mp.sources import naming
 from diffusers_mp.training.engine import check_processes
 
 
@@ -167,7 +167,7 @@ def main(args):
         )
 
     # What is measured, and against what
-    with loading("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+    with naming("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         model = EvaluatedModel.find(
             args.pretrained_model_name_or_path,
             accelerator,
@@ -181,7 +181,7 @@ def main(args):
     extractors = []
     for name in args.extractors:
         options = {"output": args.extractor_output, "device": accelerator.device, "cache_dir": args.cache_dir}
-        with loading("extractors", name):
+        with naming("extractors", name):
             extractors.append(load_extractor(name, **options))
     references = load_references(args, accelerator, extractors, *model.image_shape())
     settings = describe(args, model, extractors, references)

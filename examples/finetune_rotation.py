@@ -135,7 +135,7 @@ from diffusers_mp.publishing.hub import check_hub_access, public_arguments, publ
 from diffusers_mp.publishing.rotation_card import write_rotation_card
 from diffusers_mp.rotation_swap.checks import check_model, check_sites
 from diffusers_mp.rotation_swap.sites import find_sites
-from diffusers_mp.sources import check_reachable, loading
+from diffusers_mp.sources import check_reachable, naming
 from diffusers_mp.training import (
     DDPMObjective,
     NonFiniteError,
@@ -167,7 +167,7 @@ def main(args):
     source = {"revision": args.revision, "cache_dir": args.cache_dir}
     files = ["model_index.json"]
     check_reachable("pretrained_model_name_or_path", args.pretrained_model_name_or_path, files, **source)
-    with loading("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+    with naming("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         pipeline = DiTPipeline.from_pretrained(args.pretrained_model_name_or_path, **source)
         check_finite(pipeline.transformer, args.pretrained_model_name_or_path)
         if args.swap != "none":

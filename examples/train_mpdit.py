@@ -47,6 +47,7 @@ from diffusers_mp.data.settings import EncodingSettings
 from diffusers_mp.optimization import check_optimizer, inverse_sqrt_schedule
 from diffusers_mp.publishing.hub import check_hub_access, publish
 from diffusers_mp.publishing.model_card import write_model_card
+from diffusers_mp.sources import naming
 from diffusers_mp.training import (
     StopRequest,
     StreamBatchSampler,
@@ -374,7 +375,8 @@ def finish(args, run, repo_id):
             pipeline.transformer.save_pretrained(args.output_dir / f"transformer_ema_{std:g}")
     if not run.accelerator.is_main_process:
         return
-    pipeline.save_pretrained(args.output_dir)
+    with naming("output_dir", args.output_dir):
+        pipeline.save_pretrained(args.output_dir)
     num_images_seen = run.step * run.total_batch_size
     write_model_card(args.output_dir, repo_id, license=args.hub_license, num_images_seen=num_images_seen)
     print(f"Saved the pipeline to {args.output_dir}: MPDiTPipeline.from_pretrained({str(args.output_dir)!r})")
