@@ -114,5 +114,6 @@ def run_processes(script, *arguments, num_processes=2, **environment):
         ]
         exitcodes, printed = _finish(processes, outputs)
     failed = [text for text, exitcode in zip(printed, exitcodes, strict=True) if exitcode]
-    assert not failed, failed[0][-8000:]
+    # Of all: a script's error is said by one of its processes.
+    assert not failed, "".join(failed)[-8000:]
     return "".join(printed)

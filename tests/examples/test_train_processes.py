@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -67,7 +68,8 @@ def two(data, tmp_path_factory):
         arguments(data, folder / "whole", *more, "--validation_steps", "3"),
         arguments(data, folder / "resumed", *more, "--resume_from_checkpoint", "latest"),
     ]
-    run_processes(folder / "script.py", EXAMPLES / "train_mpdit.py", *map(json.dumps, runs))
+    printed = run_processes(folder / "script.py", EXAMPLES / "train_mpdit.py", *map(json.dumps, runs))
+    (folder / "printed.txt").write_text(printed)
     return folder
 
 
@@ -86,6 +88,15 @@ def test_two_processes_are_the_same_run(coarse, two, run):
 def test_one_process_reads_the_checkpoint_to_its_end(two):
     assert (two / "checked-by-0").read_text() == "checkpoint-4\n"
     assert not (two / "checked-by-1").exists()
+
+
+def test_two_processes_say_it_once(two):
+    rows = re.findall(r"^(device|batch|updates) +(.*)$", (two / "printed.txt").read_text(), re.MULTILINE)
+    assert [name for name, _ in rows] == ["device", "batch", "updates"] * 2
+    batch = "4 images an update = 2 x 2 processes x 1 accumulated"
+    assert [value for name, value in rows if name == "batch"] == [batch] * 2
+    assert all(value.endswith("float32, 2 processes (DDP)") for name, value in rows if name == "device")
+    assert "from update 4" in rows[-1][1]
 
 
 # argv: the trainer's arguments. The sender has to be another process: PyTorch's workers take SIGTERM from their parent
@@ -199,7 +210,7 @@ def test_a_second_trainer_of_two_processes_is_refused_in_both(data, tmp_path):
     command = [sys.executable, "-c", HOLDER, str(output_dir / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(AssertionError, match="RuntimeError: `--output_dir` must be a folder"):
+        with pytest.raises(AssertionError, match="error: --output_dir must be a folder"):
             run_processes(EXAMPLES / "train_mpdit.py", *arguments(data, output_dir))
         holder.kill()
     assert [path.name for path in output_dir.iterdir()] == [".lock"]
