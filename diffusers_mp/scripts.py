@@ -15,9 +15,11 @@ import dis
 import errno
 import os
 import re
+import signal
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,7 +85,13 @@ def command_line(parse_args: Callable[[], argparse.Namespace], parser: ScriptPar
     with refusals(parser):
         args = parse_args()
         check_paths(args)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _stop_importing)
     return args
+
+
+def _stop_importing(*_) -> None:
+    end(f"\n{Path(sys.argv[0]).name}: interrupted", INTERRUPTED)
 
 
 def run_script(
@@ -108,6 +116,8 @@ def run_script(
     Raises:
         SystemExit: with the exit code.
     """
+    if signal.getsignal(signal.SIGINT) is _stop_importing:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(args)
     except KeyboardInterrupt:

@@ -76,7 +76,7 @@ def check_dataset_reachable(name: str, cache_dir: str | Path | None = None) -> N
 
 
 @contextlib.contextmanager
-def loading(argument: str, name: str | Path) -> Iterator[None]:
+def naming(argument: str, name: str | Path) -> Iterator[None]:
     """Within it, what libraries say of a damaged or unsuitable source names the argument that it was given by.
 
     Args:

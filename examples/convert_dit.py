@@ -65,7 +65,7 @@ from huggingface_hub import hf_hub_download
 from diffusers_mp import OriginalDiTTransformer2DModel
 from diffusers_mp.files import read_json
 from diffusers_mp.publishing.hub import mask_places
-from diffusers_mp.sources import check_reachable, loading
+from diffusers_mp.sources import check_reachable, naming
 
 
 # Attention heads of the published widths; nothing in a checkpoint tells them.
@@ -313,13 +313,13 @@ def read_names(path: str | None, num_classes: int) -> dict[int, str] | None:
 
 def main(args: argparse.Namespace) -> None:
     check_paths(args)
-    with loading("checkpoint_path", args.checkpoint_path):
+    with naming("checkpoint_path", args.checkpoint_path):
         weights = load_weights(args.checkpoint_path)
         config = read_config(weights, args.num_heads)
     num_classes = config["num_embeds_ada_norm"]
     names = read_names(args.id2label, num_classes)
     check_reachable("vae", args.vae, ["config.json"], instead="the path of a VAE")
-    with loading("vae", args.vae):
+    with naming("vae", args.vae):
         vae = AutoencoderKL.from_pretrained(args.vae)
     is_exact = args.time_features == "original"
     transformer = (OriginalDiTTransformer2DModel if is_exact else DiTTransformer2DModel)(**config).eval()

@@ -168,7 +168,7 @@ from diffusers_mp.masking import masked
 from diffusers_mp.publishing.evaluation_card import write_evaluation
 from diffusers_mp.publishing.hub import CARD_NAME, HEAT_MAP_NAME, check_hub_access, publish
 from diffusers_mp.publishing.model_card import write_model_card
-from diffusers_mp.sources import loading
+from diffusers_mp.sources import naming
 from diffusers_mp.training.engine import check_processes
 
 
@@ -191,7 +191,7 @@ def main(args):
         )
 
     # What is measured, and against what
-    with loading("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+    with naming("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         model = EvaluatedModel.find(
             args.pretrained_model_name_or_path,
             accelerator,
@@ -208,7 +208,7 @@ def main(args):
     extractors = []
     for name in args.extractors:
         device, cache_dir = accelerator.device, args.cache_dir
-        with loading("extractors", name):
+        with naming("extractors", name):
             extractors.append(load_extractor(name, output=args.extractor_output, device=device, cache_dir=cache_dir))
     references = load_references(args, accelerator, extractors, *model.image_shape())
     draw = draw_classes(pipe, args.class_labels, references[0].description["class_counts"], args.num_samples)

@@ -139,7 +139,7 @@ from diffusers_mp.publishing.hub import check_hub_access, mask_places, public_ar
 from diffusers_mp.publishing.rotation_card import write_rotation_card
 from diffusers_mp.rotation_swap.checks import check_model, check_sites
 from diffusers_mp.rotation_swap.sites import find_sites
-from diffusers_mp.sources import check_reachable, loading
+from diffusers_mp.sources import check_reachable, naming
 from diffusers_mp.training import (
     DDPMObjective,
     NonFiniteError,
@@ -175,7 +175,7 @@ def main(args):
     source = {"revision": args.revision, "cache_dir": args.cache_dir}
     base = args.pretrained_model_name_or_path
     check_reachable("pretrained_model_name_or_path", base, ["model_index.json"], **source)
-    with loading("pretrained_model_name_or_path", base):
+    with naming("pretrained_model_name_or_path", base):
         pipeline = DiTPipeline.from_pretrained(base, **source)
         check_finite(pipeline.transformer, base)
         mask_places(pipeline)
@@ -223,10 +223,10 @@ def main(args):
     if args.swap == "anneal" and args.max_train_steps:
         drop_shift_(transformer)
     evaluation["final"], num_parameters["after"] = held_out.evaluate(transformer, teacher), count(transformer)
-    # Weights as well: held-out images need not use all of them.
-    if not all_finite(transformer) or not math.isfinite(evaluation["final"]["loss"]):
+    loss = evaluation["final"]["loss"]
+    if not all_finite(transformer) or not math.isfinite(loss):  # held-out images need not use all weights
         raise NonFiniteError(
-            f"after update {args.max_train_steps} the weights or the held-out loss are not finite, nothing "
+            f"after update {args.max_train_steps} the weights or the held-out loss ({loss}) are not finite, nothing "
             "is saved: try a lower --learning_rate"
         )
     final = {f"validation/{name}": value for name, value in evaluation["final"].items()}

@@ -44,6 +44,7 @@ from diffusers_mp.files import space_for
 from diffusers_mp.publishing.hub import check_hub_access, mask_places, publish
 from diffusers_mp.publishing.model_card import write_model_card
 from diffusers_mp.sharding import whole
+from diffusers_mp.sources import naming
 from diffusers_mp.training import (
     StopRequest,
     StreamBatchSampler,
@@ -359,7 +360,8 @@ def finish(args, run, repo_id):
             pipeline.transformer.save_pretrained(args.output_dir / f"transformer_ema_{std:g}")
     if not run.accelerator.is_main_process:
         return
-    pipeline.save_pretrained(args.output_dir)
+    with naming("output_dir", args.output_dir):
+        pipeline.save_pretrained(args.output_dir)
     num_images_seen = run.step * args.total_batch_size
     write_model_card(args.output_dir, repo_id, license=args.hub_license, num_images_seen=num_images_seen)
     print(verdict(args.output_dir, pipeline, run.curve, run.step))

@@ -43,7 +43,7 @@ from diffusers_mp.data.settings import EncodingSettings
         # What int32 and float32 cannot hold.
         (at_least(1), ("2147483647",), "2147483648", "must be below 2147483648 in size, got 2147483648"),
         (positive, ("2.9e38",), "3e38", "must be below 3e+38 in size, got 3e38"),
-        (finite, ("-2.9e38",), "-3e38", "must be below 3e+38 in size, got -3e38"),
+        (finite, ("2.9e38",), "-3e38", "must be below 3e+38 in size, got -3e38"),
         (ema_width, ("0.05", "0.2886"), "0.2887", "must be in (0, 1/sqrt(12)), that is below 0.2887, got 0.2887"),
     ],
 )

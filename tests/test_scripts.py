@@ -1,6 +1,7 @@
 """How scripts end: the line, the exit code, the flags in it; of several processes one speaks."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 from diffusers_mp import presets
 from diffusers_mp.data.settings import EncodingSettings
-from diffusers_mp.scripts import RunFailedError, ScriptParser, refusals, run_script
+from diffusers_mp.scripts import RunFailedError, ScriptParser, command_line, refusals, run_script
 
 
 def make_parser():
@@ -115,6 +116,23 @@ def test_debug_shows_the_traceback(capsys):
 def test_interrupts_and_exits(capsys):
     assert ended(raises(KeyboardInterrupt()), capsys) == (130, "\ntrain.py: interrupted\n")
     assert ended(lambda args: sys.exit(7), capsys) == (7, "")
+
+
+def test_an_interrupt_during_the_imports(capsys, monkeypatch):
+    former = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "argv", ["/path/train.py"])
+    parser = make_parser()
+    try:
+        args = command_line(lambda: parser.parse_args([]), parser)
+        with pytest.raises(SystemExit, match="130"):
+            signal.raise_signal(signal.SIGINT)
+        assert capsys.readouterr().err == "\ntrain.py: interrupted\n"
+        # From here on the script has its own words.
+        assert ended(lambda args: signal.raise_signal(signal.SIGINT), capsys) == (130, "\ntrain.py: interrupted\n")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert args.debug is False
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def test_what_main_returns_is_no_exit_code():

@@ -8,7 +8,7 @@ import time
 import pytest
 from hub_client import TOKEN, client
 
-from diffusers_mp.sources import check_dataset_reachable, check_reachable, loading
+from diffusers_mp.sources import check_dataset_reachable, check_reachable, naming
 
 
 # A port that nobody listens on.
@@ -83,6 +83,6 @@ print("RESULTS null")
     ],
 )
 def test_what_libraries_say_of_a_source_names_its_argument(error, kind, said):
-    with pytest.raises(kind) as raised, loading("vae", "folder"):
+    with pytest.raises(kind) as raised, naming("vae", "folder"):
         raise error
     assert str(raised.value) == said

@@ -12,6 +12,8 @@ at random, or with a damaged file in one of its folders; models are tiny, so tha
     effect     accepted, and a result differs from that without the flag
     default    accepted, the flag says what holds anyway
     no effect  accepted, and nothing differs
+    unharmed   accepted with a damaged file, which is made again, or not read
+    parsed     a command line of the demo, which takes minutes, was understood
     speed      accepted; a flag of which only time, place or a log depends
     slow       not ended after a minute
 
@@ -240,10 +242,9 @@ class Fuzzer:
         ended = self.run(script, command, tuple(names))
         words = [script, *[f"--{name} {' '.join(command.get(name, ['taken away']))}" for name in changed]]
         if damaged is not None:
-            kind = "effect" if ended.kind == "accepted" else ended.kind
-            return kind, ended, [script, damaged]
+            return ended.kind.replace("accepted", "unharmed"), ended, [script, damaged]
         if ended.kind != "accepted" or script == "demo":
-            return ended.kind.replace("accepted", "effect"), ended, words
+            return ended.kind.replace("accepted", "parsed"), ended, words
         kinds = [self.effect(script, command, name, ended) for name in changed]
         order = ("no effect", "effect", "default", "speed")
         return next((kind for kind in order if kind in kinds), "default"), ended, words
@@ -316,7 +317,19 @@ def _timeless(line: str) -> str:
 
 def table(outcomes: list[tuple[str, Outcome, list[str]]]) -> str:
     """How many inputs ended how, by script, and the lines of the bad ones."""
-    kinds = ("clear", "unclear", "foreign", "failed", "effect", "default", "no effect", "speed", "slow")
+    kinds = (
+        "clear",
+        "unclear",
+        "foreign",
+        "failed",
+        "effect",
+        "default",
+        "no effect",
+        "speed",
+        "unharmed",
+        "parsed",
+        "slow",
+    )
     counts = collections.Counter((words[0], kind) for kind, _, words in outcomes)
     rows = [f"{'':20}" + "".join(f"{kind:>11}" for kind in kinds)]
     for script in (*SCRIPTS, "all"):

@@ -34,7 +34,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..files import UNFINISHED, read_json
-from ..sources import check_reachable
+from ..sources import check_reachable, naming
 from .changes import SourceState
 from .formats import register_formats
 from .latents import INDEX_NAME, REPAIR, LatentDataset, content_hash
@@ -86,7 +86,14 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> "AutoencoderKL 
             class_name = AutoencoderKL.load_config(name_or_path, **source).get("_class_name")
             if class_name != "AutoencoderKL":
                 raise OSError(f"this is of class {class_name}.")
-            return AutoencoderKL.from_pretrained(name_or_path, **source).eval()
+            with naming("vae", name_or_path):
+                vae, info = AutoencoderKL.from_pretrained(name_or_path, **source, output_loading_info=True)
+            if missing := info["missing_keys"]:
+                raise ValueError(
+                    f"`vae` must hold the weights that its config.json describes, {name_or_path} lacks "
+                    f"{len(missing)}, such as {min(missing)}."
+                )
+            return vae.eval()
         except OSError as error:
             failures.append(error)
     raise OSError(

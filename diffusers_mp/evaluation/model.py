@@ -23,7 +23,7 @@ from ..pipeline_mpdit import MPDiTPipeline
 from ..publishing.hub import download_pipeline, files_to_publish, has_component
 from ..publishing.training_curve import LOG_NAME, LOGGING_DIR, log_file
 from ..schedulers import sampler_for, sampler_of
-from ..sources import check_reachable, loading
+from ..sources import check_reachable, naming
 from ..transformer_mpdit import MPDiTTransformer2DModel
 
 
@@ -196,7 +196,7 @@ class EvaluatedModel:
                 if is_main:
                     reconstruct_ema(self.snapshots_dir, folder, std, self.step)
             accelerator.wait_for_everyone()
-            with loading("pretrained_model_name_or_path", folder):
+            with naming("pretrained_model_name_or_path", folder):
                 pipe = MPDiTPipeline.from_pretrained(folder, dtype=dtype)
             accelerator.wait_for_everyone()
         if sampler is not None:

@@ -298,6 +298,11 @@ def _check_objective(args, parser):
             setattr(args, name, flags.get(name))
         elif name not in flags:
             parser.error(f"--{name} has no meaning for --prediction_type {args.prediction_type}")
+    if args.prediction_type != "flow_prediction" and args.validation_inference_steps > 1000:
+        parser.error(
+            "--validation_inference_steps must be at most 1000, the noise levels of training, got "
+            f"{args.validation_inference_steps}"
+        )
 
 
 def _check_model(args, parser):

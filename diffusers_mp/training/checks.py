@@ -7,7 +7,7 @@ from accelerate.tracking import get_available_trackers
 from diffusers import AutoencoderKL
 
 from ..publishing.hub import check_trackers
-from ..sources import check_reachable, loading
+from ..sources import check_reachable, naming
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .arguments import make_parser
 from .model import Pretrained, model_config
@@ -48,7 +48,7 @@ def check_model(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained:
         check_reachable(
             "model_config_name_or_path", args.model_config_name_or_path, ["config.json"], cache_dir=args.cache_dir
         )
-        with loading("model_config_name_or_path", args.model_config_name_or_path):
+        with naming("model_config_name_or_path", args.model_config_name_or_path):
             source = args.model_config_name_or_path
             known |= MPDiTTransformer2DModel.load_config(source, cache_dir=args.cache_dir)
     conditions = known["num_classes"], known["pooled_projection_dim"]

@@ -13,7 +13,7 @@ from ..files import sha256_of_weights
 from ..pipeline_mpdit import MPDiTPipeline
 from ..presets import get_preset
 from ..rows import normalize_weights_
-from ..sources import check_reachable, loading
+from ..sources import check_reachable, naming
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .arguments import DEFAULT_VAE, MODEL_FLAGS
 
@@ -55,11 +55,11 @@ def load_pretrained(args: argparse.Namespace, vae: AutoencoderKL | None, schedul
     try:
         MPDiTPipeline.load_config(source, cache_dir=args.cache_dir)
     except OSError:  # no model_index.json
-        with loading("pretrained_model_name_or_path", source):
+        with naming("pretrained_model_name_or_path", source):
             transformer = MPDiTTransformer2DModel.from_pretrained(source, cache_dir=args.cache_dir)
             check_finite(transformer, source)
         return Pretrained(transformer, sha256_of_weights(transformer.state_dict()))
-    with loading("pretrained_model_name_or_path", source):
+    with naming("pretrained_model_name_or_path", source):
         pipeline = MPDiTPipeline.from_pretrained(source, cache_dir=args.cache_dir)
         check_finite(pipeline.transformer, source)
     if (pipeline.vae is None) != (vae is None) or (
@@ -146,7 +146,7 @@ def model_config(
     config = pretrained_config
     if config is None:
         _check_reachable(args, "model_config_name_or_path")
-        with loading("model_config_name_or_path", source):
+        with naming("model_config_name_or_path", source):
             config = MPDiTTransformer2DModel.load_config(source, cache_dir=args.cache_dir)
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     for name, value in of_data.items():

@@ -51,6 +51,8 @@ def run_length(args: argparse.Namespace, num_train_samples: int | None) -> int:
     max_train_steps = 400_000 if args.max_train_steps is None else args.max_train_steps
     if args.num_train_epochs is not None:
         max_train_steps = math.ceil(args.num_train_epochs * num_train_samples / args.total_batch_size)
+        if max_train_steps >= 2**31:
+            raise ValueError(f"`num_train_epochs` must give less than 2**31 updates, got {max_train_steps:.3g}.")
     if args.ema_update_steps > max_train_steps:
         raise ValueError(
             f"`--ema_update_steps` must be at most the number of updates, {max_train_steps}, or the averages stay at "

@@ -1,6 +1,8 @@
 """The script that encodes, alone and launched as two processes, and the trainer's use of what it leaves."""
 
 import argparse
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -112,6 +114,15 @@ def test_a_vae_that_is_not_there_is_named_with_its_flag(arguments, tmp_path):
         encode(*arguments, tmp_path / "latents", "--vae", tmp_path / "nowhere")
     with pytest.raises(OSError, match="`--vae` must be .* this is of class MPDiTTransformer2DModel"):
         encode(*arguments, tmp_path / "latents", "--vae", ROOT / "docs" / "tiny" / "transformer")
+    assert not (tmp_path / "latents").exists()
+
+
+def test_a_vae_of_another_config_is_refused(arguments, vae_folder, tmp_path):
+    shutil.copytree(vae_folder, tmp_path / "vae")
+    config = tmp_path / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "layers_per_block": 2}))
+    with pytest.raises(ValueError, match=r"`vae` must hold the weights that .*/vae lacks \d+, such as decoder"):
+        encode(*arguments, tmp_path / "latents", "--vae", tmp_path / "vae")
     assert not (tmp_path / "latents").exists()
 
 

@@ -91,7 +91,7 @@ def of_fewer_classes(base):
 @pytest.mark.parametrize(
     "transformer, error, message",
     [
-        (of_another_class, ValueError, "got a diffusers_mp.OriginalDiTTransformer2DModel"),
+        (of_another_class, TypeError, "got a diffusers_mp.OriginalDiTTransformer2DModel"),
         (swapped, ValueError, "must not be swapped already"),
         (of_fewer_classes, ValueError, "must have labels below 9, the number of the base's classes, got 9"),
     ],

@@ -148,6 +148,10 @@ def test_output_dir_in_use(tmp_path, capsys):
             ("--validation_inference_steps", "0"),
             "argument --validation_inference_steps: must be at least 1, got 0",
         ),
+        (
+            ("--validation_inference_steps", "1001"),
+            "--validation_inference_steps must be at most 1000, the noise levels",
+        ),
         (("--ema_stds", "0.5"), "argument --ema_stds: must be in (0, 1/sqrt(12)), that is below 0.2887, got 0.5"),
         (("--ema_stds", "0.1", "0.05", "0.1"), "--ema_stds must differ in six digits, got 0.1 0.05 0.1"),
         (("--ema_stds", "0.1", "0.05", "0.050000001"), "--ema_stds must differ in six digits, got 0.1"),
