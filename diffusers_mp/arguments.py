@@ -26,7 +26,6 @@ FLAG_OF_ARGUMENT = {
     "batch_size": "encode_batch_size",
     "num_workers": "dataloader_num_workers",
     "folder": "latents_dir",
-    "split": "dataset_split",
     "train_data_dir": "reference_dir",
     "max_train_samples": "max_reference_images",
     "num_validation": "num_validation_images",
@@ -160,6 +159,8 @@ def check_schedule(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
             setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
         elif getattr(args, name) is not None:
             parser.error(f"--{name} has no meaning for --lr_scheduler {args.lr_scheduler}, only for {owner}")
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps:
+        parser.error("--lr_warmup_steps has no meaning for --lr_scheduler constant: use constant_with_warmup")
     if args.lr_scheduler == "polynomial":
         if args.learning_rate is not None and args.learning_rate <= POLYNOMIAL_END:
             parser.error(
@@ -248,6 +249,6 @@ def check_effects(parser: Any, flags: Iterable[str], reason: str) -> None:
 def check_source_effects(args: argparse.Namespace, parser: Any) -> None:
     """Refuse flags of a source or of the Hub that have no effect beside the others."""
     if args.dataset_name is None:
-        check_effects(parser, ["dataset_config_name", "dataset_split"], "without --dataset_name")
+        check_effects(parser, ["dataset_config_name"], "without --dataset_name")
     if not args.push_to_hub:
         check_effects(parser, ["hub_model_id", "hub_private_repo"], "without --push_to_hub")

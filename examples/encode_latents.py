@@ -64,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.train_data_dir is not None and args.dataset_name is not None:
         parser.error("give one of --train_data_dir and --dataset_name")
     if args.dataset_name is None:
-        check_effects(parser, ["dataset_config_name", "dataset_split"], "without --dataset_name")
+        check_effects(parser, ["dataset_config_name"], "without --dataset_name")
     if args.max_train_samples is None:
         check_effects(parser, ["seed"], "without --max_train_samples")
     if args.vae != "none":

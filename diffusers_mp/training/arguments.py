@@ -268,7 +268,9 @@ def _check_data(args, parser):
         parser.error("give one of --train_data_dir and --dataset_name, or the --latents_dir of encoded images")
     if args.train_data_dir is None and args.dataset_name is None:
         names = (
-            "dataset_split",
+            "split",
+            "class_level",
+            "background",
             "image_column",
             "label_column",
             "pooled_column",
@@ -342,8 +344,6 @@ def _check_training(args, parser):
     if args.max_train_steps is not None and args.num_train_epochs is not None:
         parser.error("give one of --max_train_steps and --num_train_epochs")
     check_batch_arguments(args, parser, RECIPE_BATCH_SIZE)
-    if args.lr_scheduler == "constant" and args.lr_warmup_steps:
-        parser.error("--lr_warmup_steps has no meaning for --lr_scheduler constant: use constant_with_warmup")
     if args.lr_scheduler != "inverse_sqrt" and args.lr_constant_steps is not None:
         parser.error(f"--lr_constant_steps has no meaning for --lr_scheduler {args.lr_scheduler}")
     check_ema_stds(args.ema_stds, parser)

@@ -16,7 +16,7 @@ FINETUNE = "finetune_rotation --pretrained_model_name_or_path run --train_data_d
     [
         *(
             (f"train_mpdit --latents_dir latents --output_dir new --{flag}", f"--{flag.split()[0]}")
-            for flag in ("max_train_samples 5", "image_channels 1", "dataset_split test", "skip_corrupt", "streaming")
+            for flag in ("max_train_samples 5", "image_channels 1", "split test", "class_level last", "background red", "skip_corrupt", "streaming")
         ),
         *(
             (f"train_mpdit --latents_dir latents --output_dir new --{flag} x", f"--{flag}")
@@ -25,7 +25,6 @@ FINETUNE = "finetune_rotation --pretrained_model_name_or_path run --train_data_d
         (f"{TRAIN} --image_channels 1", "--image_channels would have no effect with a VAE, which brings its own"),
         (f"{TRAIN} --vae x/vae --image_channels 1", "--image_channels"),
         (f"{TRAIN} --dataset_config_name x", "--dataset_config_name would have no effect without --dataset_name"),
-        (f"{TRAIN} --dataset_split test", "--dataset_split"),
         (
             f"{TRAIN} --hub_model_id a/b --hub_private_repo",
             "--hub_model_id, --hub_private_repo would have no effect wit",
