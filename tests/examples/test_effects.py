@@ -16,7 +16,11 @@ FINETUNE = "finetune_rotation --pretrained_model_name_or_path run --train_data_d
     [
         *(
             (f"train_mpdit --latents_dir latents --output_dir new --{flag}", f"--{flag.split()[0]}")
-            for flag in ("max_train_samples 5", "image_channels 1", "split test", "class_level last", "background red", "skip_corrupt", "streaming")
+            for flag in ("max_train_samples 5", "image_channels 1", "split test", "class_level last", "background red")
+        ),
+        *(
+            (f"train_mpdit --latents_dir latents --output_dir new --{flag}", f"--{flag}")
+            for flag in ("skip_corrupt", "streaming")
         ),
         *(
             (f"train_mpdit --latents_dir latents --output_dir new --{flag} x", f"--{flag}")
