@@ -124,6 +124,7 @@ from accelerate.utils import DistributedType
 from diffusers import DDPMScheduler, DiTPipeline
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.optimization import get_scheduler
+from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -170,6 +171,7 @@ def main(args):
     with naming("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         pipeline = DiTPipeline.from_pretrained(args.pretrained_model_name_or_path, **source)
         check_finite(pipeline.transformer, args.pretrained_model_name_or_path)
+        check_blocks(pipeline.transformer)
         if args.swap != "none":
             # What the swap would refuse, before the work. Annealed shifts are cut out as well, at the end.
             check_model(pipeline.transformer)
@@ -290,6 +292,19 @@ def train(args, accelerator, transformer, teacher, parameters, samples, held_out
             accelerator.log({f"validation/{name}": value for name, value in measured.items()}, step=step)
             set_training_mode(model)
     progress_bar.close()
+
+
+def check_blocks(transformer):
+    """Refuse files with more blocks than the config describes, which diffusers leaves out with a warning."""
+    known, left_out = transformer.state_dict().keys(), set()
+    for path in Path(transformer.config.get("_name_or_path") or "nowhere").glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            left_out |= {name for name in file.keys() if name.startswith("transformer_blocks.")} - known
+    if left_out:
+        raise ValueError(
+            "the weights must be those that the transformer's config.json describes, it leaves out "
+            f"{len(left_out)}, such as {min(left_out)}."
+        )
 
 
 class HeldOut:
