@@ -98,6 +98,9 @@ def parse_args(argv=None):
     check_source_effects(args, parser)
     if args.swap == "none":
         check_effects(parser, ["rank", "sublayers"], "with --swap none")
+    if args.max_train_steps == 0:
+        names = ["distillation", "lr_scheduler", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm"]
+        check_effects(parser, [*names, "gradient_checkpointing"], "with --max_train_steps 0")
     if args.lr_scheduler == "constant" and args.lr_warmup_steps:
         parser.error("--lr_warmup_steps has no meaning for --lr_scheduler constant: use constant_with_warmup")
     if args.swap == "none" and (args.train == "rotation" or args.save == "adapter"):
