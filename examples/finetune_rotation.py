@@ -105,6 +105,9 @@ def parse_args(argv=None):
         check_effects(parser, ["rank", "sublayers"], "with --swap none")
         if args.train == "rotation" or args.save == "adapter":
             parser.error("--swap none has no rotations for --train rotation or --save adapter")
+    if args.max_train_steps == 0:
+        names = ["distillation", "lr_scheduler", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm"]
+        check_effects(parser, [*names, "gradient_checkpointing"], "with --max_train_steps 0")
     if args.save == "adapter" and args.train == "all":
         parser.error("--save adapter does not hold the whole model: use --train rotation or --train modulation")
     check_schedule(args, parser)
@@ -148,12 +151,10 @@ from diffusers_mp.training import (
     all_finite,
     hold_out,
     leave_signals_to_main_process,
-    validation_losses,
-    validation_timesteps,
 )
 from diffusers_mp.training.checks import check_reporting
 from diffusers_mp.training.engine import start
-from diffusers_mp.training.finetuning import start_of_finetuning, verdict_of_finetuning
+from diffusers_mp.training.finetuning import HeldOut, check_blocks, start_of_finetuning, verdict_of_finetuning
 from diffusers_mp.training.model import check_finite
 from diffusers_mp.training.optimizers import learning_rate_schedule
 from diffusers_mp.training.summary import DataSummary
@@ -178,6 +179,7 @@ def main(args):
     with naming("pretrained_model_name_or_path", base):
         pipeline = DiTPipeline.from_pretrained(base, **source)
         check_finite(pipeline.transformer, base)
+        check_blocks(pipeline.transformer)
         mask_places(pipeline)
         if args.swap != "none":
             # What the swap would refuse, before the work. Annealed shifts are cut out as well, at the end.
@@ -310,34 +312,6 @@ def train(args, accelerator, transformer, teacher, parameters, samples, held_out
             accelerator.log({f"validation/{name}": value for name, value in measured.items()}, step=step)
             set_training_mode(model)
     progress_bar.close()
-
-
-class HeldOut:
-    """Held-out images with noise that is always the same, at fixed noise levels."""
-
-    def __init__(self, args, samples, objective):
-        self.objective = objective
-        self.levels = validation_timesteps(objective, args.num_validation_levels)
-        keys = [(0, position) for position in range(len(samples))]
-        self.batches = DataLoader(samples, sampler=keys, batch_size=args.train_batch_size)
-
-    def losses(self, model):
-        """`loss`, `mse`, and the latter by noise level."""
-        return validation_losses(model.eval(), self.objective, self.batches, self.levels, model.device)
-
-    @torch.no_grad()
-    def evaluate(self, model, teacher):
-        """These, and `relative_error`: |noise - teacher's noise|² / |teacher's noise|², of predictions, summed."""
-        measures, error, power = self.losses(model), 0.0, 0.0
-        for batch in self.batches:
-            clean, noise, labels = (batch[name].to(model.device) for name in ("latents", "noise", "class_label"))
-            for level in self.levels.tolist():
-                timesteps = torch.full_like(labels, level)
-                inputs = (self.objective.add_noise(clean, noise, timesteps), timesteps, labels)
-                ours, theirs = (each(*inputs).sample[:, : clean.shape[1]].double() for each in (model, teacher))
-                error += (ours - theirs).square().sum().item()
-                power += theirs.square().sum().item()
-        return {**measures, "relative_error": error / power}
 
 
 def training_objective(pipeline):

@@ -354,13 +354,13 @@ def update_weights(args, run, watchdog):
 def finish(args, run, repo_id):
     """Save the first average in `transformer`, the others beside it, and a model card; publish them if asked."""
     pipeline, ema = run.pipeline, run.ema
-    for std in (*ema.stds[1:], ema.stds[0]):
-        ema.copy_to(pipeline.transformer, std)
-        if run.accelerator.is_main_process and std != ema.stds[0]:
-            pipeline.transformer.save_pretrained(args.output_dir / f"transformer_ema_{std:g}")
-    if not run.accelerator.is_main_process:
-        return
     with naming("output_dir", args.output_dir):
+        for std in (*ema.stds[1:], ema.stds[0]):
+            ema.copy_to(pipeline.transformer, std)
+            if run.accelerator.is_main_process and std != ema.stds[0]:
+                pipeline.transformer.save_pretrained(args.output_dir / f"transformer_ema_{std:g}")
+        if not run.accelerator.is_main_process:
+            return
         pipeline.save_pretrained(args.output_dir)
     num_images_seen = run.step * args.total_batch_size
     write_model_card(args.output_dir, repo_id, license=args.hub_license, num_images_seen=num_images_seen)

@@ -346,6 +346,10 @@ def _check_training(args, parser):
     check_batch_arguments(args, parser, RECIPE_BATCH_SIZE)
     if args.lr_scheduler != "inverse_sqrt" and args.lr_constant_steps is not None:
         parser.error(f"--lr_constant_steps has no meaning for --lr_scheduler {args.lr_scheduler}")
+    if not args.validation_steps:
+        check_effects(parser, ["validation_guidance_scale", "num_validation_levels"], "with --validation_steps 0")
+    if args.num_validation_images == 0:
+        check_effects(parser, ["num_validation_levels"], "with --num_validation_images 0")
     check_ema_stds(args.ema_stds, parser)
     if args.max_train_steps is not None and args.ema_update_steps > args.max_train_steps:
         parser.error(

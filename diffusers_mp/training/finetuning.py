@@ -1,13 +1,21 @@
-"""What `examples/finetune_rotation.py` says before its updates and after them."""
+"""What `examples/finetune_rotation.py` measures and says before its updates and after them."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from safetensors import safe_open
+from torch import nn
+from torch.utils.data import DataLoader
 
 from ..start_block import class_warnings, class_words, device_warnings, device_words, start_block
 from .batch_size import divide_batch
+from .objectives import Objective
+from .samples import TrainingSamples
 from .summary import DataSummary
+from .validation import validation_losses, validation_timesteps
 from .verdict import sampling_command
 
 
@@ -65,3 +73,54 @@ def verdict_of_finetuning(args: argparse.Namespace, record: dict[str, Any]) -> s
     imports = "import diffusers_mp; from diffusers import DiTPipeline"
     command = sampling_command(imports, "DiTPipeline", args.output_dir, "[0]")
     return "\n".join([*lines, f"Saved the pipeline to {folder}", f"Next, an image of it: {command}"])
+
+
+def check_blocks(transformer: nn.Module) -> None:
+    """Refuse files with more blocks than the config describes, which diffusers leaves out with a warning.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    known, left_out = transformer.state_dict().keys(), set()
+    for path in Path(transformer.config.get("_name_or_path") or "nowhere").glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            left_out |= {name for name in file.keys() if name.startswith("transformer_blocks.")} - known
+    if left_out:
+        raise ValueError(
+            "the weights must be those that the transformer's config.json describes, it leaves out "
+            f"{len(left_out)}, such as {min(left_out)}."
+        )
+
+
+class HeldOut:
+    """Held-out images with noise that is always the same, at fixed noise levels.
+
+    Args:
+        args (argparse.Namespace): with `num_validation_levels` and `train_batch_size`.
+        samples (TrainingSamples): the images.
+        objective (Objective): of the base.
+    """
+
+    def __init__(self, args: argparse.Namespace, samples: TrainingSamples, objective: Objective):
+        self.objective = objective
+        self.levels = validation_timesteps(objective, args.num_validation_levels)
+        keys = [(0, position) for position in range(len(samples))]
+        self.batches = DataLoader(samples, sampler=keys, batch_size=args.train_batch_size)
+
+    def losses(self, model: nn.Module) -> dict[str, float]:
+        """`loss`, `mse`, and the latter by noise level."""
+        return validation_losses(model.eval(), self.objective, self.batches, self.levels, model.device)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, teacher: nn.Module) -> dict[str, float]:
+        """These, and `relative_error`: |noise - teacher's noise|² / |teacher's noise|², of predictions, summed."""
+        measures, error, power = self.losses(model), 0.0, 0.0
+        for batch in self.batches:
+            clean, noise, labels = (batch[name].to(model.device) for name in ("latents", "noise", "class_label"))
+            for level in self.levels.tolist():
+                timesteps = torch.full_like(labels, level)
+                inputs = (self.objective.add_noise(clean, noise, timesteps), timesteps, labels)
+                ours, theirs = (each(*inputs).sample[:, : clean.shape[1]].double() for each in (model, teacher))
+                error += (ours - theirs).square().sum().item()
+                power += theirs.square().sum().item()
+        return {**measures, "relative_error": error / power}

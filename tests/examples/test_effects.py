@@ -33,6 +33,12 @@ FINETUNE = "finetune_rotation --pretrained_model_name_or_path run --train_data_d
             f"{TRAIN} --hub_model_id a/b --hub_private_repo",
             "--hub_model_id, --hub_private_repo would have no effect wit",
         ),
+        (
+            f"{TRAIN} --validation_steps 0 --validation_guidance_scale 2",
+            "--validation_guidance_scale would have no eff",
+        ),
+        (f"{TRAIN} --num_validation_images 0 --num_validation_levels 2", "--num_validation_levels"),
+        (f"{FINETUNE} --max_train_steps 0 --distillation", "--distillation would have no effect with --max_train_st"),
         (f"{ENCODE} --image_channels 1", "--image_channels"),
         (f"{ENCODE} --seed 1", "--seed would have no effect without --max_train_samples"),
         (f"{ENCODE} --dataset_config_name x", "--dataset_config_name"),

@@ -1,5 +1,8 @@
 """What the script that swaps and fine-tunes refuses, before anything is encoded or trained."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
@@ -106,6 +109,18 @@ def test_a_base_that_does_not_fit_is_refused_before_the_images_are_encoded(
     pipeline.save_pretrained(tmp_path / "pipeline")
     more = ("--pretrained_model_name_or_path", tmp_path / "pipeline", "--latents_dir", tmp_path / "latents")
     with pytest.raises(error, match=message):
+        finetune_rotation.main(finetune_rotation.parse_args(arguments(base, tmp_path / "run", *more)))
+    assert not (tmp_path / "latents").exists()
+
+
+def test_a_base_of_more_blocks_than_its_config_says_is_refused(base, tmp_path):
+    import finetune_rotation
+
+    shutil.copytree(base / "pipeline", tmp_path / "pipeline")
+    config = tmp_path / "pipeline" / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 1}))
+    more = ("--pretrained_model_name_or_path", tmp_path / "pipeline", "--latents_dir", tmp_path / "latents")
+    with pytest.raises(ValueError, match=r"config.json describes, it leaves out \d+, such as transformer_blocks.1."):
         finetune_rotation.main(finetune_rotation.parse_args(arguments(base, tmp_path / "run", *more)))
     assert not (tmp_path / "latents").exists()
 
