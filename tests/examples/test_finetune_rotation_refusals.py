@@ -35,8 +35,8 @@ def base(tmp_path_factory):
         (("--max_train_steps", "-1"), "--max_train_steps: must be at least 0, got -1"),
         (("--lr_num_cycles", "2"), "--lr_num_cycles has no meaning for --lr_scheduler constant_with_warmup"),
         (
-            ("--lr_scheduler", "polynomial", "--max_train_steps", "0"),
-            "--lr_warmup_steps must be below --max_train_steps (0) for --lr_scheduler polynomial, got 0",
+            ("--lr_scheduler", "polynomial", "--max_train_steps", "1", "--lr_warmup_steps", "1"),
+            "--lr_warmup_steps must be below --max_train_steps (1) for --lr_scheduler polynomial, got 1",
         ),
         (("--hub_token", "x", "--report_to", "wandb"), "`hub_token` must not be given together"),
     ],
