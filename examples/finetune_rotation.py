@@ -172,7 +172,8 @@ def main(args):
             args.hub_model_id or args.output_dir.name, token=args.hub_token, private=args.hub_private_repo or None
         )
 
-    # 1. The base and its data
+    # 1. The base and its data; a folder is looked at before anything is fetched from the Hub
+    data = None if args.train_data_dir is None else load_image_dataset(**source_of(args))
     source = {"revision": args.revision, "cache_dir": args.cache_dir}
     base = args.pretrained_model_name_or_path
     check_reachable("pretrained_model_name_or_path", base, ["model_index.json"], **source)
@@ -187,7 +188,7 @@ def main(args):
             check_sites(pipeline.transformer, find_sites(pipeline.transformer, args.sublayers), keep_shift=False)
         objective = training_objective(pipeline)
     transformer = pipeline.transformer.to(accelerator.device)
-    latents = load_latents(args, pipeline, accelerator)
+    latents = load_latents(args, pipeline, accelerator, data)
     num_held_out = args.num_validation_images
     if num_held_out is None:
         num_held_out = max(1, min(256, len(latents) // 20))
@@ -322,9 +323,9 @@ def training_objective(pipeline):
     return DDPMObjective(DDPMScheduler.from_config(pipeline.scheduler.config, variance_type=variance_type))
 
 
-def load_latents(args, pipeline, accelerator):
+def load_latents(args, pipeline, accelerator, data=None):
     """The data, encoded once by the base's VAE."""
-    dataset, id2label, report = load_image_dataset(**source_of(args))
+    dataset, id2label, report = data or load_image_dataset(**source_of(args))
     for line in report.left_out_lines():
         accelerator.print(line)
     if id2label is None:

@@ -92,6 +92,8 @@ def main(args):
         repo_id = check_hub_access(
             args.hub_model_id or args.output_dir.name, token=args.hub_token, private=args.hub_private_repo or None
         )
+    # A folder is looked at before anything is fetched from the Hub.
+    source = None if args.train_data_dir is None else load_image_dataset(**source_of(args))
     if args.vae is None:
         args.vae = vae_of_pretrained(args)
     vae = load_vae(args.vae, args.cache_dir)
@@ -104,7 +106,7 @@ def main(args):
         return
     with space_for(args.output_dir), lock_folder(args.output_dir, accelerator):
         checkpoint = checkpoint_to_resume(args, accelerator, curve)
-        latents = load_latents(args, vae, accelerator, pretrained)
+        latents = load_latents(args, vae, accelerator, pretrained, source)
         run = set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkpoint)
         if checkpoint is not None:
             resume(args, run, checkpoint)
@@ -134,7 +136,7 @@ def training_objective(args):
     return getattr(training, name).of_recipe(args.prediction_type, **options)
 
 
-def load_latents(args, vae, accelerator, pretrained=None) -> LatentDataset:
+def load_latents(args, vae, accelerator, pretrained=None, source=None) -> LatentDataset:
     """The encoded data set, checked for alterations; made by all processes together if it is not there yet."""
     folder = latents_folder(args)
     processes = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
@@ -143,7 +145,7 @@ def load_latents(args, vae, accelerator, pretrained=None) -> LatentDataset:
         latents.validate(vae=vae, resolution=args.resolution, random_flip=args.random_flip)
     else:
         check_model(args, vae, pretrained)
-        dataset, id2label, report = load_image_dataset(**source_of(args))
+        dataset, id2label, report = source or load_image_dataset(**source_of(args))
         for line in report.left_out_lines():
             accelerator.print(line)
         check_classes_of_samples(args.validation_labels, id2label)
