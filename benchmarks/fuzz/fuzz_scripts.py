@@ -46,7 +46,7 @@ PLAUSIBLE = ("1", "2", "3", "0.5", "0.1", "1e-3", "2.5", "cat", "none", "latest"
 # Of these nothing in the results depends by their nature: time, memory, place, what is said beside, a limit that small
 # runs do not reach.
 OF_SPEED = {
-    *("cache_dir", "train_batch_size", "encode_batch_size", "dataloader_num_workers", "batch_size", "streaming"),
+    *("cache_dir", "encode_batch_size", "dataloader_num_workers", "batch_size", "streaming"),
     *(
         "gradient_checkpointing",
         "allow_tf32",
