@@ -300,18 +300,11 @@ def load_references(args, accelerator, extractors, resolution, num_channels) -> 
         processes = Processes(
             accelerator.num_processes, accelerator.process_index, gather=lambda part: gather_object([part])
         )
-        references = [
-            reference_statistics(
-                images,
-                extractor,
-                resolution=resolution,
-                num_channels=num_channels,
-                cache_dir=args.output_dir / "reference",
-                batch_size=args.batch_size,
-                processes=processes,
-            )
-            for extractor in extractors
-        ]
+        argument = "dataset_name" if args.reference_dir is None else "reference_dir"
+        with naming(argument, getattr(args, argument)):
+            options = {"cache_dir": args.output_dir / "reference", "batch_size": args.batch_size}
+            options |= {"resolution": resolution, "num_channels": num_channels, "processes": processes}
+            references = [reference_statistics(images, extractor, **options) for extractor in extractors]
     for reference, extractor in zip(references, extractors, strict=True):
         reference.check(extractor, resolution, num_channels)
         if args.nearest_k >= len(reference.features):

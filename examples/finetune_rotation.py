@@ -302,6 +302,7 @@ def train(args, accelerator, transformer, teacher, parameters, samples, held_out
         if step % args.logging_steps == 0 or step == args.max_train_steps:
             loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
             if not math.isfinite(loss):
+                progress_bar.close()  # or it is drawn once more after the message
                 raise NonFiniteError(f"the loss is {loss} before update {step}: try a lower --learning_rate")
             grad_norm = grad_norm.item()
             entry = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}

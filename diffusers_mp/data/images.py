@@ -212,8 +212,8 @@ def _rows_of_folder(
     for reason, names in listing.unreadable.items():
         if not skip_corrupt:
             raise ValueError(
-                f"{root} holds {len(names)} images that cannot be read, {names[0]!r}: {reason}. `skip_corrupt` leaves "
-                "them out."
+                f"{root} holds {len(names)} images that cannot be read, {names[0]!r}: {reason}. Move them "
+                "elsewhere, or leave them out by `skip_corrupt`."
             )
         listing.left_out[reason] = names
 

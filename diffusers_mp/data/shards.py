@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -249,6 +250,7 @@ def finished_sidecar(folder: Path, number: int) -> dict[str, Any] | None:
     sidecar = read_json(path, keys=keys, way_out=way_out)
     if sidecar is not None and sidecar["num_samples"]:
         of_shard = {"name": str, "num_bytes": int, "sha256": str, "latent_shape": list, "statistics": dict}
+        of_shard["pooled_projection_dim"] = (int, NoneType)
         check_keys(sidecar, path, of_shard | {"num_samples_per_class": dict}, way_out)
     return sidecar if sidecar is not None and (not sidecar["num_samples"] or is_whole(folder, sidecar)) else None
 
