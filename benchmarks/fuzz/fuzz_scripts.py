@@ -57,7 +57,7 @@ OF_SPEED = {
     ),
     *("hub_token", "hub_license", "latents_dir", "output_dir", "shard_size", "skip_corrupt", "checkpointing_steps"),
     *("on_non_finite", "resume_from_checkpoint", "vae", "dtype", "max_grad_norm"),
-    *("tracker_project_name", "tracker_run_name"),
+    *("tracker_project_name", "tracker_run_name", "write_card"),  # the last acts in the folder of the model
 }
 NOT_RESULTS = ("training_arguments.json", "README.md", ".lock", "state.json", "manifest.json", "snapshot.json")
 BAD = ("foreign", "unclear", "no effect", "slow")

@@ -74,7 +74,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_images(tmp_path):
         assert run(broken, vae_steps=60, until=until)[0] == -signal.SIGKILL
     status, printed = run(broken, vae_steps=60, until="model/training_arguments.json", signal_number=signal.SIGINT)
     assert status == 130
-    assert printed.endswith("Interrupted: the same command goes on.\n")
+    assert printed.endswith("demo.py: interrupted: the same command goes on\n")
     assert run(broken, vae_steps=60)[0] == 0
     assert (broken / "samples.png").read_bytes() == (whole / "samples.png").read_bytes()
     assert not list(tmp_path.glob("broken.old-*"))

@@ -343,7 +343,7 @@ def test_plain_fine_tuning_goes_on_from_a_swapped_base(base, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_the_run_of_one(base, tmp_path):
-    whole = finetune(base, tmp_path / "whole", "--total_batch_size", "16", "--swap", "anneal")
+    whole = finetune(base, tmp_path / "whole", "--swap", "anneal")
     # `accelerate launch` starts several processes on accelerators only; torchrun starts them on the CPU.
     run_processes(EXAMPLES / "finetune_rotation.py", *arguments(base, tmp_path / "two", "--swap", "anneal"))
     two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
