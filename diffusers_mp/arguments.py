@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .masking import mask
+
 
 # Those of `diffusers.optimization.get_scheduler` that need no rules in a text of their own.
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -174,13 +176,20 @@ def check_schedule(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
             )
 
 
+def license_name(text: str) -> str:
+    """The name of a licence; a token that was meant for another flag would be published."""
+    if mask(text) != text:
+        raise argparse.ArgumentTypeError("must be a licence as the Hub names it, such as apache-2.0, got a token")
+    return text
+
+
 def add_hub_arguments(add: Callable[..., Any], default_id: str = "name of output_dir") -> None:
     """Whether and where the result is published."""
     add("--push_to_hub", action="store_true", help="publish the result with a model card at the end")
     add("--hub_model_id", help=f"repository, as in user/name [{default_id}]")
     add("--hub_token", help="better: `hf auth login`, which leaves it out of the process list")
     add("--hub_private_repo", action="store_true", help="make the repository private")
-    add("--hub_license", help="licence of the weights, as the Hub names it, for the model card")
+    add("--hub_license", type=license_name, help="licence of the weights, as the Hub names it, for the model card")
 
 
 def check_paths(args: argparse.Namespace) -> None:

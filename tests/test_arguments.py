@@ -9,6 +9,7 @@ import pytest
 
 from diffusers_mp.arguments import (
     add_encoding_arguments,
+    add_hub_arguments,
     add_source_arguments,
     at_least,
     check_paths,
@@ -92,6 +93,18 @@ def test_flags_of_data_are_arguments_of_the_package():
     settings = EncodingSettings(**encoding_of(all_flags))
     assert (settings.resolution, settings.batch_size, settings.num_workers, settings.vae_id) == (64, 8, 2, "none")
     assert {field.name for field in fields(settings)} - encoding_of(all_flags).keys() == {"random_flip", "shard_size"}
+
+
+def test_a_token_is_no_licence(capsys):
+    parser = argparse.ArgumentParser()
+    add_hub_arguments(parser.add_argument)
+    assert parser.parse_args(["--hub_license", "cc-by-nc-sa-4.0"]).hub_license == "cc-by-nc-sa-4.0"
+    token = "hf_" + "a" * 34
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--hub_license", token])
+    said = capsys.readouterr().err
+    assert "--hub_license: must be a licence as the Hub names it, such as apache-2.0, got a token" in said
+    assert token not in said
 
 
 @pytest.fixture
