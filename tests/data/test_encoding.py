@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import content_of, content_without_source, encode, random_image, tiny_vae
 from processes import PRELOADED, TIMEOUT
+from tqdm import tqdm
 
 from diffusers_mp.data import encoding
 from diffusers_mp.data.images import load_image_dataset
@@ -138,6 +139,8 @@ def encode_many(source, folder, *, kill_at=None, kill_after=None, streaming=Fals
 
 def fork_for_each(connection, source):
     """A process that has encoded `reference` and forks itself for what comes: they need not import anything again."""
+    # No thread of a progress bar: it may hold the bars' lock at the moment of a fork, whose bars would wait for ever.
+    tqdm.monitor_interval = 0
     encode_many(source, source / "reference")
     fork = multiprocessing.get_context("fork")
     connection.send("ready")
