@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 
 import datasets
 import numpy as np
@@ -139,7 +140,9 @@ def encode_many(source, folder, *, kill_at=None, kill_after=None, streaming=Fals
 
 def fork_for_each(connection, source):
     """A process that has encoded `reference` and forks itself for what comes: they need not import anything again."""
-    # No thread of a progress bar: it may hold the bars' lock at the moment of a fork, whose bars would wait for ever.
+    # tqdm's own lock is shared by all forks: one that is killed while it holds it would stop the others for ever, and
+    # so would its thread that holds it at the moment of a fork.
+    tqdm.set_lock(threading.RLock())
     tqdm.monitor_interval = 0
     encode_many(source, source / "reference")
     fork = multiprocessing.get_context("fork")
