@@ -67,7 +67,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         check_effects(parser, ["dataset_config_name"], "without --dataset_name")
     if args.max_train_samples is None:
         check_effects(parser, ["seed"], "without --max_train_samples")
-    if args.vae != "none":
+    if args.vae == "none":
+        check_effects(parser, ["random_flip"], "with --vae none: pixels are mirrored when they are read")
+    else:
         check_effects(parser, ["image_channels"], "with a VAE, which brings its own")
     return args
 

@@ -330,8 +330,8 @@ def load_latents(args, pipeline, accelerator, data=None):
     for line in report.left_out_lines():
         accelerator.print(line)
     if id2label is None:
-        source = args.train_data_dir or args.dataset_name
-        raise ValueError(f"the data must have labels, {source} has none: a DiT generates images of a class.")
+        flag = "--dataset_name" if args.train_data_dir is None else "--train_data_dir"
+        raise ValueError(f"{flag} must have classes, {report.origin} has none: a DiT generates images of a class.")
     vae, config = pipeline.vae.to(accelerator.device).eval(), pipeline.transformer.config
     if max(id2label) >= config.num_embeds_ada_norm:
         raise ValueError(

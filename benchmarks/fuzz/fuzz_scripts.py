@@ -277,8 +277,9 @@ class Fuzzer:
         if len(values) < 2 or values[0] == values[1]:
             return True
         (told,) = (action.help or "" for action in self.parser(script)._actions if action.dest == name)
-        is_of_last_snapshot = (name, values[0]) == ("step", 2)
-        return values[1] is None and (is_of_last_snapshot or f"[{values[0]}" in told)
+        # What is said and holds anyway: the last snapshot, and the level of classes where there is one.
+        holds_anyway = (name, values[0]) == ("step", 2) or name == "class_level"
+        return values[1] is None and (holds_anyway or f"[{values[0]}" in told)
 
 
 def _too_slow(*_):

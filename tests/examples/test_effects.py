@@ -26,6 +26,10 @@ FINETUNE = "finetune_rotation --pretrained_model_name_or_path run --train_data_d
             (f"train_mpdit --latents_dir latents --output_dir new --{flag} x", f"--{flag}")
             for flag in ("image_column", "label_column", "pooled_column")
         ),
+        (
+            f"{ENCODE} --vae none --random_flip",
+            "--random_flip would have no effect with --vae none: pixels are mirrored",
+        ),
         (f"{TRAIN} --image_channels 1", "--image_channels would have no effect with a VAE, which brings its own"),
         (f"{TRAIN} --vae x/vae --image_channels 1", "--image_channels"),
         (f"{TRAIN} --dataset_config_name x", "--dataset_config_name would have no effect without --dataset_name"),
