@@ -15,7 +15,7 @@ from typing import Any
 from .masking import mask
 
 
-# Those of `diffusers.optimization.get_scheduler` that need no rules in a text of their own.
+# Those of `diffusers.optimization.get_scheduler` but for piecewise_constant, which takes rules as a text.
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # `lr_end` of its polynomial.
 POLYNOMIAL_END = 1e-7
@@ -145,7 +145,9 @@ def encoding_of(args: argparse.Namespace) -> dict[str, Any]:
     flag_of = {name: name for name in (*names, "skip_corrupt")}
     flag_of |= {name: FLAG_OF_ARGUMENT[name] for name in ("vae_id", "num_channels", "batch_size", "num_workers")}
     encoding = {name: getattr(args, flag) for name, flag in flag_of.items() if flag in args}
-    return encoding | {name: 3 for name in ("num_channels",) if encoding.get(name, 0) is None}
+    if encoding.get("num_channels", 3) is None:  # the flag was not given
+        encoding["num_channels"] = 3
+    return encoding
 
 
 def add_schedule_arguments(add: Callable[..., Any]) -> None:

@@ -16,6 +16,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from . import guidance, schedulers
+from .class_labels import ids_by_name
 from .configuration import check_latent_statistics
 from .transformer_mpdit import MPDiTTransformer2DModel
 
@@ -149,12 +150,7 @@ class MPDiTPipeline(DiffusionPipeline):
             class_labels = [class_labels]
         if not isinstance(class_labels, (list, tuple, range)) or len(class_labels) == 0:
             raise ValueError(f"`class_labels` must be a label or a non-empty list of labels, got {class_labels!r}.")
-        ids_of: dict[str, set[int]] = {}
-        for id, label in (self.id2label or {}).items():
-            for name in (label, *label.split(",")):
-                ids_of.setdefault(name.strip(), set()).add(id)
-
-        ids = []
+        ids_of, ids = ids_by_name(self.id2label), []
         for label in class_labels:
             if isinstance(label, str):
                 if self.id2label is None:

@@ -236,7 +236,7 @@ class ModelOfRows:
             raise ValueError(_NOT_QUANTISED.format(type(quantizer.quantization_config).__name__))
         if wants_info:
             return model, info
-        if quantizer is None:  # whose tensors have names of their own
+        if quantizer is None:  # whose tensors have other names
             _check_all_are_loaded(model, info)
         return model
 

@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
 # Of the list of classes, which may have a thousand.
@@ -20,7 +23,7 @@ def start_block(rows: Mapping[str, str], warnings: Sequence[str] = ()) -> str:
     )
 
 
-def device_words(accelerator: Accelerator) -> str:
+def device_words(accelerator: "Accelerator") -> str:
     """Device, precision and processes, as in "CPU (2 threads), float32, 1 process"."""
     device, num_threads = accelerator.device, torch.get_num_threads()
     name = device.type
@@ -35,7 +38,7 @@ def device_words(accelerator: Accelerator) -> str:
     return f"{name}, {PRECISIONS.get(accelerator.mixed_precision, accelerator.mixed_precision)}, {processes}"
 
 
-def device_warnings(accelerator: Accelerator) -> list[str]:
+def device_warnings(accelerator: "Accelerator") -> list[str]:
     """That there is no accelerator, unless the CPU was asked for."""
     asked_for = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if accelerator.device.type != "cpu" or asked_for:
@@ -67,7 +70,9 @@ def class_warnings(counts: Mapping[str, int] | None) -> list[str]:
         return ["no classes were found, so the model is unconditional: a class is a folder, or a column of labels"]
     warnings, empty = [], [name for name, count in counts.items() if not count]
     if len(counts) == 1:
-        warnings.append("there is one class only, and nothing to tell it from")
+        warnings.append(
+            "there is one class only, and nothing to tell it from: --label_column none trains without classes"
+        )
     if empty:
         listed = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
         warnings.append(f"{len(empty):,} of {len(counts):,} classes have no image to train on: {listed}")

@@ -34,7 +34,7 @@ RECORD_NAME = "demo.json"
 INTERRUPTED = "interrupted: the same command goes on"
 IMAGE_SIZE, SCAN_SIZE = 32, 8
 SAVING_STEPS = 50  # of the VAE's training
-# The order of `datasets.load_dataset("imagefolder")`, which sorts the names: the id of a class is its digit.
+# In the order of numbers, as the trainer reads a folder's classes: the id of a class is its digit.
 CLASS_NAMES = [str(digit) for digit in range(10)]
 VAE = {
     **{"in_channels": 1, "out_channels": 1, "latent_channels": 1, "layers_per_block": 1, "sample_size": IMAGE_SIZE},

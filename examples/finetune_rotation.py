@@ -173,7 +173,7 @@ def main(args):
         )
 
     # 1. The base and its data; a folder is looked at before anything is fetched from the Hub
-    data = None if args.train_data_dir is None else load_image_dataset(**source_of(args))
+    images = None if args.train_data_dir is None else load_image_dataset(**source_of(args))
     source = {"revision": args.revision, "cache_dir": args.cache_dir}
     base = args.pretrained_model_name_or_path
     check_reachable("pretrained_model_name_or_path", base, ["model_index.json"], **source)
@@ -188,7 +188,7 @@ def main(args):
             check_sites(pipeline.transformer, find_sites(pipeline.transformer, args.sublayers), keep_shift=False)
         objective = training_objective(pipeline)
     transformer = pipeline.transformer.to(accelerator.device)
-    latents = load_latents(args, pipeline, accelerator, data)
+    latents = load_latents(args, pipeline, accelerator, images)
     num_held_out = args.num_validation_images
     if num_held_out is None:
         num_held_out = max(1, min(256, len(latents) // 20))
@@ -324,10 +324,10 @@ def training_objective(pipeline):
     return DDPMObjective(DDPMScheduler.from_config(pipeline.scheduler.config, variance_type=variance_type))
 
 
-def load_latents(args, pipeline, accelerator, data=None):
+def load_latents(args, pipeline, accelerator, images=None):
     """The data, encoded once by the base's VAE."""
-    dataset, id2label, report = data or load_image_dataset(**source_of(args))
-    for line in report.left_out_lines():
+    dataset, id2label, report = images or load_image_dataset(**source_of(args))
+    for line in report.notes():
         accelerator.print(line)
     if id2label is None:
         flag = "--dataset_name" if args.train_data_dir is None else "--train_data_dir"

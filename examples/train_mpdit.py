@@ -102,7 +102,7 @@ def main(args):
         pretrained = load_pretrained(args, vae, objective.scheduler)
     args.image_channels = channels_of(args, vae, pretrained)
     if args.dry_run:
-        dry_run(args, accelerator, vae, pretrained, checkpoint_to_resume(args, accelerator, curve))
+        dry_run(args, accelerator, vae, pretrained, checkpoint_to_resume(args, accelerator, curve), source)
         return
     with space_for(args.output_dir), lock_folder(args.output_dir, accelerator):
         checkpoint = checkpoint_to_resume(args, accelerator, curve)
@@ -146,7 +146,7 @@ def load_latents(args, vae, accelerator, pretrained=None, source=None) -> Latent
     else:
         check_model(args, vae, pretrained)
         dataset, id2label, report = source or load_image_dataset(**source_of(args))
-        for line in report.left_out_lines():
+        for line in report.notes():
             accelerator.print(line)
         check_classes_of_samples(args.validation_labels, id2label)
         if vae is not None:
@@ -356,14 +356,16 @@ def update_weights(args, run, watchdog):
 def finish(args, run, repo_id):
     """Save the first average in `transformer`, the others beside it, and a model card; publish them if asked."""
     pipeline, ema = run.pipeline, run.ema
-    with naming("output_dir", args.output_dir):
-        for std in (*ema.stds[1:], ema.stds[0]):
-            ema.copy_to(pipeline.transformer, std)
-            if run.accelerator.is_main_process and std != ema.stds[0]:
-                pipeline.transformer.save_pretrained(args.output_dir / f"transformer_ema_{std:g}")
-        if not run.accelerator.is_main_process:
-            return
-        pipeline.save_pretrained(args.output_dir)
+    for std in (*ema.stds[1:], ema.stds[0]):
+        ema.copy_to(pipeline.transformer, std)
+        if run.accelerator.is_main_process:
+            part, folder = pipeline.transformer, args.output_dir / f"transformer_ema_{std:g}"
+            if std == ema.stds[0]:
+                part, folder = pipeline, args.output_dir
+            with naming("output_dir", args.output_dir):
+                part.save_pretrained(folder)
+    if not run.accelerator.is_main_process:
+        return
     num_images_seen = run.step * args.total_batch_size
     write_model_card(args.output_dir, repo_id, license=args.hub_license, num_images_seen=num_images_seen)
     print(verdict(args.output_dir, pipeline, run.curve, run.step))

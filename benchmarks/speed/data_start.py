@@ -3,7 +3,7 @@
     python benchmarks/speed/data_start.py --num_images 10000 100000
 
 The folder has that many PNGs of 8x8 pixels in ten classes; they are kept as pixels, so that little is timed but the
-handling of files and rows. Each step runs in a process of its own, which has imported everything before it is timed:
+handling of files and rows. Each step runs in its own process, which has imported everything before it is timed:
 
     open     the folder for the first time
     encode   that folder, opened anew

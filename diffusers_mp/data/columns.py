@@ -123,11 +123,7 @@ def class_names(
         ids = {name: id_ for id_, name in enumerate(names)}
         dataset = dataset.remove_columns(label_column).add_column(label_column, [ids[label] for label in labels])
         return dataset.cast_column(label_column, datasets.ClassLabel(names=names)), dict(enumerate(names))
-    ids = (
-        sorted(set(labels))
-        if not isinstance(kind, (dict, list)) and not isinstance(labels[0], (dict, list))
-        else labels
-    )
+    ids = labels if isinstance(labels[0], (dict, list)) else sorted(set(labels))
     wrong = [id_ for id_ in ids if not isinstance(id_, int) or isinstance(id_, bool) or id_ < 0]
     if wrong:
         raise ValueError(f"`label_column` must hold names or ids from 0 up, {label_column!r} holds {wrong[0]!r}.")

@@ -13,14 +13,14 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from ..sources import check_dataset_reachable
+from ..sources import check_dataset_reachable, naming
+from ..start_block import class_warnings, class_words
 from .columns import check_bytes, class_names, class_names_of_stream, image_column_of, label_column_of
 from .folders import FolderListing, class_order, classes_of, list_folder, paths_in_split
 from .metadata import read_metadata
 
 
 SHUFFLE_BUFFER_SIZE = 1000
-NUM_NAMES_SHOWN = 6
 
 
 @dataclass
@@ -49,14 +49,14 @@ class SourceReport:
         number = "a stream of images" if self.num_images is None else f"{self.num_images:,} images"
         lines = [f"{self.origin}: {number}, {self.layout}"]
         if self.counts is not None:
-            shown = [f"{name} {count:,}" for name, count in list(self.counts.items())[:NUM_NAMES_SHOWN]]
-            more = f", … {len(self.counts) - NUM_NAMES_SHOWN:,} more" if len(self.counts) > NUM_NAMES_SHOWN else ""
-            lines.append(f"classes: {len(self.counts):,} ({', '.join(shown)}{more})")
-        return lines + self.left_out_lines() + [f"warning: {warning}" for warning in self.warnings]
+            lines.append(class_words(self.counts))
+            lines += [f"warning: {warning}" for warning in class_warnings(self.counts)]
+        return lines + self.notes()
 
-    def left_out_lines(self) -> list[str]:
-        """What is left out, a line for each reason."""
-        return [f"left out: {len(names):,}, {reason}, such as {names[0]}" for reason, names in self.left_out.items()]
+    def notes(self) -> list[str]:
+        """What is left out, a line for each reason, and the warnings: what a start block does not say."""
+        notes = [f"left out: {len(names):,}, {reason}, such as {names[0]}" for reason, names in self.left_out.items()]
+        return notes + [f"warning: {warning}" for warning in self.warnings]
 
 
 class ImageSource(NamedTuple):
@@ -125,7 +125,8 @@ def load_image_dataset(
         if class_level is not None:
             raise ValueError("`class_level` is for a folder of images, `dataset_name` has columns.")
         check_dataset_reachable(dataset_name, cache_dir)
-        dataset = datasets.load_dataset(dataset_name, split=split or "train", **options)
+        with naming("dataset_name", dataset_name):
+            dataset = datasets.load_dataset(dataset_name, split=split or "train", **options)
         report = SourceReport(str(dataset_name), f"split {split or 'train'}")
         names_own_files = dataset.info.builder_name == "imagefolder"
     elif not Path(train_data_dir).is_dir():
@@ -144,7 +145,8 @@ def load_image_dataset(
             if class_level is not None:
                 raise ValueError(f"`class_level` is for images in folders, {str(train_data_dir)!r} holds a table.")
             names_own_files = False
-            dataset = _rows_of_tables(listing, report, split, options)
+            with naming("train_data_dir", train_data_dir):
+                dataset = _rows_of_tables(listing, report, split, options)
 
     # What of it are images and classes
     dataset = image_column_of(dataset, image_column)
@@ -175,10 +177,6 @@ def _count(
         return
     counts = np.bincount(dataset[label_column][:], minlength=len(id2label))
     report.counts = {name: int(counts[id_]) for id_, name in id2label.items()}
-    if len(id2label) == 1:
-        report.warnings.append(f"one class only, {id2label[0]!r}: `label_column` none trains without classes")
-    if missing := [name for name, count in report.counts.items() if not count]:
-        report.warnings.append(f"{len(missing)} classes have no image, such as {missing[0]!r}")
 
 
 def _rows_of_folder(
@@ -256,7 +254,7 @@ def _rows_of_folder(
 def _rows_of_tables(
     listing: FolderListing, report: SourceReport, split: str | None, options: dict[str, Any]
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """What `datasets` makes of a folder of parquet files, archives, or of its own files."""
+    """What `datasets` makes of a folder of parquet files, of archives, or of what it has saved itself."""
     root, names = str(listing.root), sorted(listing.tables + listing.containers + listing.metadata)
     suffixes = {os.path.splitext(name)[1].lower() for name in names}
     if {"dataset_dict.json", "dataset_info.json", "state.json"} & set(names):

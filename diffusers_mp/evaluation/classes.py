@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..class_labels import ids_by_name, typed_labels
+
 
 if TYPE_CHECKING:
     from ..pipeline_mpdit import MPDiTPipeline
@@ -82,7 +84,7 @@ def draw_classes(
     # A name that two classes share would be told once.
     shared = Counter(id2label.values())
     names = {id_: id2label[id_] if shared[id2label[id_]] == 1 else f"{id2label[id_]} (id {id_})" for id_ in ids}
-    weights, mismatch = _weights(_ids_by_name(id2label), reference_counts, ids)
+    weights, mismatch = _weights(ids_by_name(id2label), reference_counts, ids)
     return ClassDraw(names, weights or dict.fromkeys(ids, 1), num_samples, mismatch)
 
 
@@ -116,9 +118,7 @@ def label_ids(pipe: "MPDiTPipeline", labels: Sequence[str]) -> list[int]:
     Raises:
         ValueError: if one is unknown (close names are told), ambiguous or out of range, or two are one class.
     """
-    names = {} if pipe.id2label is None else _ids_by_name(pipe.id2label)
-    typed = [label.strip() for label in labels]
-    ids = pipe.get_label_ids([int(name) if name.isdecimal() and name not in names else name for name in typed])
+    ids = pipe.get_label_ids(typed_labels(labels, pipe.id2label))
     for place, id_ in enumerate(ids):
         if id_ in ids[:place]:
             first = labels[ids.index(id_)]
@@ -126,15 +126,6 @@ def label_ids(pipe: "MPDiTPipeline", labels: Sequence[str]) -> list[int]:
                 f"`class_labels` must be of different classes, got {first!r} and {labels[place]!r}, both of id {id_}."
             )
     return ids
-
-
-def _ids_by_name(id2label: Mapping[int, str]) -> dict[str, set[int]]:
-    """Ids by name and by each of its comma-separated synonyms, as the pipeline knows them."""
-    ids_of: dict[str, set[int]] = {}
-    for id_, label in id2label.items():
-        for name in (label, *label.split(",")):
-            ids_of.setdefault(name.strip(), set()).add(id_)
-    return ids_of
 
 
 def in_order(id2label: Mapping[int, str]) -> list[int]:

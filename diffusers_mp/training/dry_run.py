@@ -7,7 +7,7 @@ from accelerate import Accelerator, init_empty_weights
 from diffusers import AutoencoderKL
 
 from ..arguments import source_of
-from ..data.images import load_image_dataset
+from ..data.images import ImageSource, load_image_dataset
 from ..data.latents import INDEX_NAME, LatentDataset
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .arguments import latents_folder
@@ -26,6 +26,7 @@ def dry_run(
     vae: AutoencoderKL | None,
     pretrained: Pretrained | None,
     checkpoint: Path | None,
+    source: ImageSource | None,
 ) -> None:
     """Print what the run would begin with. Nothing is encoded, trained or written.
 
@@ -35,6 +36,7 @@ def dry_run(
         vae (AutoencoderKL, optional): of the run; None for pixels.
         pretrained (Pretrained, optional): what it would start from.
         checkpoint (Path, optional): what it would go on from.
+        source (ImageSource, optional): the images, if they are opened already.
     """
     folder = latents_folder(args)
     if (folder / INDEX_NAME).is_file():
@@ -45,10 +47,10 @@ def dry_run(
         shape, pooled_dim = latents.latent_shape, latents.pooled_projection_dim
     else:
         check_model(args, vae, pretrained)
-        dataset, id2label, report = load_image_dataset(**source_of(args))
+        dataset, id2label, report = source or load_image_dataset(**source_of(args))
         data, shape = DataSummary.of_source(report, id2label, args.num_validation_images), latent_shape_of(args, vae)
         pooled_dim = None if args.pooled_column is None else len(next(iter(dataset))[args.pooled_column])
-        for line in report.left_out_lines():
+        for line in report.notes():
             accelerator.print(line)
     check_classes_of_samples(args.validation_labels, id2label)
     pretrained_config = None if pretrained is None else pretrained.transformer.config

@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ..class_labels import ids_by_name, typed_labels
 from ..files import whole_file
 from ..pipeline_mpdit import MPDiTPipeline
 from ..sheets import draw_sheet
@@ -71,10 +72,8 @@ def classes_of_samples(labels: list[str] | None, pipeline: MPDiTPipeline) -> lis
     num_classes = pipeline.transformer.config.num_classes
     if labels is None:
         return None if num_classes is None else list(range(min(10, num_classes)))
-    names = _names_of(pipeline.id2label or {})
-    wanted = [int(label) if label.isdecimal() and label not in names else label for label in labels]
     try:
-        return pipeline.get_label_ids(wanted)
+        return pipeline.get_label_ids(typed_labels(labels, pipeline.id2label))
     except ValueError as error:
         raise ValueError(f"{error}".replace("`class_labels`", "`validation_labels`")) from error
 
@@ -85,18 +84,15 @@ def check_classes_of_samples(labels: list[str] | None, id2label: dict[int, str] 
         return
     if id2label is None:
         raise ValueError(f"`validation_labels` must be left out for images without classes, got {labels}.")
-    names = _names_of(id2label)
-    for label in labels:
-        if label.strip() not in names and not (label.isdecimal() and int(label) < len(id2label)):
+    names = ids_by_name(id2label)
+    for label in typed_labels(labels, id2label):
+        if label not in names and not (isinstance(label, int) and label < len(id2label)):
+            label = str(label)
             close = difflib.get_close_matches(label, names, n=3, cutoff=0.5)
             hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise ValueError(
                 f"`validation_labels` must be names or ids of the {len(id2label):,} classes, got {label!r}.{hint}"
             )
-
-
-def _names_of(id2label: dict[int, str]) -> set[str]:
-    return {name.strip() for label in id2label.values() for name in (label, *label.split(","))}
 
 
 def sample_sheet(args: argparse.Namespace, run: Run, pipeline: MPDiTPipeline) -> Image.Image:

@@ -175,7 +175,7 @@ def test_a_report_says_all(tmp_path):
     assert report.left_out == {".txt, no image": ["train/cat/x.txt"], "not under a folder 'train'": ["val/dog/1.png"]}
     assert report.lines() == [
         f"{root}: 3 images, classes are the only level of folders, under 'train'",
-        "classes: 2 (Cat 1, cat 2)",
+        "2 classes: Cat (1), cat (2)",
         "left out: 1, .txt, no image, such as train/cat/x.txt",
         "left out: 1, not under a folder 'train', such as val/dog/1.png",
         "warning: class names differ little: 'Cat', 'cat' are classes each",

@@ -135,7 +135,20 @@ def test_classes_under_another_name_are_not_passed_over(tmp_path, name):
 def test_a_class_without_images_is_said(tmp_path):
     names = datasets.ClassLabel(names=["elk", "owl", "yak"])
     source = save_table(tmp_path / "a", {"image": three_images(), "label": [0, 1, 0]}, label=names)
-    assert load_image_dataset(**source).report.warnings == ["1 classes have no image, such as 'yak'"]
+    assert load_image_dataset(**source).report.lines()[1:] == [
+        "3 classes: elk (2), owl (1), yak (0)",
+        "warning: 1 of 3 classes have no image to train on: yak",
+    ]
+
+
+def test_a_table_without_rows_is_refused(tmp_path):
+    empty = pa.array([], pa.binary())
+    folder = write_parquet(tmp_path / "a" / "a.parquet", image=empty, label=pa.array([], pa.string()))
+    with pytest.raises(ValueError, match="`train_data_dir` cannot be '.*a': "):  # `datasets` itself reads none
+        load_image_dataset(folder, cache_dir=str(tmp_path / "cache"))
+    datasets.Dataset.from_dict({"image": [], "label": []}).save_to_disk(tmp_path / "b")
+    with pytest.raises(ValueError, match="`train_data_dir` cannot be '.*b': "):
+        load_image_dataset(tmp_path / "b")
 
 
 def content_of(image):

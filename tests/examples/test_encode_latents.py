@@ -74,7 +74,7 @@ def test_a_list_says_what_there_is_and_stops(image_folder, tmp_path, capsys):
     encode("--train_data_dir", tmp_path / "images", "--list")
     assert capsys.readouterr().out.splitlines() == [
         f"{tmp_path / 'images'}: 10 images, classes are the only level of folders",
-        "classes: 3 (cat 4, dog 3, test 3)",
+        "3 classes: cat (4), dog (3), test (3)",
         "warning: classes are called as splits are: test",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["images"]

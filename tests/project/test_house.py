@@ -13,7 +13,18 @@ PACKAGE = Path(diffusers_mp.__file__).parent
 # Each may import those on floors below its own, and within a wing its neighbours.
 FLOORS = (
     {"masking"},
-    {"arguments", "files", "sharding", "sources", "presets", "functional", "sheets", "start_block", "_registration"},
+    {
+        "arguments",
+        "files",
+        "sharding",
+        "sources",
+        "class_labels",
+        "presets",
+        "functional",
+        "sheets",
+        "start_block",
+        "_registration",
+    },
     {"fused", "scripts"},
     {"rows"},
     {"layers"},
