@@ -1,40 +1,26 @@
 import gc
+import os
 
 import pytest
+
+
+# Before a file of tests imports this package.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    from processes import fork_server
+
+    fork_server()
 
 
 # Heavy imports are in the fixtures: the process that starts the workers needs none of them.
 
 
 # The files that take longest begin first, so that the workers end together.
-LONGEST_FIRST = (
-    *(
-        "test_train_mpdit",
-        "test_model_class",
-        "test_coverage",
-        "test_compilation",
-        "test_transformer_mpdit",
-        "test_latents",
-        "test_hub",
-        "test_reconstruction",
-        "test_train_fsdp",
-        "test_fused",
-        "test_finetune_rotation",
-        "test_recorder_in_training",
-        "test_docs",
-        "test_ablate",
-        "test_train_and_publish",
-        "test_resume_kills",
-        "test_demo",
-        "test_speed",
-        "test_train_processes",
-        "test_train_failures",
-        "test_train_optimizers",
-        "test_train_resume",
-        "test_transformer_in_torch",
-        "test_encoding",
-    ),
-)
+LONGEST_FIRST = """
+    hub train_fsdp fused transformer_in_torch train_mpdit coverage train_failures docs finetune_rotation
+    demo speed resume_kills secrets train_resume reconstruction encoding train_optimizers compilation
+    train_processes recorder_in_training installation evaluate ablate layers_elsewhere diffusers_testers
+    schedulers table model_class
+""".split()
 
 
 def pytest_collection_finish():
@@ -45,7 +31,7 @@ def pytest_collection_finish():
 
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    items.sort(key=lambda item: places.get(item.path.stem.removeprefix("test_"), len(places)))
 
 
 @pytest.fixture(autouse=True)

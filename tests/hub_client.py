@@ -154,6 +154,7 @@ def forking(server):
         )
 
     def end():
+        process.kill()
         process.communicate()
         shutil.rmtree(folder)
 

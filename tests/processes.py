@@ -1,10 +1,13 @@
 """Processes that know nothing of this package yet, but have imported what it stands on: they start in a moment.
 
 They are forked from the server of `multiprocessing`, which imports the packages below once. A test for which the
-imports of a process are the point starts one by `subprocess` instead.
+imports of a process are the point starts one by `subprocess` instead. A worker of xdist needs the packages too: it
+imports them before it collects tests, and the server is a fork of it.
 """
 
 import atexit
+import contextlib
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -13,7 +16,10 @@ import tempfile
 import textwrap
 import time
 import types
+import warnings
+from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
+from unittest import mock
 
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +31,37 @@ PRELOADED = [
 ]
 # Processes that do not agree wait for each other. No slow machine needs so long.
 TIMEOUT = 1200
+
+
+def fork_server():
+    """Start the server as a fork of this process, which has imported nothing but what is needed here."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    resource_tracker.ensure_running()
+
+    def fork(executable, arguments, descriptors):
+        if pid := os.fork():
+            return pid
+        try:
+            # Pipes of the worker that stay open here would not end with it.
+            kept = {0, 1, 2, resource_tracker.getfd(), *descriptors}
+            for name in os.listdir("/proc/self/fd"):
+                if int(name) not in kept:
+                    with contextlib.suppress(OSError):
+                        os.close(int(name))
+            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+            # pytest's filters make errors of warnings; these are Python's.
+            warnings.resetwarnings()
+            for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", category)
+            # What `multiprocessing` would have a new interpreter execute.
+            exec(arguments[-1], {})
+        finally:
+            os._exit(0)
+
+    with mock.patch.object(util, "spawnv_passfds", fork):
+        forkserver.set_forkserver_preload(PRELOADED)
+        forkserver.ensure_running()
 
 
 def _run(code, script, arguments, environment, folder, paths, output):
