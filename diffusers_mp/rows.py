@@ -143,8 +143,9 @@ class NormalizedRows(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw rows from N(0, 1) and scale them to their norm."""
-        nn.init.normal_(self.weight)
-        normalize_rows_([self])
+        if not self.weight.is_meta:  # where operators take long and do nothing
+            nn.init.normal_(self.weight)
+            normalize_rows_([self])
 
     def _normalize_on_use(self) -> bool:
         if not self.forced_weight_normalization:
