@@ -58,20 +58,27 @@ def draw_curve(log: list[dict], path: Path) -> bool:
     path.unlink(missing_ok=True)
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import NullFormatter
     except ImportError:
         return False
     figure = Figure(figsize=(7, 4))
     axes = figure.add_subplot()
-    smallest = math.inf
+    values = [math.inf]
     for key, label in (("train/loss", "training"), ("validation/loss", "validation, averaged weights")):
         points = [(entry["step"], entry[key]) for entry in log if math.isfinite(entry.get(key, math.nan))]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if key == "validation/loss" else None)
-            smallest = min(smallest, *(loss for _, loss in points), math.inf)
-    axes.set(xlabel="update", ylabel="loss", yscale="log" if 0 < smallest < math.inf else "linear")
+            values += [loss for _, loss in points]
+    is_log = 0 < min(values) < math.inf
+    axes.set(xlabel="update", ylabel="loss", yscale="log" if is_log else "linear")
+    axes.yaxis.set_major_formatter("{x:g}")
+    # Between powers of ten there is room for labels within a decade or two.
+    has_room = is_log and max(values[1:]) < 50 * min(values)
+    axes.yaxis.set_minor_formatter("{x:g}" if has_room else NullFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
+    figure.subplots_adjust(left=0.12, right=0.97, bottom=0.13, top=0.96)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
     return True
 
 
