@@ -20,11 +20,8 @@ FLOW = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
 FLOW_SOLVERS = ["DPMSolverMultistepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"]
 DDPM = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
 # A fixed variance, and noise that is added at each step, are right for infinitely small steps only.
-# Long ones; with the other prediction each of them is among the fast tests, as are the others with this one.
-SLOW = [
-    (f"{name}Scheduler", "v_prediction")
-    for name in ("DDPM", "DPMSolverSDE", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LMSDiscrete")
-]
+# How a sampler reads a prediction is a branch in each; one of each family is among the fast tests with both.
+BOTH_PREDICTIONS = [f"{name}Scheduler" for name in ("DDIM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep")]
 NUM_STEPS = {"DDPMScheduler": 1000, "EulerAncestralDiscreteScheduler": 500, "KDPM2AncestralDiscreteScheduler": 500}
 
 
@@ -88,7 +85,13 @@ CASES = [
 # diffusers passes tensors to NumPy.
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
 @pytest.mark.parametrize(
-    "name, kind", [pytest.param(*case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES]
+    "name, kind",
+    [
+        pytest.param(
+            *case, marks=pytest.mark.slow if case[1] == "v_prediction" and case[0] not in BOTH_PREDICTIONS else ()
+        )
+        for case in CASES
+    ],
 )
 def test_exact_predictions_of_gaussian_data_return_its_mean_and_std(name, kind, monkeypatch):
     model = tiny_model("A", out_channels=4, num_classes=None)

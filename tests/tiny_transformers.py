@@ -294,7 +294,7 @@ def fill_(model, seed=0):
         for name, parameter in sorted(model.named_parameters()):
             std = 0.3 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
             mean = float(parameter.ndim == 1 and name.endswith("weight"))  # of a norm
-            parameter.copy_(mean + torch.randn(parameter.shape, generator=generator) * std)
+            parameter.normal_(mean, std, generator=generator)
     return model
 
 
