@@ -49,13 +49,19 @@ class Run(NamedTuple):
     num_updates: int = 700
 
 
-PLACES = [("none", 0.0), *itertools.product(("stream", "branch"), (1.0, 2.0, 4.0)), ("both", 2.0)]
+SEEDS, KINDS = (100, 101), ("shift", "rotate")
+PLACES = [("none", 0.0), *itertools.product(("stream", "branch", "both"), (1.0, 2.0, 4.0))]
 SCREEN = [
     Run(place, limit, kind, rate, seed)
-    for seed in (100, 101)
-    for kind in ("shift", "rotate")
-    for rate in (0.1, 0.3)
-    for place, limit in PLACES
+    for seed, kind, rate, (place, limit) in itertools.product(SEEDS, KINDS, (0.1, 0.3), PLACES)
+]
+# The two best of the screen, and E, in a wider and in a deeper model.
+BEST = [("none", 0.0), ("both", 2.0), ("branch", 1.0)]
+LARGER = [
+    Run(place, limit, kind, rate, seed, width, num_layers)
+    for seed, (width, num_layers), kind, rate, (place, limit) in itertools.product(
+        SEEDS, ((192, 4), (96, 12)), KINDS, (0.1, 0.2), BEST
+    )
 ]
 
 
@@ -172,7 +178,7 @@ def main():
     parser.add_argument("--report", action="store_true", help="print the table of all records, train nothing")
     args = parser.parse_args()
     if not args.report:
-        for number, run in enumerate(SCREEN):
+        for number, run in enumerate(SCREEN + LARGER):
             done = {tuple(record[name] for name in Run._fields) for record in read_records()}
             if number % args.parts == args.part and tuple(run) not in done:
                 line = json.dumps(train(run))
