@@ -215,13 +215,15 @@ class MPDiTTransformerBlock(nn.Module):
     """Attention, then feed-forward, each modulated before, gated after and summed with the residual stream.
 
         x = mp_sum(x, gate * branch(modulate(norm(x))), residual_t)
-    Section 4 of arXiv 2505.19122. Shapes: (B, N, D), (B, D) → (B, N, D).
+    Section 4 of arXiv 2505.19122; `max_magnitude` caps the gated branch and the sum.
+    Shapes: (B, N, D), (B, D) → (B, N, D).
     """
 
     def __init__(self, parts: Parts):
         super().__init__()
         config = parts.config
         self.residual_t = config.residual_t if config.mp_residual else None
+        self.max_magnitude = config.max_magnitude
         self.norm1 = parts.norm()
         self.attn_modulation = parts.modulation(config.modulation)
         self.attn = MPDiTAttention(parts)
@@ -231,9 +233,12 @@ class MPDiTTransformerBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         modulated, gate = self.attn_modulation(self.norm1(hidden_states), conditioning)
-        hidden_states = fused.gated_sum(hidden_states, self.attn(modulated), gate, self.residual_t)
+        hidden_states = self._sum(hidden_states, self.attn(modulated), gate)
         modulated, gate = self.ff_modulation(self.norm2(hidden_states), conditioning)
-        return fused.gated_sum(hidden_states, self.ff(modulated), gate, self.residual_t)
+        return self._sum(hidden_states, self.ff(modulated), gate)
+
+    def _sum(self, hidden_states: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        return fused.gated_sum(hidden_states, branch, gate, self.residual_t, self.max_magnitude)
 
 
 class MPDiTOutput(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 
 from .layers import MPEmbedding, MPLeakyReLU, MPLinear, MPSiLU
 from .modulation import Modulation, check_kinds
-from .presets import CONFIGURATIONS
+from .presets import SWITCHES
 
 
 ACTIVATIONS = {
@@ -20,7 +20,6 @@ ACTIVATIONS = {
 }
 _COUNTS = ("num_attention_heads", "attention_head_dim", "num_layers", "in_channels", "sample_size", "patch_size")
 _COUNTS_OR_NONE = ("out_channels", "num_classes", "pooled_projection_dim")
-_SWITCHES = tuple(CONFIGURATIONS["E"])
 _NUMBERS = ("mlp_ratio", "class_dropout_prob", "residual_t")
 _MEANING = "rows that are not normalised on use carry meaning in their norm"
 
@@ -35,13 +34,16 @@ def check_configuration(config: FrozenDict) -> dict[str, Any]:
     Raises:
         ValueError: if a value is outside of the rules.
     """
-    for name in _SWITCHES:
+    for name in SWITCHES:
         if not isinstance(config[name], bool):
             raise ValueError(f"`{name}` must be True or False, got {config[name]!r}.")
     for name in _NUMBERS:
         value = config[name]
         if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
             raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
+    limit = config.max_magnitude
+    if limit is not None and (not isinstance(limit, Real) or isinstance(limit, bool) or not 0 < limit < math.inf):
+        raise ValueError(f"`max_magnitude` must be a positive number, or None for no limit, got {limit!r}.")
     counts = {name: config[name] for name in (*_COUNTS, *_COUNTS_OR_NONE)}
     for name, count in counts.items():
         is_optional = name in _COUNTS_OR_NONE

@@ -70,6 +70,23 @@ def row_factors(x: torch.Tensor, norm: float) -> torch.Tensor:
     return norms.clamp(min=SMALLEST_NORMS[dtype]).reciprocal() * norm
 
 
+@torch.fx.wrap
+def cap_factors(x: torch.Tensor, norm: float) -> torch.Tensor:
+    """What scales every row (last dimension) above a norm down to it.
+
+        r = min(1, norm / ||x||)
+
+    Args:
+        x (torch.Tensor): shape (..., n).
+        norm (float): the largest that rows may have, positive.
+    Returns:
+        torch.Tensor: shape (..., 1), in `compute_dtype(x.dtype)`; NaN where the sum of squares overflows.
+    """
+    factors = row_factors(x, norm)
+    # An infinite norm has the factor 0, which would hide that the row is lost.
+    return factors.masked_fill(factors == 0, math.nan).clamp(max=1)
+
+
 def unit_norm(x: torch.Tensor) -> torch.Tensor:
     """Scale every row (last dimension) to norm 1; an exactly zero row stays zero.
 
@@ -97,6 +114,22 @@ def unit_magnitude(x: torch.Tensor) -> torch.Tensor:
         torch.Tensor: shape (..., n), dtype of `x`.
     """
     return (x * row_factors(x, math.sqrt(x.shape[-1]))).to(x.dtype)
+
+
+def cap_magnitude(x: torch.Tensor, max_magnitude: float) -> torch.Tensor:
+    """Scale every row (last dimension) whose RMS is above a limit down to it; leave the others alone.
+
+        y = x min(1, c / M[x])
+    The gradient of a row above the limit is `(g - (g.y) y / (n c^2)) c / M[x]`, orthogonal to the row; that of the
+    others is g. Not in the paper, whose unit rows keep magnitudes for uncorrelated inputs only.
+
+    Args:
+        x (torch.Tensor): shape (..., n).
+        max_magnitude (float): the limit c, positive.
+    Returns:
+        torch.Tensor: shape (..., n), dtype of `x`. A row whose squares overflow float32 becomes NaN, not 0.
+    """
+    return (x * cap_factors(x, max_magnitude * math.sqrt(x.shape[-1]))).to(x.dtype)
 
 
 def mp_silu(x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
@@ -204,23 +237,33 @@ def modulate(
     return x if shift is None else x + shift.to(x.dtype)
 
 
-def gated_sum(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None, t: float | None) -> torch.Tensor:
+def gated_sum(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor | None,
+    t: float | None,
+    max_magnitude: float | None = None,
+) -> torch.Tensor:
     """Residual stream and gated branch, as an MP sum or a plain one.
 
         y = ((1 - t) x + t gate branch) / sqrt((1 - t)^2 + t^2),   y = x + gate branch for t = None
-    Section 4 of the paper.
+    Section 4 of the paper. With `max_magnitude`, `cap_magnitude` acts on `gate branch` and on y.
 
     Args:
         x (torch.Tensor): the residual stream, shape (B, N, D).
         branch (torch.Tensor): what is added, shape (B, N, D).
         gate (torch.Tensor, optional): factor of the branch, shape (B, 1, D).
         t (float, optional): weight of the branch, in (0, 1).
+        max_magnitude (float, optional): largest RMS of a token of the gated branch, and of the sum.
     Returns:
         torch.Tensor: shape (B, N, D).
     """
     if gate is not None:
         branch = branch * gate
-    return x + branch if t is None else mp_sum(x, branch, t)
+    if max_magnitude is not None:
+        branch = cap_magnitude(branch, max_magnitude)
+    x = x + branch if t is None else mp_sum(x, branch, t)
+    return x if max_magnitude is None else cap_magnitude(x, max_magnitude)
 
 
 def timestep_features(timestep: torch.Tensor, dtype: torch.dtype, magnitude_preserving: bool = True) -> torch.Tensor:

@@ -41,9 +41,10 @@ def formulas_rule() -> bool:
 # Rows
 
 
-def _across(grad: torch.Tensor, rows: torch.Tensor, norm: float) -> torch.Tensor:
-    # The part of a gradient that is orthogonal to rows of that norm: grad - rows (rows.grad) / norm^2.
+def _across(grad: torch.Tensor, rows: torch.Tensor, norm: float, where: torch.Tensor | None = None) -> torch.Tensor:
+    # The part of a gradient that is orthogonal to rows of that norm: grad - rows (rows.grad) / norm^2; of others, all.
     along = (grad * rows).sum(dim=-1, keepdim=True, dtype=compute_dtype(rows.dtype)) / -(norm**2)
+    along = along if where is None else along * where
     return torch.addcmul(grad, rows, along.to(rows.dtype))
 
 
@@ -74,46 +75,55 @@ def _by_hand() -> bool:
 
 
 class _ScaleRows(Function):
-    # y = r x with r = norm / ||x||, by row; keeps y, which attention keeps too, rather than x.
+    # y = r x with r = norm / ||x||, by row, and r = 1 for smaller rows if they are `capped`; keeps y, which attention
+    # keeps too, rather than x.
 
     @staticmethod
-    def forward(ctx, x, norm):
-        factor = functional.row_factors(x, norm)
+    def forward(ctx, x, norm, capped):
+        factor = (functional.cap_factors if capped else functional.row_factors)(x, norm)
         y = (x * factor).to(x.dtype)
-        ctx.norm = norm
+        ctx.norm, ctx.capped = norm, capped
         ctx.save_for_backward(y, factor)
         ctx.set_materialize_grads(False)
         return y, factor
 
     @staticmethod
     def backward(ctx, grad, grad_factor):
-        # dy = r (dx - y (y.dx) / norm^2),   dr = -r^2 (y.dx) / norm^2; both are symmetric.
+        # dy = r (dx - y (y.dx) / norm^2),   dr = -r^2 (y.dx) / norm^2; both are symmetric. Rows left alone: dy = dx.
         y, factor = ctx.saved_tensors
-        grad_x = None
+        grad_x, scaled = None, factor < 1 if ctx.capped else None
         if grad is not None:
-            if _has_kernel(grad, y):
+            if scaled is None and _has_kernel(grad, y):
                 # What it takes for the length of a row is that of y, and for its factor, r times that.
                 rows, factors = y.view(-1, y.shape[-1]), factor.view(-1, 1)
                 norms, grad = torch.full_like(factors, ctx.norm), grad.contiguous().view(rows.shape)
                 grad_x = _derivative_of_weight_norm(grad, rows, factors * ctx.norm, norms, 0)[0]
                 grad_x = grad_x.view_as(y)
             else:
-                grad_x = (_across(grad, y, ctx.norm) * factor).to(y.dtype)
+                grad_x = (_across(grad, y, ctx.norm, scaled) * factor).to(y.dtype)
         # Of a second derivative; a compiled backward is given zeros.
         if grad_factor is not None and not torch.compiler.is_compiling():
-            through_factor = (y * (grad_factor * factor.square() / -(ctx.norm**2))).to(y.dtype)
+            grad_factor = grad_factor * factor.square() / -(ctx.norm**2)
+            through_factor = (y * (grad_factor if scaled is None else grad_factor * scaled)).to(y.dtype)
             grad_x = through_factor if grad_x is None else grad_x + through_factor
-        return grad_x, None
+        return grad_x, None, None
+
+
+def cap_magnitude(x: torch.Tensor, max_magnitude: float) -> torch.Tensor:
+    """`functional.cap_magnitude`."""
+    if _by_hand():
+        return _ScaleRows.apply(x, max_magnitude * math.sqrt(x.shape[-1]), True)[0]
+    return functional.cap_magnitude(x, max_magnitude)
 
 
 def unit_norm(x: torch.Tensor) -> torch.Tensor:
     """`functional.unit_norm`."""
-    return _ScaleRows.apply(x, 1.0)[0] if _by_hand() else functional.unit_norm(x)
+    return _ScaleRows.apply(x, 1.0, False)[0] if _by_hand() else functional.unit_norm(x)
 
 
 def unit_magnitude(x: torch.Tensor) -> torch.Tensor:
     """`functional.unit_magnitude`."""
-    return _ScaleRows.apply(x, math.sqrt(x.shape[-1]))[0] if _by_hand() else functional.unit_magnitude(x)
+    return _ScaleRows.apply(x, math.sqrt(x.shape[-1]), False)[0] if _by_hand() else functional.unit_magnitude(x)
 
 
 @functools.cache
@@ -268,8 +278,17 @@ def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
     return torch.add(a * ((1 - t) * scale), b, alpha=t * scale)
 
 
-def gated_sum(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None, t: float | None) -> torch.Tensor:
+def gated_sum(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor | None,
+    t: float | None,
+    max_magnitude: float | None = None,
+) -> torch.Tensor:
     """`functional.gated_sum`."""
+    if max_magnitude is not None:
+        branch = cap_magnitude(branch if gate is None else branch * gate, max_magnitude)
+        return cap_magnitude(gated_sum(x, branch, None, t), max_magnitude)
     if formulas_rule():
         return functional.gated_sum(x, branch, gate, t)
     if gate is None:

@@ -1,4 +1,4 @@
-"""Model sizes and the paper's configurations as plain data."""
+"""Model sizes and configurations, the paper's and ours, as plain data."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +31,9 @@ CONFIGURATIONS = {
     "D": {**_MAGNITUDE_PRESERVING, "forced_weight_normalization": True, "layer_norm": True},
     "E": {**_MAGNITUDE_PRESERVING, "forced_weight_normalization": True, "layer_norm": False},
 }
+SWITCHES = tuple(CONFIGURATIONS["E"])
+# Ours: E, whose tokens cannot grow. benchmarks/quality/bound.py found place and limit.
+CONFIGURATIONS["F"] = {**CONFIGURATIONS["E"], "max_magnitude": 2.0}
 
 
 def get_preset(
@@ -44,7 +47,8 @@ def get_preset(
     Args:
         size (str): "XS", "S", "B", "L" or "XL", a slash, and a patch size of 2, 4 or 8, as in "S/2".
         configuration (str): "A" (DiT's norms and plain weights; with `modulation` "scale", "shift" and "gate", DiT) to
-            "E" (magnitude preserving, no normalisation layer), Table 1 of arXiv 2505.19122.
+            "E" (magnitude preserving, no normalisation layer), Table 1 of arXiv 2505.19122; "F" is E with a bound on
+            the magnitude of tokens.
         modulation (sequence of str): kinds, a subset of `modulation.MODULATION_KINDS`.
         **overrides: any other argument of the model, such as `sample_size` or `num_classes`; wins over the preset.
     Returns:

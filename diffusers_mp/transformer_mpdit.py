@@ -1,4 +1,4 @@
-"""The magnitude-preserving diffusion transformer: DiT in configurations A to E of arXiv 2505.19122."""
+"""The magnitude-preserving diffusion transformer: DiT in configurations A to E of arXiv 2505.19122, and F."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,6 +77,8 @@ class MPDiTTransformer2DModel(AdaptedModelOfRows, ModelMixin, ConfigMixin, PeftA
         mp_pos_embed (bool): position rows centred and scaled to RMS 1.
         mp_embedding (bool): label rows at RMS 1, time features times sqrt(2).
         layer_norm (bool): LayerNorm without parameters before each modulation.
+        max_magnitude (float, optional): largest RMS of a token of the residual stream after each sum, and of what a
+            branch adds to it after its gate; None is no limit.
         pooled_projection_dim (int, optional): width P of a pooled vector that conditions the model, beside class
             labels or, with `num_classes=None`, instead of them. A vector of zeros stands for no condition.
     Raises:
@@ -122,6 +124,7 @@ class MPDiTTransformer2DModel(AdaptedModelOfRows, ModelMixin, ConfigMixin, PeftA
         mp_pos_embed: bool = True,
         mp_embedding: bool = True,
         layer_norm: bool = False,
+        max_magnitude: float | None = None,
         pooled_projection_dim: int | None = None,
     ):
         super().__init__()

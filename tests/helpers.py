@@ -37,7 +37,7 @@ BENCHMARKS = ROOT / "benchmarks"
 FIXTURES = ROOT / "tests" / "fixtures"
 GOLDEN = FIXTURES / "golden"
 TINY = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8, "sample_size": 8, "num_classes": 10}
-FLAGS = tuple(presets.CONFIGURATIONS["E"])
+FLAGS = presets.SWITCHES
 NOT_IN_DEV = "not in the dev extra: where it is installed, each import of diffusers prints a warning"
 
 
@@ -106,7 +106,7 @@ def one_flag_changed():
             )
 
 
-CONFIGURATIONS = [(name, {}) for name in "ABCDE"] + list(one_flag_changed())
+CONFIGURATIONS = [(name, {}) for name in "ABCDEF"] + list(one_flag_changed())
 
 
 def golden_names():

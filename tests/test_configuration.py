@@ -161,7 +161,7 @@ def test_gains_on_the_meta_device_are_reset_to_zero(configuration):
 # The config
 
 
-@pytest.mark.parametrize("configuration", "ABCDE")
+@pytest.mark.parametrize("configuration", "ABCDEF")
 def test_config_round_trip(configuration, tmp_path):
     model = tiny_model(configuration, modulation=("gate", "scale"), num_classes=None, out_channels=8)
     model.save_pretrained(tmp_path)

@@ -33,11 +33,14 @@ PAIRS = {
     "scale and shift": ("modulate", {"x": TOKENS, "scale": VECTOR, "shift": VECTOR}, {}),
     "scale and turn": ("modulate", {"x": TOKENS, "scale": VECTOR, "angle": ANGLE}, {}),
     "scale and turn each token": ("modulate", {"x": TOKENS, "scale": VECTOR, "angle": ANGLES}, {}),
+    "cap_magnitude": ("cap_magnitude", {"x": TOKENS}, {"max_magnitude": 1.0}),
     "mp_sum": ("mp_sum", {"a": TOKENS, "b": VECTOR}, {"t": 0.3}),
     "gated MP sum": ("gated_sum", {"x": TOKENS, "branch": TOKENS, "gate": VECTOR}, {"t": 0.3}),
     "gated sum": ("gated_sum", {"x": TOKENS, "branch": TOKENS, "gate": VECTOR}, {"t": None}),
     "MP sum of a branch": ("gated_sum", {"x": TOKENS, "branch": TOKENS}, {"gate": None, "t": 0.3}),
     "sum of a branch": ("gated_sum", {"x": TOKENS, "branch": TOKENS}, {"gate": None, "t": None}),
+    "capped MP sum": ("gated_sum", {"x": TOKENS, "branch": TOKENS, "gate": VECTOR}, {"t": 0.3, "max_magnitude": 0.8}),
+    "capped sum": ("gated_sum", {"x": TOKENS, "branch": TOKENS}, {"gate": None, "t": None, "max_magnitude": 1.0}),
 }
 
 

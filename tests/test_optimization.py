@@ -33,7 +33,7 @@ def test_embeddings_gains_and_plain_weights_take_the_published_rate():
     assert (group["name"], group["lr"], group["eps"]) == ("as_published", 3e-3, 1e-6)
 
 
-@pytest.mark.parametrize("configuration", "ABCDE")
+@pytest.mark.parametrize("configuration", "ABCDEF")
 def test_every_parameter_of_the_model_is_in_exactly_one_group(configuration):
     model = tiny_model(configuration)
     groups = parameter_groups(model)
@@ -80,7 +80,7 @@ def test_weight_decay_acts_on_what_is_neither_a_normalised_row_nor_a_gain():
     assert [group["lr"] for group in groups] == [1e-2, 1e-2 / 4, 1e-2]
 
 
-@pytest.mark.parametrize("configuration", "ABCDE")
+@pytest.mark.parametrize("configuration", "ABCDEF")
 def test_weight_decay_of_each_configuration(configuration):
     """A and B have plain maps; the rest have nothing beside normalised rows but gains."""
     model = tiny_model(configuration)

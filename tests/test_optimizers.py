@@ -246,7 +246,7 @@ def test_muon_with_adam_takes_a_closure():
     assert optimizer.step(closure) > 0
 
 
-@pytest.mark.parametrize("configuration", "ABCDE")
+@pytest.mark.parametrize("configuration", "ABCDEF")
 @pytest.mark.parametrize("scaling, divisor", [("adam", lambda n: n**0.5), ("sgd", lambda n: n)])
 def test_groups_of_each_configuration(configuration, scaling, divisor):
     """Every parameter once, and with the rate of its layer; plain maps of A and B take the published one."""
@@ -264,7 +264,7 @@ def test_groups_of_each_configuration(configuration, scaling, divisor):
     assert names == ["as_published"] + (unit_rows if configuration in "CDE" else [])
 
 
-@pytest.mark.parametrize("configuration", "ABCDE")
+@pytest.mark.parametrize("configuration", "ABCDEF")
 def test_a_model_of_each_configuration_learns(configuration):
     model, inputs = tiny_model(configuration, open_gains=False).train(), tiny_inputs(batch_size=8)
     lr = 1e-2 if configuration in "CDE" else 1e-3

@@ -30,7 +30,7 @@ def forward(model, inputs):
 
 
 @pytest.mark.parametrize("overrides", [BESIDE, INSTEAD], ids=["beside", "instead"])
-@pytest.mark.parametrize("configuration", "ABCDE")
+@pytest.mark.parametrize("configuration", "ABCDEF")
 def test_every_configuration_learns_from_it(configuration, overrides):
     model, inputs = model_and_inputs(configuration, **overrides)
     # One of them stands for no condition, so that both ways are taken.

@@ -68,7 +68,7 @@ def test_unknown_size(size):
         get_preset(size)
 
 
-@pytest.mark.parametrize("configuration", ["F", "e", ""])
+@pytest.mark.parametrize("configuration", ["G", "e", ""])
 def test_unknown_configuration(configuration):
-    with pytest.raises(ValueError, match="`configuration` must be one of .*'A', 'B', 'C', 'D', 'E'.*got "):
+    with pytest.raises(ValueError, match="`configuration` must be one of .*'A', 'B', 'C', 'D', 'E', 'F'.*got "):
         get_preset("S/2", configuration)

@@ -134,6 +134,6 @@ def test_compiles_with_inductor():
 
 @pytest.mark.slow
 @compiles
-@pytest.mark.parametrize("configuration", "ABCDE")
+@pytest.mark.parametrize("configuration", "ABCDEF")
 def test_trains_compiled_with_inductor(configuration):
     assert_compiled_equals_eager(tiny_model(configuration), tiny_inputs(), "inductor")

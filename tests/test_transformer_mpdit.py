@@ -163,7 +163,7 @@ def test_a_few_updates_lower_the_loss(configuration):
     assert losses[-1] < 0.8
 
 
-@pytest.mark.parametrize("configuration", "ABCDE")
+@pytest.mark.parametrize("configuration", "ABCDEF")
 def test_the_model_holds_no_random_state(configuration):
     model, inputs = tiny_model(configuration), tiny_inputs()
     before = torch.get_rng_state()

@@ -29,12 +29,12 @@ from ..arguments import (
     share,
 )
 from ..files import read_json
-from ..presets import CONFIGURATIONS, get_preset
+from ..presets import SWITCHES, get_preset
 from ..scripts import ScriptParser
 from .batch_size import RECIPE_BATCH_SIZE, add_batch_arguments, check_batch_arguments
 
 
-MODEL_FLAGS = tuple(CONFIGURATIONS["E"])
+MODEL_FLAGS = (*SWITCHES, "max_magnitude")
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 PRESET_DEFAULTS = {
     "preset": "S/2",
@@ -125,11 +125,15 @@ def _add_data_arguments(add):
 
 def _add_model_arguments(add):
     add("--preset", help="XS, S, B, L or XL, a slash, and a patch size of 2, 4 or 8 [S/2]")
-    add("--configuration", help="A (DiT, if --modulation is scale shift gate) to E (magnitude preserving) [E]")
+    add(
+        "--configuration",
+        help="A (DiT, if --modulation is scale shift gate) to E (magnitude preserving), or F (E with a bound) [E]",
+    )
     add("--modulation", nargs="+", help="kinds of modulation [scale rotate gate]")
     add("--activation_fn", choices=("silu", "leaky_relu"), help="activation [silu]")
     add("--class_dropout_prob", type=share, help="share of conditions that are dropped [0.1, or the checkpoint's]")
-    for flag in MODEL_FLAGS:
+    add("--max_magnitude", type=positive, help="largest RMS of a token after each sum [the configuration's]")
+    for flag in SWITCHES:
         add(f"--{flag}", action=argparse.BooleanOptionalAction, help="overrides the configuration")
     add("--model_config_name_or_path", help="config of a model, instead of the preset and its flags")
     add(

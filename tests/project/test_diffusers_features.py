@@ -34,7 +34,7 @@ def weights_of(model):
 # Fused query, key and value maps
 
 
-@pytest.mark.parametrize("configuration", "ABCDE")
+@pytest.mark.parametrize("configuration", "ABCDEF")
 def test_fused_attention_maps_and_back(configuration):
     model = tiny_model(configuration).eval()
     expected, before = forward(model), weights_of(model)
