@@ -59,8 +59,8 @@ SCREEN = [
 BEST = [("none", 0.0), ("both", 2.0), ("branch", 1.0)]
 LARGER = [
     Run(place, limit, kind, rate, seed, width, num_layers)
-    for seed, (width, num_layers), kind, rate, (place, limit) in itertools.product(
-        SEEDS, ((192, 4), (96, 12)), KINDS, (0.1, 0.2), BEST
+    for (seed, rate), (width, num_layers), kind, (place, limit) in itertools.product(
+        ((100, 0.1), (100, 0.2), (101, 0.1)), ((192, 4), (96, 12)), KINDS, BEST
     )
 ]
 
