@@ -133,7 +133,7 @@ def model_config(
         class_dropout_prob = 0.0
     if pretrained_config is None and args.model_config_name_or_path is None:
         flags = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
-        return get_preset(
+        config = get_preset(
             args.preset,
             args.configuration,
             args.modulation,
@@ -142,6 +142,8 @@ def model_config(
             **of_data,
             **flags,
         )
+        _check_pinning(args, config)
+        return config
     source = args.pretrained_model_name_or_path or args.model_config_name_or_path
     config = pretrained_config
     if config is None:
@@ -160,7 +162,18 @@ def model_config(
             )
     if args.class_dropout_prob is None and is_conditional:
         class_dropout_prob = config.get("class_dropout_prob", class_dropout_prob)
+    _check_pinning(args, config)
     return {**config, **of_data, "class_dropout_prob": class_dropout_prob}
+
+
+def _check_pinning(args: argparse.Namespace, config: dict) -> None:
+    """Refuse pinned norms where rows have a rule of their own, or where their norm has no effect."""
+    if args.pin_weight_norms is not None and config.get("weight_normalization", True):
+        raise ValueError(
+            "`pin_weight_norms` must be left out for a model with `weight_normalization`, as configurations C to F "
+            "have: D to F force their rows to a norm already, and C with pinned rows would be D; got "
+            f"{args.pin_weight_norms!r}. Take configuration A or B, or D instead of C."
+        )
 
 
 def num_known_classes(pretrained: Pretrained, id2label: dict[int, str] | None) -> int | None:
