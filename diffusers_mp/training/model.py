@@ -1,7 +1,9 @@
 """The model of a run: of a preset and flags, of another model's config, or of pretrained weights."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin
@@ -133,7 +135,7 @@ def model_config(
         class_dropout_prob = 0.0
     if pretrained_config is None and args.model_config_name_or_path is None:
         flags = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
-        config = get_preset(
+        return get_preset(
             args.preset,
             args.configuration,
             args.modulation,
@@ -142,8 +144,6 @@ def model_config(
             **of_data,
             **flags,
         )
-        _check_pinning(args, config)
-        return config
     source = args.pretrained_model_name_or_path or args.model_config_name_or_path
     config = pretrained_config
     if config is None:
@@ -162,11 +162,10 @@ def model_config(
             )
     if args.class_dropout_prob is None and is_conditional:
         class_dropout_prob = config.get("class_dropout_prob", class_dropout_prob)
-    _check_pinning(args, config)
     return {**config, **of_data, "class_dropout_prob": class_dropout_prob}
 
 
-def _check_pinning(args: argparse.Namespace, config: dict) -> None:
+def check_pinning(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
     """Refuse pinned norms where rows have a rule of their own, or where their norm has no effect."""
     if args.pin_weight_norms is not None and config.get("weight_normalization", True):
         raise ValueError(
@@ -196,6 +195,7 @@ def make_model(
         )
     pretrained_config = None if pretrained is None else pretrained.transformer.config
     config = model_config(args, latents.latent_shape, num_classes, latents.pooled_projection_dim, pretrained_config)
+    check_pinning(args, config)
     if pretrained is None:
         return MPDiTTransformer2DModel(**config)
     model = pretrained.transformer
