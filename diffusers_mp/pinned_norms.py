@@ -87,7 +87,7 @@ class PinnedNorms:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Norms by the names of their weights, on the CPU: shape (rows,), or () for a matrix. Nothing is gathered."""
-        return {name: norms.to("cpu", copy=True) for name, norms in weight_norms(self.model).items()}
+        return weight_norms(self.model)
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Pin the weights of the model to these norms, and no others.
@@ -178,7 +178,7 @@ def save_weight_norms(model: nn.Module, path: str | Path) -> None:
     Raises:
         ValueError: if nothing is pinned.
     """
-    norms = PinnedNorms(model).state_dict()
+    norms = weight_norms(model)
     if not norms:
         raise ValueError(
             f"`model` must have pinned weights, a {type(model).__name__} has none: call `pin_weight_norms_`."
@@ -211,9 +211,12 @@ def load_weight_norms(model: nn.Module, path: str | Path) -> PinnedNorms:
 
 
 def weight_norms(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The norms that weights are pinned to, by the names of the weights; not copies."""
-    modules = unwrapped(model).named_modules()
-    return {f"{path}.{name}".lstrip("."): pin.norms for path, owner in modules for _, name, pin in pinned([owner])}
+    """The norms that weights are pinned to, by the names of the weights; copies on the CPU."""
+    return {
+        f"{path}.{name}".lstrip("."): pin.norms.to("cpu", copy=True)
+        for path, module in unwrapped(model).named_modules()
+        for _, name, pin in pinned([module])
+    }
 
 
 def set_weight_norms(model: nn.Module, norms: dict[str, torch.Tensor], source: str) -> None:

@@ -10,6 +10,7 @@ from accelerate import Accelerator, cpu_offload
 from adaln_single_transformers import CONFIGS
 from helpers import reset_accelerate, tiny_inputs, tiny_model
 from peft import LoraConfig
+from pinned_networks import NAMES, assert_norms, assert_same, network, norms_of, state_of, update_
 from safetensors.torch import load_file
 from tiny_transformers import CASES, fill_, make
 from torch import nn
@@ -27,57 +28,6 @@ from diffusers_mp import (
 from diffusers_mp.optimization import check_optimizer
 from diffusers_mp.projection import pinned
 from diffusers_mp.rotation_swap.coverage import COVERAGE, TABLES
-
-
-def network(seed=0, dtype=torch.float32):
-    """Maps of every kind, with what the rule leaves alone beside them."""
-    torch.manual_seed(seed)
-    return nn.ModuleDict(
-        {
-            "patch": nn.Conv2d(3, 6, 2),
-            "frames": nn.Conv3d(2, 4, 2, bias=False),
-            "norm": nn.LayerNorm([4, 6]),
-            "label": nn.Embedding(5, 6),
-            "blocks": nn.ModuleList(
-                nn.ModuleDict({"to_q": nn.Linear(6, 8), "to_out": nn.Linear(8, 6)}) for _ in range(2)
-            ),
-        }
-    ).to(dtype)
-
-
-MAPS = ["patch", "frames", "label", "blocks.0.to_q", "blocks.0.to_out", "blocks.1.to_q", "blocks.1.to_out"]
-NAMES = [f"{name}.weight" for name in MAPS]
-
-
-def norms_of(model, names, per):
-    """In float64, by hand."""
-    weights = {name: model.get_parameter(name).detach().double() for name in names}
-    return {name: w.flatten(1).norm(dim=1) if per == "row" else w.norm() for name, w in weights.items()}
-
-
-def assert_norms(found, expected, tolerance=4e-6):
-    assert found.keys() == expected.keys()
-    for name, norms in found.items():
-        torch.testing.assert_close(norms, expected[name], rtol=tolerance, atol=0, msg=lambda text: f"{name}: {text}")  # noqa: B023
-
-
-@torch.no_grad()
-def update_(model, std=0.3, seed=7):
-    """As an optimiser would, but larger."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.add_((std * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype))
-    return model
-
-
-def state_of(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same(model, state, names=None):
-    for name, tensor in model.state_dict().items():
-        if names is None or name in names:
-            assert torch.equal(tensor, state[name]), name
 
 
 # Every transformer

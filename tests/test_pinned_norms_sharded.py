@@ -67,7 +67,7 @@ for per in ("row", "matrix"):
 
     early = network()
     pin_weight_norms_(early, per=per)
-    shard(early)
+    shard(normalize_weights_(early))
     late = shard(network())
     report = pin_weight_norms_(late, per=per)
     assert (report.pinned, report.free) == (expected.pinned, expected.free), (report, expected)
