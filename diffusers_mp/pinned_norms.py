@@ -6,7 +6,7 @@
     optimizer.step()
     normalize_weights_(model)
 
-The mechanism is that of EDM2 (arXiv 2312.02696, section 2.3), with norms of the weights' own instead of 1: the model
+The mechanism is that of EDM2 (arXiv 2312.02696, section 2.3), with the norms that weights have instead of 1: the model
 is unchanged when it is pinned, and a weight cannot grow afterwards. Nothing is projected in the forward pass or in the
 gradient. Averages of weights are shorter than the weights, and are left so.
 

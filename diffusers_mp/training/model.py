@@ -166,7 +166,7 @@ def model_config(
 
 
 def check_pinning(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
-    """Refuse pinned norms where rows have a rule of their own, or where their norm has no effect."""
+    """Refuse pinned norms where rows are normalised already, when they are used or after each update."""
     if args.pin_weight_norms is not None and config.get("weight_normalization", True):
         raise ValueError(
             "`pin_weight_norms` must be left out for a model with `weight_normalization`, as configurations C to F "

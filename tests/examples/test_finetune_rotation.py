@@ -302,8 +302,8 @@ def test_the_flags_reach_the_run(base, tmp_path, monkeypatch):
     # The shifts fade within two updates, and are gone for the other two.
     assert [args[1] for args, _ in made["set_shift_scale"]] == [0.5, 0.0, 0.0, 0.0]
     assert [args[2] for args, _ in made["clip_grad_norm_"]] == [0.5] * 4
-    ((_, adam),) = made["AdamW"]
-    assert (adam["lr"], adam["weight_decay"]) == (3e-3, 0.125)
+    ((((group,),), _),) = made["AdamW"]
+    assert (group["initial_lr"], group["weight_decay"]) == (3e-3, 0.125)
     (_, held_out), (_, training) = made["TrainingSamples"]
     assert (training["class_dropout_prob"], training["random_flip"], training["num_classes"]) == (0.25, True, 12)
     assert not {"class_dropout_prob", "random_flip"} & held_out.keys()
