@@ -43,7 +43,7 @@ def test_fused_attention_maps_and_back(configuration):
     maps = [module.to_qkv for module in model.modules() if isinstance(module, MPDiTAttention)]
     assert len(maps) == 2
     assert all(isinstance(layer, nn.Linear) and layer.weight.shape == (96, 32) for layer in maps)
-    assert all(isinstance(layer, layers.MPLinear) == (configuration in "CDE") for layer in maps)
+    assert all(isinstance(layer, layers.MPLinear) == (configuration in "CDEF") for layer in maps)
     torch.testing.assert_close(forward(model), expected, rtol=0, atol=1e-5)
     # It is the fused map that computes.
     with torch.no_grad():
