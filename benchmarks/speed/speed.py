@@ -3,11 +3,12 @@
     make bench
     python benchmarks/speed/speed.py --size S/2 --sample_size 16 --batch_size 16 --output benchmarks/records/speed
 
-Models: E with scale, rotation and gate, and with scale, shift and gate; A with scale, shift and gate, through the same
-operations; F, which is E with a bound on tokens; diffusers' `DiTTransformer2DModel`. Gains and modulations are drawn: nothing is zero. A training step is
-forward, backward, fused Adam, forced normalisation and averages of two widths. In a round every model runs once; a
-ratio is the median of the ratios within a round, with its quartiles. float32 on the CPU, bfloat16 on a CUDA device
-(training: autocast over float32 weights). Writes a table to OUTPUT.md and everything to OUTPUT.json; asserts nothing.
+Models: E with scale, rotation and gate, and with scale, shift and gate; F, which is E with a bound on tokens; A with
+scale, shift and gate, through the same operations; diffusers' `DiTTransformer2DModel`. Gains and modulations are
+drawn: nothing is zero. A training step is forward, backward, fused Adam, forced normalisation and averages of two
+widths. In a round every model runs once; a ratio is the median of the ratios within a round, with its quartiles.
+float32 on the CPU, bfloat16 on a CUDA device (training: autocast over float32 weights). Writes a table to OUTPUT.md
+and everything to OUTPUT.json; asserts nothing.
 """
 
 import argparse

@@ -1,0 +1,160 @@
+"""Short trainings on scans of digits in one process, each a function of its seed, with a line in a file of records.
+
+What `bound.py`, `cliff.py` and the like share: the data, the model, the recipe, and what is noted of a run.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from shared import BENCHMARKS
+from sklearn.datasets import load_digits
+
+from diffusers_mp import MPDiTTransformer2DModel, PowerFunctionEMA, get_preset, normalize_weights_
+from diffusers_mp.optimization import inverse_sqrt_schedule, parameter_groups
+from diffusers_mp.rows import trust_rows_
+from diffusers_mp.training import DDPMObjective, validation_losses, validation_timesteps
+
+
+BATCH_SIZE, WARM_UP, NUM_HELD_OUT, EMA_STD = 64, 100, 256, 0.10
+# What decides the values of a model; a record has the hash of these files.
+CODE = ("functional", "fused", "rows", "layers", "modulation", "configuration", "blocks", "transformer_mpdit")
+
+
+class Run(NamedTuple):
+    """One training: `kind` is "shift" or "rotate", beside scale and gate."""
+
+    configuration: str
+    kind: str
+    learning_rate: float
+    seed: int
+    width: int = 96
+    num_layers: int = 4
+    num_updates: int = 1500
+    precision: str = "float32"
+
+
+def hash_of_code() -> str:
+    """The first digits of a hash of the files that decide the values of a model."""
+    package = BENCHMARKS.parent / "diffusers_mp"
+    return hashlib.sha256(b"".join((package / f"{name}.py").read_bytes() for name in CODE)).hexdigest()[:12]
+
+
+def digits(seed: int):
+    """Scans of 8x8 pixels, standardised, and their labels: for training and held out."""
+    scans = load_digits()
+    images = torch.tensor(scans.images[:, None] / 16, dtype=torch.float32)
+    images, labels = (images - images.mean()) / images.std(), torch.tensor(scans.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    held_out, trained = order[:NUM_HELD_OUT], order[NUM_HELD_OUT:]
+    return (images[trained], labels[trained]), (images[held_out], labels[held_out])
+
+
+def make_model(run: Run) -> MPDiTTransformer2DModel:
+    """The model of a run, in training mode: heads of 32 channels, 16 tokens."""
+    torch.manual_seed(run.seed)
+    config = get_preset(
+        "XS/2",
+        run.configuration,
+        ("scale", run.kind, "gate"),
+        num_layers=run.num_layers,
+        num_attention_heads=run.width // 32,
+        attention_head_dim=32,
+        in_channels=1,
+        sample_size=8,
+        num_classes=10,
+    )
+    return MPDiTTransformer2DModel(**config).train()
+
+
+def train(run: Run, watch: Callable[[MPDiTTransformer2DModel, int, float], None] | None = None) -> dict:
+    """Train as a run says.
+
+    Args:
+        run (Run): what to train.
+        watch (callable, optional): called after each update with the model, the update and its loss.
+    Returns:
+        dict: whether it `ended` with finite losses, else the `update` at which it did not; `largest_rms` of a token
+        after a block and `largest_loss` on the way, `last_loss`, and the `validation_loss` of its average.
+    """
+    (images, labels), (unseen, of_unseen) = digits(run.seed)
+    model = make_model(run)
+    objective = DDPMObjective.of_recipe("epsilon", variance_type="fixed_small", snr_gamma=None)
+    optimizer = torch.optim.Adam(parameter_groups(model, lr=run.learning_rate), betas=(0.9, 0.99))
+    schedule = inverse_sqrt_schedule(optimizer, WARM_UP, run.num_updates)
+    autocast = contextlib.nullcontext()
+    if run.precision == "bf16":
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    trust_rows_(model)
+    ema, generator = PowerFunctionEMA(model, [EMA_STD]), torch.Generator().manual_seed(run.seed)
+    largest, losses = torch.zeros(()), []
+
+    def note(block, args, output):
+        torch.maximum(largest, output.detach().float().square().mean(-1).max().sqrt(), out=largest)
+
+    hooks = [block.register_forward_hook(note) for block in model.transformer_blocks]
+    started, record = time.perf_counter(), {"ended": True}
+    for update in range(1, run.num_updates + 1):
+        rows = torch.randint(len(images), (BATCH_SIZE,), generator=generator)
+        noise = torch.randn(BATCH_SIZE, *images.shape[1:], generator=generator)
+        timesteps = objective.timesteps(torch.rand(BATCH_SIZE, dtype=torch.float64, generator=generator))
+        ids = torch.where(torch.rand(BATCH_SIZE, generator=generator) < 0.1, 10, labels[rows])
+        with autocast:
+            noisy = objective.add_noise(images[rows], noise, timesteps)
+            prediction = model(noisy, timestep=timesteps, class_labels=ids).sample
+        loss = objective.loss(prediction.float(), images[rows], noise, timesteps)["loss"].mean()
+        loss.backward()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            record = {"ended": False, "update": update}
+            break
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        normalize_weights_(model)
+        ema.update(update)
+        if watch is not None:
+            watch(model, update, losses[-1])
+    for hook in hooks:
+        hook.remove()
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    record |= {"largest_rms": largest.item(), "largest_loss": max(finite), "last_loss": finite[-1]}
+    if record["ended"]:
+        ema.copy_to(model, EMA_STD)
+        noise = torch.randn(unseen.shape, generator=torch.Generator().manual_seed(0))
+        batch = [{"latents": unseen, "noise": noise, "class_label": of_unseen}]
+        levels = validation_timesteps(objective, 8)
+        record["validation_loss"] = validation_losses(model.eval(), objective, batch, levels, noise.device)["loss"]
+    return record | {"seconds": round(time.perf_counter() - started)}
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records in a file; none if it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def make_records(path: Path, runs: Iterable[NamedTuple], train: Callable[..., dict], description: str) -> list[dict]:
+    """The command line of an experiment: train its runs, or a share of them, that have no record yet.
+
+    Returns:
+        list of dict: all records.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--part", type=int, default=0, help="which share of the runs")
+    parser.add_argument("--parts", type=int, default=1, help="among how many processes they are shared")
+    parser.add_argument("--report", action="store_true", help="print the tables of all records, train nothing")
+    args = parser.parse_args()
+    for number, run in enumerate([] if args.report else runs):
+        done = {tuple(record[name] for name in run._fields) for record in read_records(path)}
+        if number % args.parts == args.part and tuple(run) not in done:
+            line = json.dumps(run._asdict() | train(run) | {"code": hash_of_code()})
+            with path.open("a") as file:
+                file.write(line + "\n")
+    return read_records(path)
