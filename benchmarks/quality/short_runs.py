@@ -79,7 +79,8 @@ def train(run: Run, watch: Callable[[MPDiTTransformer2DModel, int, float], None]
 
     Args:
         run (Run): what to train.
-        watch (callable, optional): called after each update with the model, the update and its loss.
+        watch (callable, optional): called after each update with the model, the update and its loss; and before the
+            first with 0 and NaN.
     Returns:
         dict: whether it `ended` with finite losses, else the `update` at which it did not; `largest_rms` of a token
         after a block and `largest_loss` on the way, `last_loss`, and the `validation_loss` of its average.
@@ -100,6 +101,8 @@ def train(run: Run, watch: Callable[[MPDiTTransformer2DModel, int, float], None]
         torch.maximum(largest, output.detach().float().square().mean(-1).max().sqrt(), out=largest)
 
     hooks = [block.register_forward_hook(note) for block in model.transformer_blocks]
+    if watch is not None:
+        watch(model, 0, math.nan)
     started, record = time.perf_counter(), {"ended": True}
     for update in range(1, run.num_updates + 1):
         rows = torch.randint(len(images), (BATCH_SIZE,), generator=generator)

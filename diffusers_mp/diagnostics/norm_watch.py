@@ -83,9 +83,9 @@ class NormWatch:
 
     It looks at the first update and at one in `every`. The quantities, and the limit of each:
 
-    - `relative_update`, 0.03: for each matrix in training ‖new - old‖ / ‖old‖ of one update, forced normalisation
-      included if that comes before `step`. It must be above the limit at two looks running. For unit rows, whose norm
-      is fixed, this is what decides.
+    - `relative_update`, 0.03: for each matrix in training ‖new - old‖ / ‖w‖ of one update, forced normalisation
+      included if that comes before `step`; ‖w‖ is the new norm, or that of the start where it is larger. It must be
+      above the limit at two looks running. For unit rows, whose norm is fixed, this is what decides.
     - `weight_growth`, 5: ‖w‖ of each matrix over that at the start.
     - `stream_growth`, 30, and `largest_growth`, 100: root mean square and largest absolute entry of what each block
       returns, over those at the first look. Blocks are those of `MagnitudeRecorder`, or the members of a
