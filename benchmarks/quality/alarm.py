@@ -41,49 +41,62 @@ def doubled_at(losses: list[float]) -> int | None:
 
 
 def replay(run: Run) -> dict:
-    """The record of a run, with its first alarm, if one came, and when its loss doubled."""
-    watches, losses = [], []
+    """The record of a run, with its alarms, the largest value of each quantity, and when its loss doubled."""
+    watches, losses, largest = [], [], defaultdict(float)
 
     def watch(model, update, loss):
         if update == 0:
             watches.append(NormWatch(model, warn=False))
-        else:
-            losses.append(loss)
-            watches[0].step()
+            return
+        losses.append(loss)
+        watches[0].step()
+        for name, value in watches[0].values().items():
+            quantity = name.partition("/")[0]
+            largest[quantity] = max(largest[quantity], value)
 
     record = train(run, watch)
     watches[0].close()
     alarms = [alarm._asdict() for alarm in watches[0].alarms]
-    return record | {"doubled": doubled_at(losses) or record.get("update"), "alarms": alarms}
+    return record | {"doubled": doubled_at(losses) or record.get("update"), "alarms": alarms, "largest": largest}
+
+
+def lead_of(record: dict) -> int | None:
+    """Updates from the first alarm of a run that failed until its loss had doubled, or to its end."""
+    if not record["alarms"]:
+        return None
+    return (record["doubled"] or record["num_updates"]) - record["alarms"][0]["update"]
 
 
 def report(records: list[dict]) -> None:
     """For each configuration and rate how many runs failed, how many were warned of, and the leads."""
-    groups = defaultdict(list)
+    groups, leads, false_alarms, rows = defaultdict(list), [], [], []
     for record in records:
         groups[record["configuration"], record["learning_rate"]].append(record)
-    rows, leads, num_false = [], [], 0
     for (configuration, rate), found in sorted(groups.items()):
         failed = [record for record in found if record["doubled"] or has_failed(record)]
-        asked = [record for record in failed if (record["doubled"] or HEALTHY_START + 1) > HEALTHY_START]
+        asked = [record for record in failed if record["doubled"] is None or record["doubled"] > HEALTHY_START]
         healthy = [record for record in found if record not in failed]
-        warned = [record["alarms"][0] for record in healthy if record["alarms"]]
-        of_rate = []
-        for record in asked:
-            first = record["alarms"][0]["update"] if record["alarms"] else record["num_updates"]
-            of_rate.append((record["doubled"] or record["num_updates"]) - first)
-        quantities = sorted({record["alarms"][0]["quantity"] for record in asked if record["alarms"]})
-        rows.append(
-            [configuration, f"{rate:g}", len(healthy), len(warned), len(failed), len(asked)]
-            + [", ".join(map(str, sorted(of_rate))), ", ".join(quantities)]
-        )
+        warned = [record for record in healthy if record["alarms"]]
+        quantities = {record["alarms"][0]["quantity"] for record in asked + warned if record["alarms"]}
+        of_rate = [lead_of(record) for record in asked]
+        counts = [len(healthy), len(warned), len(failed), len(asked)]
+        rows.append([configuration, f"{rate:g}", *counts, ", ".join(map(str, of_rate)), ", ".join(sorted(quantities))])
         if configuration == "E":
             leads += of_rate
-            num_false += len(warned)
-    columns = ["", "rate", "healthy", "of these warned of", "failed", "after 200", "lead of these in updates", "by"]
+            false_alarms += warned
+    columns = [
+        "",
+        "rate",
+        "healthy",
+        "warned of",
+        "failed",
+        f"after {HEALTHY_START}",
+        "leads of these",
+        "first alarm by",
+    ]
     print(table(columns, rows))
-    in_time = sum(lead >= AIM for lead in leads)
-    print(f"\nE: a lead of {AIM} updates or more in {in_time} of {len(leads)} runs; {num_false} false alarms.")
+    in_time = sum(lead is not None and lead >= AIM for lead in leads)
+    print(f"\nE: a lead of {AIM} updates or more in {in_time} of {len(leads)} runs; {len(false_alarms)} false alarms.")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ LIMITS = {
     "weight_growth": 5.0,
     "stream_growth": 30.0,
     "largest_growth": 100.0,
-    "gate": 10.0,
-    "scale": 10.0,
+    "gate": 5.0,
+    "scale": 5.0,
 }
 # One gradient among many is large and does nothing: relative updates must be above the limit at so many looks running.
 PATIENCE = {"relative_update": 2}
@@ -41,8 +41,8 @@ _WAYS_OUT = {
     ),
     "stream_growth": ("the root mean square of the output over that at the start", _BOUND),
     "largest_growth": ("the largest entry of the output over that at the start", _BOUND),
-    "gate": ("the largest gate", _BOUND),
-    "scale": ("the largest scale", _BOUND),
+    "gate": ("the root mean square of the gate", _BOUND),
+    "scale": ("the root mean square of the scale", _BOUND),
 }
 
 
@@ -90,8 +90,8 @@ class NormWatch:
     - `stream_growth`, 30, and `largest_growth`, 100: root mean square and largest absolute entry of what each block
       returns, over those at the first look. Blocks are those of `MagnitudeRecorder`, or the members of a
       `nn.Sequential`; a model without any has none of the two.
-    - `gate` and `scale`, 10: the largest absolute one at each modulation of this package, and at each linear layer
-      that `swap_adaln_for_rotation` has swapped.
+    - `gate` and `scale`, 5: their root mean square at each modulation of this package, and at each linear layer that
+      `swap_adaln_for_rotation` has swapped.
 
     A matrix that starts at zero counts as if it had started with rows of norm 1. A value that is not finite is beyond
     any limit. Each quantity warns once.
@@ -294,10 +294,10 @@ def _measured(kind: str, module: nn.Module, tensor: torch.Tensor) -> torch.Tenso
     if kind not in _quantities(module) and (kind != "activations" or "stream_growth" not in _quantities(module)):
         return None
     tensor = local(tensor)
-    largest = torch.linalg.vector_norm(tensor, math.inf).float()
+    magnitude = (norm_of(tensor) / math.sqrt(tensor.numel())).float()
     if kind != "activations":
-        return largest.reshape(1)
-    return torch.stack([(norm_of(tensor) / math.sqrt(tensor.numel())).float(), largest])
+        return magnitude.reshape(1)
+    return torch.stack([magnitude, torch.linalg.vector_norm(tensor, math.inf).float()])
 
 
 def _quantities(module: nn.Module) -> tuple[str, ...]:
