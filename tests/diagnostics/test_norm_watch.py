@@ -374,17 +374,14 @@ class TestTraining:
         assert "weight_growth/transformer_blocks.0.attn.to_q.weight" in watch.values()
         torch._dynamo.reset()
 
-    def test_beside_a_recorder_compilation_goes_on_afterwards(self):
-        model = Stack(Times(1))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        recorder = MagnitudeRecorder(model, optimizer, stride=2)
-        watch = NormWatch(model, every=2)
-        for _ in range(2):
-            model(torch.ones(1, 3)).sum().backward()
-            optimizer.step()
-            recorder.step()
-            watch.step()
-        counter = CompileCounter()
+    def test_compilation_rests_until_both_a_recorder_and_a_watch_are_done(self):
+        model, counter = Stack(Times(1)), CompileCounter()
+        recorder = MagnitudeRecorder(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        watch = NormWatch(model)
+        recorder.close()
+        torch.compile(torch.sin, backend=counter)(torch.ones(1))
+        assert counter.frame_count == 0
+        watch.close()
         torch.compile(torch.sin, backend=counter)(torch.ones(1))
         assert counter.frame_count == 1
         torch._dynamo.reset()
