@@ -16,6 +16,7 @@ _EXPORTS = {
         "MPTimestepEmbedding",
     ],
     "rows": ["normalize_weights_", "trust_rows_"],
+    "pinned_norms": ["load_weight_norms", "pin_weight_norms_", "save_weight_norms"],
     "modulation": ["GateModulation", "RotationModulation", "ScaleModulation", "ShiftModulation"],
     "transformer_mpdit": ["MPDiTTransformer2DModel"],
     "pipeline_mpdit": ["MPDiTPipeline"],
@@ -60,6 +61,9 @@ if TYPE_CHECKING:
     from .modulation import ShiftModulation as ShiftModulation
     from .optimization import parameter_groups as parameter_groups
     from .original_dit import OriginalDiTTransformer2DModel as OriginalDiTTransformer2DModel
+    from .pinned_norms import load_weight_norms as load_weight_norms
+    from .pinned_norms import pin_weight_norms_ as pin_weight_norms_
+    from .pinned_norms import save_weight_norms as save_weight_norms
     from .pipeline_mpdit import MPDiTPipeline as MPDiTPipeline
     from .presets import get_preset as get_preset
     from .rotation_swap import drop_shift_ as drop_shift_

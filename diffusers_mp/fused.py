@@ -38,6 +38,15 @@ def formulas_rule() -> bool:
     )
 
 
+def _differentiable(formula, inputs, grad, ctx):
+    # Gradients that can be differentiated. Other names for the same values: a scale that is made of the tokens is not
+    # to be followed back to them.
+    aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+    wanted = [tensor for tensor in aliases if tensor is not None and tensor.requires_grad]
+    grads = iter(torch.autograd.grad(formula(*aliases), wanted, grad, create_graph=True))
+    return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
+
+
 # Rows
 
 
@@ -203,13 +212,9 @@ class _ScaleRotate(Function):
     def backward(ctx, grad):
         x, scale, angle, cos, sin, direct, cross = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # Other names for the same values: a scale that is made of the tokens is not to be followed back to them.
-            aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in (x, scale, angle)]
-            inputs = [tensor for tensor in aliases if tensor is not None and tensor.requires_grad]
-            x, scale, angle = aliases
-            output = functional.modulate(x, scale=scale, angle=angle)
-            grads = iter(torch.autograd.grad(output, inputs, grad, create_graph=True))
-            return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
+            return _differentiable(
+                lambda x, scale, angle: functional.modulate(x, scale=scale, angle=angle), (x, scale, angle), grad, ctx
+            )
         needs_x, needs_scale, needs_angle = ctx.needs_input_grad
         grad_x = grad_scale = grad_angle = None
         first_sin, second_sin = cross.chunk(2, -1)
@@ -278,6 +283,34 @@ def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
     return torch.add(a * ((1 - t) * scale), b, alpha=t * scale)
 
 
+class _CapGated(Function):
+    # y = r (gate branch) with r = min(1, c / M[gate branch]); keeps the two, which are kept anyway, rather than y.
+
+    @staticmethod
+    def forward(ctx, branch, gate, max_magnitude):
+        y = branch * gate
+        ctx.max_magnitude, ctx.norm = max_magnitude, max_magnitude * math.sqrt(y.shape[-1])
+        factor = functional.cap_factors(y, ctx.norm)
+        ctx.save_for_backward(branch, gate, factor)
+        return y.mul_(factor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        branch, gate, factor = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable(
+                lambda branch, gate, _: functional.cap_magnitude(branch * gate, ctx.max_magnitude),
+                (branch, gate, None),
+                grad,
+                ctx,
+            )
+        y = (branch * gate).mul_(factor)
+        grad = _across(grad, y, ctx.norm, factor < 1).mul_(factor)
+        needs_branch, needs_gate, _ = ctx.needs_input_grad
+        grad_gate = (grad * branch).sum_to_size(gate.shape).to(gate.dtype) if needs_gate else None
+        return grad.mul_(gate).to(branch.dtype) if needs_branch else None, grad_gate, None
+
+
 def gated_sum(
     x: torch.Tensor,
     branch: torch.Tensor,
@@ -286,11 +319,11 @@ def gated_sum(
     max_magnitude: float | None = None,
 ) -> torch.Tensor:
     """`functional.gated_sum`."""
-    if max_magnitude is not None:
-        branch = cap_magnitude(branch if gate is None else branch * gate, max_magnitude)
-        return cap_magnitude(gated_sum(x, branch, None, t), max_magnitude)
     if formulas_rule():
-        return functional.gated_sum(x, branch, gate, t)
+        return functional.gated_sum(x, branch, gate, t, max_magnitude)
+    if max_magnitude is not None:
+        capped = cap_magnitude(branch, max_magnitude) if gate is None else _CapGated.apply(branch, gate, max_magnitude)
+        branch, gate = capped, None
     if gate is None:
         return x + branch if t is None else mp_sum(x, branch, t)
     if t is None:

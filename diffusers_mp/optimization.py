@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from .layers import MPEmbedding, MPLinear
+from .projection import pinned
 
 
 # Optimisers, by the name of their class, for which rates on rows of RMS 1 carry over to unit rows exactly; by how
@@ -47,7 +48,7 @@ def parameter_groups(
         model (nn.Module): any model; weights of `MPLinear` are grouped by fan-in.
         lr (float): published learning rate, for rows of RMS 1.
         eps (float): the optimiser's epsilon, for rows of RMS 1.
-        weight_decay (float): decay of what is neither a normalised row nor a gain.
+        weight_decay (float): decay of what is neither a normalised row, nor a gain, nor a weight of pinned norms.
         scaling (str): "adam" for Adam and its kin, Muon included, "sgd" for gradient descent with or without momentum.
             `check_optimizer` warns where the two do not fit.
         muon (bool): groups for `MuonWithAdam`: hidden matrices, which are the weights of linear maps within the
@@ -58,13 +59,15 @@ def parameter_groups(
         hidden matrices, and these have no `eps`: Muon's is another quantity.
     Raises:
         ValueError: if `weight_decay` is not 0 and everything that it could act on is a normalised row, whose norm
-            carries no meaning, or a gain; if `muon` finds no hidden matrix; or `scaling` is unknown.
+            carries no meaning, a gain, or pinned (`pin_weight_norms_`); if `muon` finds no hidden matrix; or `scaling`
+            is unknown.
     Warns:
         UserWarning: if rows to be trained are in evaluation mode, in which they are used as they are stored.
     """
     if scaling not in SCALINGS:
         raise ValueError(f"`scaling` must be one of {list(SCALINGS)}, got {scaling!r}.")
     normalized, matrices = _normalized_weights(model), hidden_matrices(model) if muon else set()
+    kept = _pinned_weights(model)
     if any(
         layer.weight.requires_grad and layer.forced_weight_normalization and not layer.training
         for layer in normalized.values()
@@ -81,7 +84,8 @@ def parameter_groups(
             continue
         layer, is_matrix = normalized.get(id(parameter)), id(parameter) in matrices
         fan_in = layer.in_features if isinstance(layer, MPLinear) else 1
-        is_decayed = weight_decay != 0 and layer is None and parameter_name.rpartition(".")[2] != "gain"
+        has_norm = layer is not None or id(parameter) in kept
+        is_decayed = weight_decay != 0 and not has_norm and parameter_name.rpartition(".")[2] != "gain"
         name = f"unit_rows_{fan_in}" if fan_in > 1 else "as_published"
         group = groups.setdefault(
             (is_matrix, fan_in, is_decayed),
@@ -98,9 +102,8 @@ def parameter_groups(
         group["params"].append(parameter)
     if weight_decay and not any(group["weight_decay"] for group in groups.values()):
         raise ValueError(
-            "`weight_decay` must be 0 for a model with normalised rows and nothing else but gains: the norm of such "
-            f"rows carries no meaning, so that decay would only change their effective learning rate. Got "
-            f"{weight_decay}."
+            "`weight_decay` must be 0 for a model with normalised rows and nothing else but gains and weights of "
+            f"pinned norms: decay changes no norm there, only the effective learning rate. Got {weight_decay}."
         )
     if muon and not any(group["muon"] for group in groups.values()):
         raise ValueError(
@@ -121,17 +124,26 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer (torch.optim.Optimizer): made from `parameter_groups` or not, wrapped by Accelerate or not.
     Warns:
         UserWarning: if the rates of the optimiser's class are not known to carry over, the groups were scaled for
-            another kind of optimiser, or there is weight decay on normalised rows.
+            another kind of optimiser, or there is weight decay on normalised rows or pinned weights.
     """
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = optimizer.optimizer
-    normalized = _normalized_weights(model)
-    rows = [
-        group for group in optimizer.param_groups if any(id(parameter) in normalized for parameter in group["params"])
-    ]
+    name, normalized, kept = type(optimizer).__name__, _normalized_weights(model), _pinned_weights(model)
+
+    def groups_of(weights):
+        return [group for group in optimizer.param_groups if any(id(each) in weights for each in group["params"])]
+
+    decays = {group["weight_decay"] for group in groups_of({*normalized, *kept}) if group.get("weight_decay")}
+    if decays:
+        warnings.warn(
+            f"{name} has weight decay {', '.join(f'{decay:g}' for decay in sorted(decays))} on normalised rows or "
+            "pinned weights, whose norm carries no meaning or is kept: it only changes the effective learning rate. "
+            "`parameter_groups` sets it to 0",
+            stacklevel=2,
+        )
+    rows = groups_of(normalized)
     if not rows:
         return
-    name = type(optimizer).__name__
     known = [scaling for scaling, (_, names) in SCALINGS.items() if name in names]
     given = {group["scaling"] for group in rows if "scaling" in group}
     if not known:
@@ -146,17 +158,14 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             f"`scaling={known[0]!r}`",
             stacklevel=2,
         )
-    decays = {group["weight_decay"] for group in rows if group.get("weight_decay")}
-    if decays:
-        warnings.warn(
-            f"{name} has weight decay {', '.join(f'{decay:g}' for decay in sorted(decays))} on normalised rows, whose "
-            "norm carries no meaning: it only changes the effective learning rate. `parameter_groups` sets it to 0",
-            stacklevel=2,
-        )
 
 
 def _normalized_weights(model: nn.Module) -> dict[int, MPLinear | MPEmbedding]:
     return {id(module.weight): module for module in model.modules() if isinstance(module, (MPLinear, MPEmbedding))}
+
+
+def _pinned_weights(model: nn.Module) -> set[int]:
+    return {id(getattr(module, name)) for module, name, _ in pinned(model.modules())}
 
 
 def hidden_matrices(model: nn.Module) -> set[int]:

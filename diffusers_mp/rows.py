@@ -21,8 +21,6 @@ are not forced, whatever changes a weight that it does not train is refused by t
 
 import collections
 import contextlib
-import functools
-import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
@@ -31,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import functional
+from .projection import divide_, restore_norms_, row_norms, row_tolerance
 from .sharding import is_sharded, local_rows, return_to_shards
 
 
@@ -57,15 +55,8 @@ def rows_as_loaded() -> Iterator[None]:
         _loading.reset(token)
 
 
-@functools.cache
-def _row_tolerance(dtype: torch.dtype) -> float:
-    # Rounding a normalised row to `dtype` moves its norm by eps / 2 at most; the rest is room for the norm's own sum.
-    return torch.finfo(dtype).eps + 32 * torch.finfo(functional.compute_dtype(dtype)).eps
-
-
 def _relative_row_norms(rows: torch.Tensor, row_norm: float) -> torch.Tensor:
-    rows = rows.to(functional.compute_dtype(rows.dtype))
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    norm = row_norms(rows)
     return norm if row_norm == 1 else norm.div_(row_norm)
 
 
@@ -86,20 +77,9 @@ def normalize_rows_(layers: Iterable["NormalizedRows"]) -> None:
     for weight, row_norm in weights.values():
         rows = local_rows(weight)
         kinds[rows.device, rows.dtype].append((rows, _relative_row_norms(rows, row_norm)))
-    for (_, dtype), rows_and_norms in kinds.items():
+    for rows_and_norms in kinds.values():
         rows, norms = zip(*rows_and_norms, strict=True)
-        norm = torch.cat(norms)
-        # Rows that are there already are left alone to the bit, without asking the device how many that are.
-        settled = (norm - 1).abs_() <= _row_tolerance(dtype)
-        # Rows too long for a norm become NaN, which is noticed, rather than zeros, which are not.
-        norm.masked_fill_(settled, 1).clamp_(min=functional.SMALLEST_NORMS[norm.dtype])
-        norm.nan_to_num_(nan=math.nan, posinf=math.nan)
-        norms = norm.split([len(of_layer) for of_layer in rows])
-        if dtype.itemsize == 1:  # float8, in which layerwise casting stores weights, knows no division
-            for of_layer, norm in zip(rows, norms, strict=True):
-                of_layer.copy_(of_layer.to(norm.dtype).div_(norm))
-        else:
-            torch._foreach_div_(rows, norms)
+        divide_(rows, torch.cat(norms), [len(of_layer) for of_layer in rows])
 
 
 @torch.no_grad()
@@ -113,7 +93,7 @@ def _before_reading_(modules: Iterable[nn.Module]) -> None:
         norm = _relative_row_norms(local_rows(layer.weight), layer.row_norm)
         if norm.numel():  # With more processes than rows, some hold none.
             drift = (norm - 1).abs_().masked_fill_(norm == 0, 0).max().float()
-            drifts[norm.device].append(torch.stack([drift, drift - _row_tolerance(layer.weight.dtype)]))
+            drifts[norm.device].append(torch.stack([drift, drift - row_tolerance(layer.weight.dtype)]))
     largest = [torch.stack(of_device).amax(dim=0).tolist() for of_device in drifts.values()]
     if all(above_tolerance <= 0 for _, above_tolerance in largest):  # NaN is not
         return
@@ -196,20 +176,22 @@ def trust_rows_(module: nn.Module) -> nn.Module:
 
 
 def normalize_weights_(module: nn.Module) -> nn.Module:
-    """Put the rows of every layer with forced weight normalisation back to their norm, in place.
+    """Put the rows of every layer with forced weight normalisation back to their norm, in place, and pinned weights.
 
     Call it after each `optimizer.step()`, on every process. Idempotent to the bit: a row whose norm is right up to the
-    rounding of its dtype is not touched. EDM2 (arXiv 2312.02696), section 2.3.
+    rounding of its dtype is not touched. EDM2 (arXiv 2312.02696), section 2.3. Weights that `pin_weight_norms_` has
+    pinned are brought back to the norms they had then, unless they are frozen.
 
     Args:
-        module (nn.Module): any module that contains `MPLinear` or `MPEmbedding` layers, or none.
+        module (nn.Module): any module that contains `MPLinear` or `MPEmbedding` layers or pinned weights, or none.
     Returns:
         nn.Module: the same module.
     Raises:
-        ValueError: if a weight is sharded through its rows.
+        ValueError: if a weight is sharded through its rows, or a pinned one has changed its shape.
     """
     return_to_shards(module)
     normalize_rows_(forced_layers(module.modules()))
+    restore_norms_(module.modules())
     return module
 
 

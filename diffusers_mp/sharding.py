@@ -22,17 +22,17 @@ def local_rows(weight: torch.Tensor) -> torch.Tensor:
     """The rows of a weight that this process holds. Shares its memory.
 
     Args:
-        weight (torch.Tensor): shape (rows, n).
+        weight (torch.Tensor): shape (rows, ...).
     Returns:
-        torch.Tensor: shape (rows here, n).
+        torch.Tensor: shape (rows here, ...).
     Raises:
         ValueError: if the weight is sharded through its rows.
     """
     placements = getattr(weight, "placements", ())
     if not all(placement.is_replicate() or getattr(placement, "dim", None) == 0 for placement in placements):
         raise ValueError(
-            "the weight of a weight-normalised layer must be sharded on dimension 0, which keeps its rows whole, or "
-            f"replicated, got {tuple(placements)}."
+            "a pinned weight, or one of a weight-normalised layer, must be sharded on dimension 0, which keeps its "
+            f"rows whole, or replicated, got {tuple(placements)}."
         )
     return local(weight)
 

@@ -20,6 +20,7 @@ SECTIONS = {
     "Pipeline": ["pipeline_mpdit", "guidance", "schedulers"],
     "Sizes and configurations": ["presets"],
     "Layers": ["layers", "rows"],
+    "Pinned norms": ["pinned_norms"],
     "Modulations": ["modulation"],
     "Equations as functions": ["functional"],
     "Rotation swap": ["rotation_swap", "rotation_swap.swap", "rotation_swap.checks", "rotation_swap.sites"],
@@ -76,6 +77,7 @@ WHOLE = ("functional", "diagnostics.plots", "training")
 ALSO = {
     ("rotation_swap", "RotationLinear"),
     ("rotation_swap.swap", "SwapReport"),
+    ("pinned_norms", "PinnedNorms"),
     ("rotation_swap.sites", "Site"),
     ("diagnostics.history", "load_history"),
     ("publishing.hub", "HubError"),

@@ -83,7 +83,10 @@ def make_parser():
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup", help="how the rate goes on after it")
     add("--lr_warmup_steps", type=at_least(0), default=0, help="updates of linear warm-up")
     add_schedule_arguments(add)
-    add("--adam_weight_decay", type=at_least(0, float), default=0.0, help="AdamW's weight decay")
+    add(
+        "--adam_weight_decay", type=at_least(0, float), default=0.0, help="AdamW's weight decay, not of pinned weights"
+    )
+    add("--pin_weight_norms", choices=("row", "matrix"), help="weights keep the norms they have after the swap [none]")
     add("--max_grad_norm", type=positive, default=1.0, help="clip gradients to this norm")
     add("--validation_steps", type=at_least(0), default=100, help="updates between validations; 0 for none")
     add("--num_validation_images", type=at_least(1), help="images held out of training [256, at most one in 20]")
@@ -107,7 +110,9 @@ def parse_args(argv=None):
             parser.error("--swap none has no rotations for --train rotation or --save adapter")
     if args.max_train_steps == 0:
         names = ["distillation", "lr_scheduler", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm"]
-        check_effects(parser, [*names, "gradient_checkpointing"], "with --max_train_steps 0")
+        check_effects(parser, [*names, "gradient_checkpointing", "pin_weight_norms"], "with --max_train_steps 0")
+    if args.train == "rotation" and args.rank is None:
+        check_effects(parser, ["pin_weight_norms"], "with --train rotation, whose heads start at zero and stay free")
     if args.save == "adapter" and args.train == "all":
         parser.error("--save adapter does not hold the whole model: use --train rotation or --train modulation")
     check_schedule(args, parser)
@@ -133,7 +138,15 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_mp import drop_shift_, save_rotation_adapter, set_shift_scale, swap_adaln_for_rotation
+from diffusers_mp import (
+    drop_shift_,
+    normalize_weights_,
+    parameter_groups,
+    pin_weight_norms_,
+    save_rotation_adapter,
+    set_shift_scale,
+    swap_adaln_for_rotation,
+)
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.settings import EncodingSettings
@@ -247,7 +260,10 @@ def train(args, accelerator, transformer, teacher, parameters, samples, held_out
     """All updates, of the transformer in place."""
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
+    if args.pin_weight_norms is not None:
+        accelerator.print(pin_weight_norms_(transformer, per=args.pin_weight_norms))
+    groups = parameter_groups(transformer, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
+    optimizer = torch.optim.AdamW(groups)
     lr_scheduler = learning_rate_schedule(args, optimizer, vars(args), args.max_train_steps)
     model, optimizer = accelerator.prepare(transformer, optimizer)
     # Autocast is for updates alone, below: evaluations before and after them have to be of one precision.
@@ -294,6 +310,7 @@ def train(args, accelerator, transformer, teacher, parameters, samples, held_out
             continue
         learning_rate = lr_scheduler.get_last_lr()[0]  # of this update, not of the next one
         lr_scheduler.step()
+        normalize_weights_(transformer)
         step += 1
         progress_bar.update()
         if args.swap == "anneal":

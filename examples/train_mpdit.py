@@ -32,6 +32,7 @@ from diffusers_mp import (
     NormWatch,
     PowerFunctionEMA,
     normalize_weights_,
+    pin_weight_norms_,
     training,
     trust_rows_,
 )
@@ -169,6 +170,8 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
     model = make_model(args, latents, num_classes, pretrained).train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if args.pin_weight_norms is not None:
+        accelerator.print(pin_weight_norms_(model, per=args.pin_weight_norms))
     units = {"latents_mean": latents.latents_mean, "latents_std": latents.latents_std}
     if pretrained is not None and pretrained.latents_mean is not None:
         units = {"latents_mean": pretrained.latents_mean, "latents_std": pretrained.latents_std}

@@ -43,7 +43,7 @@ def test_every_parameter_of_the_model_is_in_exactly_one_group(configuration):
         fan_in = layer.in_features if isinstance(layer, MPLinear) else 1
         assert group["lr"] == pytest.approx(1e-2 / math.sqrt(fan_in)), name
         assert group["eps"] == pytest.approx(1e-8 * math.sqrt(fan_in)), name
-    assert (len(groups) > 1) == (configuration in "CDE")
+    assert (len(groups) > 1) == (configuration in "CDEF")
 
 
 def test_frozen_parameters_are_left_out():

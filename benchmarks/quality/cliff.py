@@ -94,13 +94,25 @@ def report_failures(records: list[dict], heading: str) -> None:
                 ", ".join(map(str, stopped)) or "",
                 len(lost) or "",
                 f"{statistics.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})" if losses else "",
-                f"{max(record['largest_rms'] for record in found):.3g}",
+                *(f"{max(record[name] for record in found):.3g}" for name in ("largest_rms", "largest_hidden")),
                 f"{max(record['largest_loss'] for record in found):.3g}",
             ]
         )
     columns = ["", "modulation", "rate", "failed", "not finite at update", "learned nothing"]
     print(f"{heading}\n")
-    print(table([*columns, "loss of the others, mean (range)", "largest RMS", "largest loss"], rows), "\n")
+    print(
+        table(
+            [
+                *columns,
+                "loss of the others, mean (range)",
+                "largest RMS of a token",
+                "within a branch",
+                "largest loss",
+            ],
+            rows,
+        ),
+        "\n",
+    )
 
 
 def report_pairs(records: list[dict]) -> None:

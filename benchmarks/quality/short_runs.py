@@ -83,7 +83,8 @@ def train(run: Run, watch: Callable[[MPDiTTransformer2DModel, int, float], None]
             first with 0 and NaN.
     Returns:
         dict: whether it `ended` with finite losses, else the `update` at which it did not; `largest_rms` of a token
-        after a block and `largest_loss` on the way, `last_loss`, and the `validation_loss` of its average.
+        after a block, `largest_hidden` of one within a feed-forward, after its activation, and `largest_loss` on the
+        way, `last_loss`, and the `validation_loss` of its average.
     """
     (images, labels), (unseen, of_unseen) = digits(run.seed)
     model = make_model(run)
@@ -95,12 +96,17 @@ def train(run: Run, watch: Callable[[MPDiTTransformer2DModel, int, float], None]
         autocast = torch.autocast("cpu", dtype=torch.bfloat16)
     trust_rows_(model)
     ema, generator = PowerFunctionEMA(model, [EMA_STD]), torch.Generator().manual_seed(run.seed)
-    largest, losses = torch.zeros(()), []
+    losses, largest = [], {"stream": torch.zeros(()), "hidden": torch.zeros(())}
 
-    def note(block, args, output):
-        torch.maximum(largest, output.detach().float().square().mean(-1).max().sqrt(), out=largest)
+    def note(name):
+        def hook(module, args, output):
+            magnitudes = output.detach().float().square().mean(-1)
+            torch.maximum(largest[name], magnitudes.max().sqrt(), out=largest[name])
 
-    hooks = [block.register_forward_hook(note) for block in model.transformer_blocks]
+        return hook
+
+    hooks = [block.register_forward_hook(note("stream")) for block in model.transformer_blocks]
+    hooks += [block.ff.act.register_forward_hook(note("hidden")) for block in model.transformer_blocks]
     if watch is not None:
         watch(model, 0, math.nan)
     started, record = time.perf_counter(), {"ended": True}
@@ -128,7 +134,8 @@ def train(run: Run, watch: Callable[[MPDiTTransformer2DModel, int, float], None]
     for hook in hooks:
         hook.remove()
     finite = [loss for loss in losses if math.isfinite(loss)]
-    record |= {"largest_rms": largest.item(), "largest_loss": max(finite), "last_loss": finite[-1]}
+    record |= {"largest_rms": largest["stream"].item(), "largest_hidden": largest["hidden"].item()}
+    record |= {"largest_loss": max(finite), "last_loss": finite[-1]}
     if record["ended"]:
         ema.copy_to(model, EMA_STD)
         noise = torch.randn(unseen.shape, generator=torch.Generator().manual_seed(0))

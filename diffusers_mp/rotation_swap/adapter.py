@@ -22,8 +22,9 @@ from torch import nn
 from .. import __version__
 from ..files import read_json
 from ..masking import mask
+from ..offloading import check_loaded
 from ..publishing.hub import is_repo_id
-from .checks import check_loaded, check_model, check_plain, check_sites, check_swapped
+from .checks import check_model, check_plain, check_sites, check_swapped
 from .linear import RotationLinear, make_rotation_linears, rotation_linears, rotation_tensors
 from .model_class import install
 from .sites import find_sites

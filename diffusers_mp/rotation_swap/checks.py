@@ -1,11 +1,12 @@
 """What a model must be to be swapped, or swapped back: each check says what to do."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import diffusers
 import torch
 from torch import nn
 
+from ..offloading import check_hooks, check_loaded
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .coverage import supported_names
 from .model_class import is_rotation_class
@@ -41,23 +42,6 @@ def check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(f"`model` must not be compiled yet, {name or 'it'} is: swap first.")
-
-
-def check_loaded(model: nn.Module, tensors: Iterable[torch.Tensor], argument: str = "model") -> None:
-    """Raise if tensors of a model that are to be read or written are offloaded, or were never loaded."""
-    if any(tensor.is_meta for tensor in tensors):
-        check_hooks(model, argument)
-        raise ValueError(f"`{argument}` must hold weights, some of its tensors are on the meta device: load it first.")
-
-
-def check_hooks(model: nn.Module, argument: str = "model") -> None:
-    for name, module in model.named_modules():
-        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
-        if hasattr(module, "_hf_hook") or hooks:
-            raise ValueError(
-                f"`{argument}` must be without hooks (offloading, device_map, layerwise casting, caches), "
-                f"{name or 'it'} has one: attach them afterwards."
-            )
 
 
 def check_sites(model: nn.Module, sites: Sequence[Site], keep_shift: bool) -> None:

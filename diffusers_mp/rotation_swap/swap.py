@@ -7,11 +7,11 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
+from ..offloading import check_loaded
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .calibration import mean_shifts
 from .checks import (
     check_arguments,
-    check_loaded,
     check_model,
     check_not_native,
     check_plain,

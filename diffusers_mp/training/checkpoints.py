@@ -2,7 +2,7 @@
 
     checkpoint-N/manifest.json         size and SHA-256 of every other file; written last
     checkpoint-N/training_state.json   the step, and what must not change when the run goes on
-    checkpoint-N/shards/               `torch.distributed.checkpoint`: weights, optimiser, averages
+    checkpoint-N/shards/               `torch.distributed.checkpoint`: weights, pinned norms, optimiser, averages
     checkpoint-N/scheduler.bin, …      Accelerate's own: schedule, random states, scaler of float16
 
 A folder of that name is complete: it is written as `checkpoint-N.unfinished` and then renamed. Every process writes
@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..averages.ema import PowerFunctionEMA
 from ..files import MISSING_IS_AN_ERROR, UNFINISHED, read_json, sha256_of_file, space_for, sync, write_json
+from ..pinned_norms import set_weight_norms, weight_norms
 from ..sharding import return_to_shards
 from .watchdog import NonFiniteError, all_finite
 
@@ -50,7 +51,8 @@ class TrainingState(NamedTuple):
     """What a checkpoint holds.
 
     Attributes:
-        model (nn.Module): the model that the averages follow, sharded or whole.
+        model (nn.Module): the model that the averages follow, sharded or whole; its pinned norms are
+            saved with it.
         optimizer (AcceleratedOptimizer): its optimiser, as `accelerator.prepare` gave it.
         lr_scheduler (LRScheduler): its schedule.
         ema (PowerFunctionEMA): its averages.
@@ -242,6 +244,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingS
         model, optimizer.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"]
     )
     ema.load_state_dict(tensors["ema"])
+    set_weight_norms(model, tensors.get("pinned_norms", {}), str(checkpoint))
     # A run may go on in float16 that began without, and then has no scaler yet.
     scaler = accelerator.scaler if (checkpoint / SCALER_NAME).is_file() else None
     load_accelerator_state(str(checkpoint), [], [], [lr_scheduler], [], accelerator.process_index, scaler)
@@ -264,7 +267,9 @@ def _tensors(state: TrainingState) -> dict[str, Any]:
                     of_parameter[name].fill_(start)
                 elif name in of_parameter:
                     of_parameter[name] = start
-    return {"model": model_state, "optimizer": optimizer_state, "ema": ema.state_dict()}
+    tensors = {"model": model_state, "optimizer": optimizer_state, "ema": ema.state_dict()}
+    norms = weight_norms(model)
+    return {**tensors, "pinned_norms": norms} if norms else tensors
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from ..publishing.hub import check_trackers
 from ..sources import check_reachable, naming
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .arguments import make_parser
-from .model import Pretrained, model_config
+from .model import Pretrained, check_pinning, model_config
 from .optimizers import optimizer_groups
 
 
@@ -22,6 +22,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if args.preset is not None:
             with init_empty_weights():
                 model = MPDiTTransformer2DModel(**model_config(args, (4, 8, 8), 2))
+            check_pinning(args, model.config)
             optimizer_groups(args, model.train(), learning_rate=1.0)
     except ValueError as error:
         parser.error(str(error))
@@ -53,6 +54,8 @@ def check_model(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained:
             known |= MPDiTTransformer2DModel.load_config(source, cache_dir=args.cache_dir)
     conditions = known["num_classes"], known["pooled_projection_dim"]
     source = known if pretrained is not None or args.model_config_name_or_path is not None else None
+    if source is not None:
+        check_pinning(args, source)
     try:
         with init_empty_weights():
             model = MPDiTTransformer2DModel(**model_config(args, shape, *conditions, source))

@@ -13,7 +13,7 @@ from ..transformer_mpdit import MPDiTTransformer2DModel
 from .arguments import latents_folder
 from .checkpoints import read_state
 from .checks import check_model, latent_shape_of
-from .model import Pretrained, model_config, num_known_classes
+from .model import Pretrained, check_pinning, model_config, num_known_classes
 from .preview import check_classes_of_samples
 from .run import run_length
 from .samples import hold_out
@@ -57,6 +57,7 @@ def dry_run(
     num_classes = len(id2label) if id2label else None
     with init_empty_weights():
         model = MPDiTTransformer2DModel(**model_config(args, shape, num_classes, pooled_dim, pretrained_config))
+    check_pinning(args, model.config)
     num_trained = None if data.num_images is None else data.num_images - data.num_held_out
     needs_number = args.num_train_epochs is not None
     block = start_of_run(

@@ -1,7 +1,9 @@
 """The model of a run: of a preset and flags, of another model's config, or of pretrained weights."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin
@@ -163,6 +165,16 @@ def model_config(
     return {**config, **of_data, "class_dropout_prob": class_dropout_prob}
 
 
+def check_pinning(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
+    """Refuse pinned norms where rows are normalised already, when they are used or after each update."""
+    if args.pin_weight_norms is not None and config.get("weight_normalization", True):
+        raise ValueError(
+            "`pin_weight_norms` must be left out for a model with `weight_normalization`, as configurations C to F "
+            "have: D to F force their rows to a norm already, and C with pinned rows would be D; got "
+            f"{args.pin_weight_norms!r}. Take configuration A or B, or D instead of C."
+        )
+
+
 def num_known_classes(pretrained: Pretrained, id2label: dict[int, str] | None) -> int | None:
     """How many of the data's classes the pretrained model knows by name; None for data without classes."""
     known = set((pretrained.id2label or {}).values())
@@ -183,6 +195,7 @@ def make_model(
         )
     pretrained_config = None if pretrained is None else pretrained.transformer.config
     config = model_config(args, latents.latent_shape, num_classes, latents.pooled_projection_dim, pretrained_config)
+    check_pinning(args, config)
     if pretrained is None:
         return MPDiTTransformer2DModel(**config)
     model = pretrained.transformer

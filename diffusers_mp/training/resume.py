@@ -113,7 +113,7 @@ def run_facts(
         "ema_stds": args.ema_stds,
         "ema_update_steps": args.ema_update_steps,
         **{name: getattr(args, name) for name in OPTIMIZER_FLAGS},
-        **{name: getattr(args, name) for name in ("prediction_type", *OBJECTIVE_FLAGS)},
+        **{name: getattr(args, name) for name in ("prediction_type", "pin_weight_norms", *OBJECTIVE_FLAGS)},
         **{f"model.{name}": value for name, value in model.config.items() if not name.startswith("_")},
         # What was encoded and not the latents, whose last bits are a device's own.
         "images_sha256": latents.index["rows_sha256"],

@@ -125,7 +125,8 @@ def _model_words(args, model, num_known_classes):
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     size = f"{config.in_channels} x {config.sample_size} x {config.sample_size}"
     kind = "pixels" if args.vae == "none" else "latents"
-    return f"{name}; {', '.join(config.modulation)}; {num_parameters:,} parameters, {kind} of {size}"
+    pins = "" if args.pin_weight_norms is None else f"; the norm of each {args.pin_weight_norms} is pinned"
+    return f"{name}; {', '.join(config.modulation)}; {num_parameters:,} parameters, {kind} of {size}{pins}"
 
 
 def _objective_words(args):

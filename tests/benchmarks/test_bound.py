@@ -33,7 +33,7 @@ def test_a_capped_training_is_that_of_configuration_f():
     import bound
     import short_runs
 
-    of_screen = bound.train(bound.Run("both", 2.0, "shift", 0.1, 0, **TINY))
+    of_screen = bound.train(bound.Run("branch", 1.0, "shift", 0.1, 0, **TINY))
     of_model = short_runs.train(short_runs.Run("F", "shift", 0.1, 0, **TINY))
     assert of_model["validation_loss"] == pytest.approx(of_screen["validation_loss"], rel=1e-6)
 
@@ -69,9 +69,21 @@ def test_the_tables_of_the_cliff(capsys):
     def record(run):
         of_arm = {"E": 0.2, "F": 0.1}[run.configuration] + run.learning_rate / 100 + run.seed / 1e6
         if run.configuration == "E" and run.learning_rate > 0.3:
-            return run._asdict() | {"ended": False, "update": 9, "largest_rms": 1e9, "largest_loss": 7.0}
+            return run._asdict() | {
+                "ended": False,
+                "update": 9,
+                "largest_rms": 1e9,
+                "largest_hidden": 1e9,
+                "largest_loss": 7.0,
+            }
         lost = run.learning_rate > 0.7
-        more = {"ended": True, "largest_rms": 2.0, "largest_loss": 3.0, "validation_loss": 1.2 if lost else of_arm}
+        more = {
+            "ended": True,
+            "largest_rms": 2.0,
+            "largest_hidden": 5.0,
+            "largest_loss": 3.0,
+            "validation_loss": 1.2 if lost else of_arm,
+        }
         return run._asdict() | more
 
     assert cliff.paired([]) == []
@@ -83,8 +95,8 @@ def test_the_tables_of_the_cliff(capsys):
     cliff.report_failures(records, "all")
     cliff.report_pairs(records)
     printed = capsys.readouterr().out
-    assert "| E | shift | 0.4 | 5 of 5 | 9, 9, 9, 9, 9 |  |  | 1e+09 | 7 |" in printed
-    assert "| F | rotate | 0.8 | 5 of 5 |  | 5 |  | 2 | 3 |" in printed
+    assert "| E | shift | 0.4 | 5 of 5 | 9, 9, 9, 9, 9 |  |  | 1e+09 | 1e+09 | 7 |" in printed
+    assert "| F | rotate | 0.8 | 5 of 5 |  | 5 |  | 2 | 5 | 3 |" in printed
     # 0.1005 over 0.2005, less what the seeds add.
     assert "| shift | 8 | 0.2005 at 0.05 | 0.1005 at 0.05 | -49.87 ± 0.00 | -49.87 |" in printed
 

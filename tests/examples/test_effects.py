@@ -61,6 +61,10 @@ FINETUNE = "finetune_rotation --pretrained_model_name_or_path run --train_data_d
         ),
         (f"{FINETUNE} --swap none --rank 2", "--rank would have no effect with --swap none"),
         (f"{FINETUNE} --swap none --sublayers mlp", "--sublayers"),
+        (
+            f"{FINETUNE} --train rotation --pin_weight_norms row",
+            "--pin_weight_norms would have no effect with --train",
+        ),
         (f"{FINETUNE} --hub_model_id a/b", "--hub_model_id"),
         (f"{FINETUNE} --lr_scheduler constant --lr_warmup_steps 3", "--lr_warmup_steps has no meaning for --lr_sched"),
     ],

@@ -98,6 +98,23 @@ def test_run_becomes_a_pipeline(base, tmp_path, capsys, swap, class_name, saved,
     assert held_out_loss(base, transformer) == pytest.approx(final["loss"], rel=1e-6)
 
 
+def test_pinned_weights_keep_the_norms_they_had_after_the_swap(base, tmp_path, capsys):
+    more = ("--swap", "mean", "--adam_weight_decay", "0.1", "--pin_weight_norms", "row")
+    finetune(base, tmp_path / "run", *more)
+    said = capsys.readouterr().out
+    assert "rows that were zero are free: transformer_blocks.*.norm1.linear.rotation.weight (" in said
+    before = DiTPipeline.from_pretrained(base / "pipeline").transformer
+    transformer = DiTPipeline.from_pretrained(tmp_path / "run").transformer
+    for name, weight in before.named_parameters():
+        if weight.ndim > 1 and "norm1.linear" not in name and "proj_out_1" not in name:
+            trained = transformer.get_parameter(name)
+            torch.testing.assert_close(
+                trained.flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1), rtol=4e-6, atol=0
+            )
+            assert not torch.equal(trained, weight), name
+    assert all(torch.count_nonzero(site.rotation.weight) for site in rotation_sites(transformer))
+
+
 def test_it_loads_where_nothing_but_the_package_is_known(base, tmp_path):
     finetune(base, tmp_path / "run", "--swap", "mean")
     code = """
@@ -285,8 +302,8 @@ def test_the_flags_reach_the_run(base, tmp_path, monkeypatch):
     # The shifts fade within two updates, and are gone for the other two.
     assert [args[1] for args, _ in made["set_shift_scale"]] == [0.5, 0.0, 0.0, 0.0]
     assert [args[2] for args, _ in made["clip_grad_norm_"]] == [0.5] * 4
-    ((_, adam),) = made["AdamW"]
-    assert (adam["lr"], adam["weight_decay"]) == (3e-3, 0.125)
+    ((((group,),), _),) = made["AdamW"]
+    assert (group["initial_lr"], group["weight_decay"]) == (3e-3, 0.125)
     (_, held_out), (_, training) = made["TrainingSamples"]
     assert (training["class_dropout_prob"], training["random_flip"], training["num_classes"]) == (0.25, True, 12)
     assert not {"class_dropout_prob", "random_flip"} & held_out.keys()

@@ -5,6 +5,7 @@ import shutil
 import time
 
 import pytest
+import torch
 from helpers import reset_accelerate
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import (
@@ -20,6 +21,7 @@ from training_runs import (
 )
 
 from diffusers_mp import MPDiTPipeline, MPDiTTransformer2DModel, normalize_weights_
+from diffusers_mp.presets import CONFIGURATIONS
 from diffusers_mp.training import (
     check_checkpoint,
     resolve_checkpoint,
@@ -54,6 +56,46 @@ def test_resume_gives_the_weights_and_losses_of_an_uninterrupted_run(data, tmp_p
     assert_same_weights(raw_weights(whole / "checkpoint-6"), raw_weights(resumed / "checkpoint-6"))
     for part in ("transformer", "transformer_ema_0.1"):
         assert_same_weights(weights(whole / part), weights(resumed / part))
+
+
+def test_pinned_norms_are_kept_and_resumed(data, tmp_path, monkeypatch, capfd):
+    import train_mpdit
+
+    (tmp_path / "model.json").write_text(json.dumps({**MODEL, **CONFIGURATIONS["A"]}))
+    options = ("--model_config_name_or_path", str(tmp_path / "model.json"), "--learning_rate", "1e-2")
+    options += ("--latents_dir", str(tmp_path / "latents"), "--pin_weight_norms")
+    with pytest.raises(ValueError, match="^`pin_weight_norms` must be left out for a model with `weight_normali"):
+        train(data, tmp_path / "refused", "--pin_weight_norms", "row")
+    assert [path.name for path in (tmp_path / "refused").iterdir()] == [".lock"]
+    reset_accelerate()
+    whole = train(data, tmp_path / "whole", *options, "row")
+    assert "; the norm of each row is pinned" in (said := capfd.readouterr().out)
+    assert "rows that were zero are free: transformer_blocks.*.attn_modulation.proj.weight (" in said
+    first, last = raw_weights(whole / "checkpoint-2"), raw_weights(whole / "checkpoint-6")
+    norms = stored(whole / "checkpoint-6")["pinned_norms"]
+    assert {name for name in last if name not in norms} == {name for name in last if "modulation" in name} | {
+        "output.proj.weight"
+    }
+    for name, of_weight in norms.items():
+        torch.testing.assert_close(last[name].flatten(1).norm(dim=1), of_weight, rtol=4e-6, atol=0)
+        assert not torch.equal(last[name], first[name]), name
+
+    def update_and_die(self, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        update(self, step)
+
+    update = train_mpdit.PowerFunctionEMA.update
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mpdit.PowerFunctionEMA, "update", update_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(data, tmp_path / "parts", *options, "row")
+    reset_accelerate()
+    with pytest.raises(ValueError, match=r"which has pin_weight_norms row \(now matrix\)"):
+        train(data, tmp_path / "parts", *options, "matrix", "--resume_from_checkpoint", "latest")
+    reset_accelerate()
+    resumed = train(data, tmp_path / "parts", *options, "row", "--resume_from_checkpoint", "latest")
+    assert_same_weights(last, raw_weights(resumed / "checkpoint-6"))
 
 
 def test_tensorboard_shows_each_update_once_after_a_resume(data, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from helpers import NOT_IN_DEV, reset_accelerate
 
-from diffusers_mp import MPLinear, PowerFunctionEMA, normalize_weights_
+from diffusers_mp import MPLinear, PowerFunctionEMA, normalize_weights_, pin_weight_norms_
 from diffusers_mp.optimization import MuonWithAdam, inverse_sqrt_schedule
 from diffusers_mp.training import (
     TrainingState,
@@ -90,6 +90,32 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(name, saved_at, tmp_path):
         averages = [run.ema.state_dict()["averages"][run.ema.stds.index(std)] for run in (second, straight)]
         for name in straight.model.state_dict():
             assert torch.equal(*(average[name] for average in averages)), name
+
+
+class PinnedRun(Run):
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer)
+        self.model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4, bias=False))
+        self.report = pin_weight_norms_(self.model)
+        optimizer = make_optimizer(self.model.parameters(), lr=0.1)
+        self.optimizer, self.schedule = self.accelerator.prepare(optimizer, inverse_sqrt_schedule(optimizer, 2, 4))
+        self.ema = PowerFunctionEMA(self.model)
+
+
+def test_pinned_norms_are_those_of_the_checkpoint(tmp_path):
+    straight = PinnedRun(torch.optim.Adam)
+    norms = straight.report.state_dict()
+    straight.train(0, 3)
+    checkpoint = save_checkpoint(straight.accelerator, tmp_path, 3, straight.state, facts={})
+    straight.train(3, 6)
+    # Weights that are drawn anew, and norms of theirs.
+    second = PinnedRun(torch.optim.Adam)
+    load_checkpoint(second.accelerator, checkpoint, second.state)
+    second.train(3, 6)
+    for name, weight in straight.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], weight), name
+    for name, of_weight in norms.items():
+        torch.testing.assert_close(straight.model.get_parameter(name).norm(dim=1), of_weight, rtol=4e-6, atol=0)
 
 
 @pytest.mark.parametrize("total_limit, left", [(1, [25]), (2, [25, 30]), (3, [20, 25, 30]), (None, [10, 20, 25, 30])])

@@ -87,6 +87,14 @@ def test_preset_flags(tmp_path):
             ("--optimizer", "adamw", "--adam_weight_decay", "0.1"),
             "`adam_weight_decay` must be 0 for a model with normalised rows and nothing else but gains",
         ),
+        *(
+            (("--configuration", name, "--pin_weight_norms", "row"), "`pin_weight_norms` must be left out for a mod")
+            for name in "CDEF"
+        ),
+        (
+            ("--configuration", "A", "--weight_normalization", "--pin_weight_norms", "matrix"),
+            "got 'matrix'. Take configuration A or B, or D instead of C",
+        ),
     ],
 )
 def test_what_the_parser_cannot_tell_is_refused_as_it_would(examples_run_here, tmp_path, capsys, wrong, message):
