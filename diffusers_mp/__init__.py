@@ -35,6 +35,7 @@ _EXPORTS = {
         "unswap_rotation",
     ],
     "optimization": ["parameter_groups"],
+    "diagnostics.norm_watch": ["NormWatch"],
     "diagnostics.recorder": ["MagnitudeRecorder"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .averages.ema import PowerFunctionEMA as PowerFunctionEMA
     from .averages.reconstruction import reconstruct_ema as reconstruct_ema
     from .class_embeddings import resize_class_embeddings_ as resize_class_embeddings_
+    from .diagnostics.norm_watch import NormWatch as NormWatch
     from .diagnostics.recorder import MagnitudeRecorder as MagnitudeRecorder
     from .evaluation.frechet import frechet_distance as frechet_distance
     from .layers import MPEmbedding as MPEmbedding

@@ -47,7 +47,7 @@ SECTIONS = {
     "What scripts show": ["start_block", "sheets"],
     "Command lines": ["arguments", "scripts"],
     "Averages of weights": ["averages.ema", "averages.snapshots", "averages.reconstruction"],
-    "Diagnostics": ["diagnostics.recorder", "diagnostics.history", "diagnostics.plots"],
+    "Diagnostics": ["diagnostics.recorder", "diagnostics.norm_watch", "diagnostics.history", "diagnostics.plots"],
     "Evaluation": [
         "evaluation.frechet",
         "evaluation.precision_recall",

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from diffusers_mp import (
     MagnitudeRecorder,
     MPDiTPipeline,
+    NormWatch,
     PowerFunctionEMA,
     normalize_weights_,
     pin_weight_norms_,
@@ -245,6 +246,12 @@ def train(args, run, stop, at_end):
         at_end.callback(recorder.close)
         if run.step and magnitudes_file.is_file():
             recorder.load(magnitudes_file)
+    watch = None
+    if args.norm_watch_steps:
+        watch = NormWatch(model, every=args.norm_watch_steps, num_updates=run.step, warn=False)
+        at_end.callback(watch.close)
+        if run.norm_watch is not None:
+            watch.load_state_dict(run.norm_watch)
     # An update that was skipped is one by zero: the schedule goes on, also where it is the first.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
     progress, losses = Progress(args, run), []
@@ -273,6 +280,10 @@ def train(args, run, stop, at_end):
             accelerator.log(recorder.values(), step=run.step)
             if accelerator.is_main_process:
                 recorder.save(magnitudes_file)
+        for alarm in watch.step() if watch is not None else ():
+            accelerator.log({f"alarm/{alarm.quantity}/{alarm.name}": alarm.value}, step=run.step)
+            if accelerator.is_main_process:
+                progress.bar.write(f"Warning: {alarm}")
         if run.step % args.ema_update_steps == 0:
             run.ema.update(run.step)
 
@@ -295,7 +306,8 @@ def train(args, run, stop, at_end):
             # After everything else of this update, which a run resumed from here will not do again.
             if checkpoint_due or failure is not None:
                 limit = args.checkpoints_total_limit or None
-                save_checkpoint(accelerator, args.output_dir, run.step, run.state, run.facts, limit)
+                facts = run.facts if watch is None else {**run.facts, "norm_watch": watch.state_dict()}
+                save_checkpoint(accelerator, args.output_dir, run.step, run.state, facts, limit)
         if failure is not None:
             accelerator.print(
                 f"Validation failed after update {run.step:,}, whose checkpoint is saved: --resume_from_checkpoint "

@@ -79,7 +79,8 @@ def train(run: Run, watch: Callable[[MPDiTTransformer2DModel, int, float], None]
 
     Args:
         run (Run): what to train.
-        watch (callable, optional): called after each update with the model, the update and its loss.
+        watch (callable, optional): called after each update with the model, the update and its loss; and before the
+            first with 0 and NaN.
     Returns:
         dict: whether it `ended` with finite losses, else the `update` at which it did not; `largest_rms` of a token
         after a block, `largest_hidden` of one within a feed-forward, after its activation, and `largest_loss` on the
@@ -106,6 +107,8 @@ def train(run: Run, watch: Callable[[MPDiTTransformer2DModel, int, float], None]
 
     hooks = [block.register_forward_hook(note("stream")) for block in model.transformer_blocks]
     hooks += [block.ff.act.register_forward_hook(note("hidden")) for block in model.transformer_blocks]
+    if watch is not None:
+        watch(model, 0, math.nan)
     started, record = time.perf_counter(), {"ended": True}
     for update in range(1, run.num_updates + 1):
         rows = torch.randint(len(images), (BATCH_SIZE,), generator=generator)

@@ -23,6 +23,7 @@ from facts import facts_of_run, head
 from speed import A, E, build_inputs, build_models
 from timing import ratio, spread, take_turns
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffusers_mp import (
     MPDiTTransformer2DModel,
@@ -145,11 +146,18 @@ WITHOUT = {
 
 
 class CountedOperators(TorchDispatchMode):
-    number = 0
+    """How many operators run, and how many bytes they read and write; views move none."""
+
+    number, num_bytes = 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.number += 1
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        aliases = [returned.alias_info for returned in function._schema.returns]
+        if not aliases or any(alias is None or alias.is_write for alias in aliases):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            self.num_bytes += sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+        return result
 
 
 def rows_of_steps(size: str, rounds: int):

@@ -1,10 +1,11 @@
-"""Cost of a MagnitudeRecorder: training updates with and without one, taking turns in one process.
+"""Cost of a MagnitudeRecorder and of a NormWatch: updates with and without, taking turns in one process, and counted.
 
     python benchmarks/speed/recorder_cost.py --size S/2 --batch_size 16
 
 One model, one optimiser. A round times an update without a recorder, one that is recorded, and one with a recorder
 that rests, as between two records. What a record costs more than a plain update, divided by the stride, is the cost of
-training with it. Prints Markdown; asserts nothing.
+training with it. Of a NormWatch operators and bytes are counted, which no other work on the machine changes. Prints
+Markdown; asserts nothing.
 """
 
 import argparse
@@ -12,12 +13,21 @@ import statistics
 
 import torch
 from facts import facts_of_run, head
+from operations import CountedOperators
 from timing import spread, take_turns
 
-from diffusers_mp import MagnitudeRecorder, MPDiTTransformer2DModel, get_preset, normalize_weights_, parameter_groups
+from diffusers_mp import (
+    MagnitudeRecorder,
+    MPDiTTransformer2DModel,
+    NormWatch,
+    get_preset,
+    normalize_weights_,
+    parameter_groups,
+    trust_rows_,
+)
 
 
-DEFAULT_STRIDE = 100
+DEFAULT_STRIDE, WATCH_STRIDE = 100, 50
 
 
 def main() -> None:
@@ -74,6 +84,27 @@ def main() -> None:
     ):
         extra = spread([(a / b - 1) / stride for a, b in zip(times[name], times["without"], strict=True)])
         print(f"| {label} | {extra['low']:.2%} | {extra['median']:.2%} | {extra['high']:.2%} |")
+
+    # As in the trainer, whose rows are trusted: an update has fewer operators then.
+    trust_rows_(model)
+    with CountedOperators() as plain:
+        update()
+        update()
+    watch = NormWatch(model, every=2, num_updates=2, warn=False)
+    with CountedOperators() as watched:
+        for _ in range(2):
+            update()
+            watch.step()
+    watch.close()
+    print("\n| NormWatch | operators | bytes |\n|---|---|---|")
+    print(f"| an update without | {plain.number // 2} | {plain.num_bytes // 2 / 1e6:.0f} MB |")
+    operators, num_bytes = watched.number - plain.number, watched.num_bytes - plain.num_bytes
+    print(f"| more at a look | {operators} | {num_bytes / 1e6:.0f} MB |")
+    shares = [
+        2 * more / of_plain / WATCH_STRIDE
+        for more, of_plain in ((operators, plain.number), (num_bytes, plain.num_bytes))
+    ]
+    print(f"| the same divided by the default stride {WATCH_STRIDE} | {shares[0]:.2%} | {shares[1]:.2%} |")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,15 @@ def angle_counts(angles: torch.Tensor) -> torch.Tensor:
     return torch.diff(up_to, prepend=torch.zeros_like(up_to[:1])).to(angles.dtype)
 
 
+def numbers_of(kind: str, module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """What a recorder keeps of a call: the norm of activations; of a map sum, norm, largest entry, angles' counts."""
+    if kind == "activations":
+        return norm_of(tensor)
+    rows = local(tensor).to(compute_dtype(tensor.dtype)).flatten()
+    numbers = torch.stack([rows.sum(), torch.linalg.vector_norm(rows), rows.abs().max()])
+    return torch.cat([numbers, angle_counts(rows)]) if kind == "rotate" else numbers
+
+
 def norms_over_shards(norms: list[torch.Tensor], parameters: list[nn.Parameter]) -> list[torch.Tensor]:
     """Norms of whole parameters from those of their shards, by one reduction for each mesh of processes."""
     norms, shards = list(norms), {}

@@ -5,24 +5,22 @@ them are read at once. `plots` draws what it has recorded.
 """
 
 import contextlib
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
-from ..functional import compute_dtype
 from ..modulation import Modulation
-from ..sharding import local, return_to_shards, unwrapped
+from ..sharding import return_to_shards, unwrapped
+from .calls import Calls, chosen_modules
 from .history import load_history, save_history, without_histograms
 from .magnitudes import (
-    angle_counts,
     fetch,
     norm_of,
     norm_of_difference,
     norms_over_shards,
+    numbers_of,
     values_of_calls,
     values_of_parameters,
 )
@@ -101,7 +99,13 @@ class MagnitudeRecorder:
         self.num_updates = num_updates
         self.history: list[dict] = []
         self._model = unwrapped(model)
-        self._modules = _chosen(self._model, modules)
+        self._modules = chosen_modules(self._model, modules)
+        if not self._modules:
+            raise ValueError(
+                f"`modules` must choose some of the modules of `model`, got {modules!r}, which chooses none of a "
+                f"{type(self._model).__name__}; its children are {[name for name, _ in self._model.named_children()]}."
+            )
+        self._calls = Calls(self._model, self._modules, numbers_of)
         optimizers = optimizer if isinstance(optimizer, Sequence) else [] if optimizer is None else [optimizer]
         # Hooks of Accelerate's wrapper would never run.
         self._optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
@@ -161,6 +165,7 @@ class MagnitudeRecorder:
     def close(self) -> None:
         """Let go of a record that has begun, and of its hooks; the history stays."""
         self._is_recording = False
+        self._calls.close()
         self._hooks.close()
 
     def __enter__(self) -> "MagnitudeRecorder":
@@ -182,10 +187,6 @@ class MagnitudeRecorder:
     def _start(self, only_with_gradients: bool) -> None:
         return_to_shards(self._model)
         self._is_recording = True
-        self._only_with_gradients = only_with_gradients
-        self._is_inside = False
-        # What each call of a module had: kind and name, numbers on the device, of how many entries.
-        self._calls: list[tuple[tuple[str, str], torch.Tensor, int]] = []
         self._parameters = {
             name: [parameter for parameter in module.parameters() if parameter.is_floating_point()]
             for name, module in self._modules.items()
@@ -193,73 +194,9 @@ class MagnitudeRecorder:
         self._gradients: dict[int, torch.Tensor] = {}
         self._old: dict[int, torch.Tensor] = {}
 
-        self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
-        handles = [
-            self._model.register_forward_pre_hook(self._before_model()),
-            self._model.register_forward_hook(self._after_model(), always_call=True),
-            *(optimizer.register_step_pre_hook(self._before_update) for optimizer in self._optimizers),
-        ]
-        for name, module in self._modules.items():
-            handles.append(module.register_forward_hook(self._after_module(name)))
-            if isinstance(module, Modulation):
-                handles.append(module.proj.register_forward_hook(self._after_projection(name, module)))
-        for handle in handles:
-            self._hooks.callback(handle.remove)
-
-    # Hooks are closures rather than methods, so that a deep copy of the model, for an average of its weights, does not
-    # bring a copy of the recorder along. The copy's hooks do nothing, as only this very model opens the gate.
-
-    def _before_model(self):
-        def hook(module, args):
-            is_counted = torch.is_grad_enabled() or not self._only_with_gradients
-            self._is_inside = is_counted and unwrapped(module) is self._model
-
-        return hook
-
-    def _after_model(self):
-        def hook(module, args, output):
-            self._is_inside = False
-
-        return hook
-
-    def _after_module(self, name: str):
-        def hook(module, args, output):
-            if not self._is_inside:
-                return
-            if _is_swapped_linear(module):
-                maps = getattr(output, "maps", [output])
-                maps = [rows if isinstance(rows, torch.Tensor) else rows.angle for rows in maps]
-                self._add_maps(name, module.kinds, maps)
-                return
-            tensors = [leaf for leaf in tree_leaves(output) if _is_measurable(leaf)]
-            if isinstance(module, Modulation):
-                tensors = tensors[:1]
-            for index, tensor in enumerate(tensors):
-                key = name if len(tensors) == 1 else f"{name}/{index}"
-                self._calls.append((("activations", key), norm_of(tensor), tensor.numel()))
-
-        return hook
-
-    def _after_projection(self, name: str, site: Modulation):
-        @torch.no_grad()
-        def hook(module, args, output):
-            if not self._is_inside:
-                return
-            dtype = compute_dtype(output.dtype)
-            maps = site.maps(output.to(dtype), dtype)
-            self._add_maps(name, list(maps), list(maps.values()))
-
-        return hook
-
-    @torch.no_grad()
-    def _add_maps(self, site: str, kinds: Sequence[str], maps: Sequence[torch.Tensor]) -> None:
-        for index, (kind, rows) in enumerate(zip(kinds, maps, strict=True)):
-            name = site if kinds.count(kind) == 1 else f"{site}/{kinds[:index].count(kind)}"
-            rows = local(rows).to(compute_dtype(rows.dtype)).flatten()
-            numbers = torch.stack([rows.sum(), torch.linalg.vector_norm(rows), rows.abs().max()])
-            if kind == "rotate":
-                numbers = torch.cat([numbers, angle_counts(rows)])
-            self._calls.append(((kind, name), numbers, rows.numel()))
+        self._calls.start(only_with_gradients)
+        for optimizer in self._optimizers:
+            self._hooks.callback(optimizer.register_step_pre_hook(self._before_update).remove)
 
     @torch.no_grad()
     def _before_update(self, optimizer, args, kwargs) -> None:
@@ -278,11 +215,7 @@ class MagnitudeRecorder:
     @torch.no_grad()
     def _finish(self) -> None:
         self.close()
-        if not self._calls:
-            raise RuntimeError(
-                "no forward pass of `model` was seen in an update to be recorded: `model` must be the module that the "
-                f"training loop calls, got a {type(self._model).__name__}."
-            )
+        found = self._calls.taken()
 
         # One read of the norms of all parameters and the numbers of all calls
         return_to_shards(self._model)
@@ -294,11 +227,11 @@ class MagnitudeRecorder:
             **{("changes", key): norm_of_difference(parameters[key], old) for key, old in self._old.items()},
         }
         whole = norms_over_shards(list(norms.values()), [parameters[key] for _, key in norms])
-        numbers = fetch([*whole, *(numbers for _, numbers, _ in self._calls)])
+        numbers = fetch([*whole, *(call.numbers for call in found)])
         norms = {key: norm for key, (norm,) in zip(norms, numbers, strict=False)}
         calls: dict[tuple[str, str], list[tuple[list[float], int]]] = {}
-        for (key, _, count), of_call in zip(self._calls, numbers[len(norms) :], strict=True):
-            calls.setdefault(key, []).append((of_call, count))
+        for call, of_call in zip(found, numbers[len(norms) :], strict=True):
+            calls.setdefault((call.kind, call.name), []).append((of_call, call.count))
         for name, module in self._modules.items():
             if (
                 isinstance(module, Modulation)
@@ -308,7 +241,7 @@ class MagnitudeRecorder:
                 raise RuntimeError(
                     f"the modulation {name} has run without a call of its `proj`, whose maps it applies."
                 )
-        self._calls, self._gradients, self._old = [], {}, {}
+        self._gradients, self._old = {}, {}
 
         # From numbers to named values
         entry: dict = {"step": self.num_updates}
@@ -319,47 +252,3 @@ class MagnitudeRecorder:
         if self.history:
             self.history[-1] = without_histograms(self.history[-1])
         self.history.append(dict(sorted(entry.items(), key=lambda item: item[0] != "step")))
-
-
-def _chosen(model: nn.Module, modules: str | Callable[[str, nn.Module], bool] | None) -> dict[str, nn.Module]:
-    """The modules to be recorded by their names, in which compilation leaves no trace."""
-    named = {
-        name.replace("._orig_mod", ""): module
-        for name, module in model.named_modules()
-        if name and not hasattr(module, "_orig_mod")
-    }
-    blocks = _names_of_blocks(model, named)
-
-    def is_chosen(name: str, module: nn.Module) -> bool:
-        if callable(modules):
-            return modules(name, module)
-        if modules is not None:
-            return re.fullmatch(modules, name) is not None
-        return name in blocks or isinstance(module, Modulation) or _is_swapped_linear(module)
-
-    chosen = {name: module for name, module in named.items() if is_chosen(name, module)}
-    if not chosen:
-        raise ValueError(
-            f"`modules` must choose some of the modules of `model`, got {modules!r}, which chooses none of a "
-            f"{type(model).__name__}; its children are {[name for name, _ in model.named_children()]}."
-        )
-    return chosen
-
-
-def _names_of_blocks(model: nn.Module, named: dict[str, nn.Module]) -> set[str]:
-    classes = getattr(model, "_repeated_blocks", None) or []
-    blocks = {name for name, module in named.items() if type(module).__name__ in classes}
-    if blocks:
-        return blocks
-    lists = [name for name, module in named.items() if isinstance(module, nn.ModuleList)]
-    outermost = [name for name in lists if not name.startswith(tuple(f"{other}." for other in lists))]
-    return {name for name in named if name.rpartition(".")[0] in outermost}
-
-
-def _is_swapped_linear(module: nn.Module) -> bool:
-    # By its name: `rotation_swap` and this file do not import each other.
-    return type(module).__name__ == "RotationLinear"
-
-
-def _is_measurable(value) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() > 0

@@ -248,6 +248,13 @@ def _add_log_arguments(add):
         default=0,
         help="updates between records of magnitudes, also kept in LOGGING_DIR/magnitudes.json; 0 for none",
     )
+    add(
+        "--norm_watch_steps",
+        type=at_least(0),
+        default=50,
+        help="updates between looks at norms, updates, activations and gates, with a warning where one leaves its "
+        "limit; 0 for none",
+    )
     add("--report_to", default="none", help="tensorboard, wandb, … or none; metrics.jsonl is always kept")
     add("--tracker_project_name", type=file_name, help="project that the tracker files the run under [train_mpdit]")
     add("--tracker_run_name", type=file_name, help="name of the run in it [the tracker's choice]")

@@ -142,7 +142,8 @@ def resumed_facts(checkpoint: Path, facts: dict[str, Any], args: argparse.Namesp
 
 def resume(args: argparse.Namespace, run: Run, checkpoint: Path) -> None:
     """Go on where a checkpoint was left, with another learning rate if one is given."""
-    step = read_state(checkpoint)["step"]
+    stored = read_state(checkpoint)
+    step, run.norm_watch = stored["step"], stored.get("norm_watch")
     if step > run.max_train_steps:
         raise ValueError(
             f"`max_train_steps` must be at least {step:,}, the updates that {checkpoint} has seen, got "

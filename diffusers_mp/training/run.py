@@ -35,6 +35,7 @@ class Run:
     facts: dict  # what makes this run this run
     max_train_steps: int
     step: int = 0
+    norm_watch: dict | None = None  # of the checkpoint from which the run goes on
 
     @property
     def state(self) -> TrainingState:

@@ -181,8 +181,16 @@ def test_recorder_cost_prints_its_table(run_here):
         "| with a recorder that rests",
         "| that is recorded, everything by default",
         "| the same divided by the default stride 100",
+        "| NormWatch",
+        "| an update without",
+        "| more at a look",
+        "| the same divided by the default stride 50",
     ]
-    assert all(row.count("%") == 3 for row in rows)
+    assert all(row.count("%") == 3 for row in rows[:3])
+    assert rows[-1].count("%") == 2
+    # Of each of the 38 matrices a copy, two norms and a difference.
+    operators = [int(row.split(" | ")[1]) for row in rows[4:6]]
+    assert 38 * 4 < operators[1] < operators[0]
 
 
 def test_costs_of_imagenet_are_those_of_the_page():

@@ -220,7 +220,7 @@ from helpers import tiny_inputs, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from diffusers_mp import MagnitudeRecorder, normalize_weights_, parameter_groups
+from diffusers_mp import MagnitudeRecorder, NormWatch, normalize_weights_, parameter_groups
 
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
@@ -230,6 +230,7 @@ rank = dist.get_rank()
 def record(model, called, rank=None):
     optimizer = torch.optim.Adam(parameter_groups(model, lr=1e-2, eps=1e-3))
     recorder = MagnitudeRecorder(called, optimizer, stride=2)
+    watch = NormWatch(called, every=2, limits={"gate": 0.1}, warn=False)
     for step in range(1, 3):
         inputs = tiny_inputs(batch_size=4, seed=step, dtype=torch.float64)
         if rank is not None:
@@ -239,20 +240,22 @@ def record(model, called, rank=None):
         optimizer.zero_grad()
         normalize_weights_(model)
         recorder.step()
-    return recorder.history
+        watch.step()
+    return recorder.history, watch
 
 def model():
     return tiny_model().double().train()
 
 whole = model()
-expected = record(whole, whole)
+expected, expected_watch = record(whole, whole)
 replicated = model()
-histories = {"ddp": record(replicated, DistributedDataParallel(replicated), rank)}
+recorded = {"ddp": record(replicated, DistributedDataParallel(replicated), rank)}
 sharded = model()
 for block in sharded.transformer_blocks:
     fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
 fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
-histories["fully_shard"] = record(sharded, sharded, rank)
+recorded["fully_shard"] = record(sharded, sharded, rank)
+histories = {engine: history for engine, (history, _) in recorded.items()}
 compared = 0
 for engine, history in histories.items():
     for ours, theirs in zip(history, expected, strict=True):
@@ -267,8 +270,22 @@ for engine, history in histories.items():
     squares = torch.tensor(history[-1][name], dtype=torch.float64).square()
     dist.all_reduce(squares)
     assert abs((squares / 2).sqrt().item() / expected[-1][name] - 1) < 1e-9, engine
+# The largest entry of both halves is that of the batch; root mean squares are those of the larger half.
+num_watched = 0
+for engine, (_, watch) in recorded.items():
+    assert watch.values().keys() == expected_watch.values().keys()
+    for name, value in watch.values().items():
+        if name.startswith(("weight_growth", "relative_update", "largest_growth")):
+            of_whole = expected_watch.values()[name]
+            assert abs(value / of_whole - 1) < (1e-9 if "update" in name else 1e-6), (engine, name, value, of_whole)
+            num_watched += 1
+    both = [None, None]
+    dist.all_gather_object(both, (watch.values(), watch.alarms, watch.state_dict()["start"]))
+    assert both[0] == both[1], engine
+    (alarm,) = watch.alarms
+    assert alarm[:3] == (1, "gate", "transformer_blocks.0.attn_modulation"), alarm
 if rank == 0:
-    print("compared", compared, flush=True)
+    print("compared", compared, "watched", num_watched, flush=True)
 dist.barrier()
 # Without the end of gloo's threads, which now and then aborts a process that is done.
 os._exit(0)
@@ -278,7 +295,7 @@ os._exit(0)
 def test_two_processes_replicated_and_sharded(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    assert "compared 84" in run_processes(script)
+    assert "compared 84 watched 92" in run_processes(script)
 
 
 @pytest.mark.usefixtures("examples_run_here")
