@@ -14,7 +14,7 @@ from collections import defaultdict
 
 from scipy.stats import t as student
 from shared import BENCHMARKS, table
-from short_runs import Run, make_records, read_records, train
+from short_runs import Run, make_records, read_records, train_watched
 
 
 RECORDS = BENCHMARKS / "records" / "cliff.jsonl"
@@ -138,7 +138,7 @@ def report_pairs(records: list[dict]) -> None:
 
 def main():
     runs = [*CLIFF, *paired(read_records(RECORDS)), *HALF, *DEEP]
-    records = make_records(RECORDS, runs, train, __doc__.split("\n")[0])
+    records = make_records(RECORDS, runs, train_watched, __doc__.split("\n")[0])
     report_failures(
         [record for record in records if is_cliff(record) and record["seed"] in SEEDS],
         "Width 96, 4 blocks, 1500 updates of 64",

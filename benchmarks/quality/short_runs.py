@@ -8,7 +8,9 @@ import contextlib
 import hashlib
 import json
 import math
+import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,13 +19,15 @@ import torch
 from shared import BENCHMARKS
 from sklearn.datasets import load_digits
 
-from diffusers_mp import MPDiTTransformer2DModel, PowerFunctionEMA, get_preset, normalize_weights_
+from diffusers_mp import MPDiTTransformer2DModel, NormWatch, PowerFunctionEMA, get_preset, normalize_weights_
 from diffusers_mp.optimization import inverse_sqrt_schedule, parameter_groups
 from diffusers_mp.rows import trust_rows_
 from diffusers_mp.training import DDPMObjective, validation_losses, validation_timesteps
 
 
 BATCH_SIZE, WARM_UP, NUM_HELD_OUT, EMA_STD = 64, 100, 256, 0.10
+# Of the median of a loss that may have doubled.
+MEDIAN_OF = 10
 # What decides the values of a model; a record has the hash of these files.
 CODE = ("functional", "fused", "rows", "layers", "modulation", "configuration", "blocks", "transformer_mpdit")
 
@@ -143,6 +147,37 @@ def train(run: Run, watch: Callable[[MPDiTTransformer2DModel, int, float], None]
         levels = validation_timesteps(objective, 8)
         record["validation_loss"] = validation_losses(model.eval(), objective, batch, levels, noise.device)["loss"]
     return record | {"seconds": round(time.perf_counter() - started)}
+
+
+def doubled_at(losses: list[float]) -> int | None:
+    """The update at which a loss has doubled."""
+    least = float("inf")
+    for update in range(MEDIAN_OF, len(losses) + 1):
+        median = statistics.median(losses[update - MEDIAN_OF : update])
+        if not median <= 2 * least:
+            return update
+        least = min(least, median)
+    return None
+
+
+def train_watched(run: Run) -> dict:
+    """`train`, with what a `NormWatch` says: alarms, the largest value of each quantity; and when the loss doubled."""
+    watches, losses, largest = [], [], defaultdict(float)
+
+    def watch(model, update, loss):
+        if update == 0:
+            watches.append(NormWatch(model, warn=False))
+            return
+        losses.append(loss)
+        watches[0].step()
+        for name, value in watches[0].values().items():
+            quantity = name.partition("/")[0]
+            largest[quantity] = max(largest[quantity], value)
+
+    record = train(run, watch)
+    watches[0].close()
+    alarms = [alarm._asdict() for alarm in watches[0].alarms]
+    return record | {"doubled": doubled_at(losses) or record.get("update"), "alarms": alarms, "largest": largest}
 
 
 def read_records(path: Path) -> list[dict]:

@@ -16,6 +16,7 @@ def pinned(monkeypatch):
     return pinned
 
 
+@pytest.mark.slow  # trains four models, and a judge for each
 def test_pinned_norms_stay_and_others_move(pinned, capsys, tmp_path, monkeypatch):
     records = []
     for arm in pinned.ARMS:
