@@ -19,7 +19,7 @@ from short_runs import Run, make_records, read_records, train_watched
 
 RECORDS = BENCHMARKS / "records" / "cliff.jsonl"
 ARMS = list(itertools.product("EF", ("shift", "rotate")))
-RATES, SEEDS, FRESH_SEEDS = (0.05, 0.1, 0.2, 0.4, 0.8), range(100, 105), range(8)
+RATES, SEEDS, FRESH_SEEDS = (0.025, 0.05, 0.1, 0.2, 0.4), range(100, 105), range(8)
 NOTHING = 1.0
 CLIFF = [
     Run(configuration, kind, rate, seed) for seed, rate, (configuration, kind) in itertools.product(SEEDS, RATES, ARMS)

@@ -30,6 +30,7 @@ BATCH_SIZE, WARM_UP, NUM_HELD_OUT, EMA_STD = 64, 100, 256, 0.10
 MEDIAN_OF = 10
 # What decides the values of a model; a record has the hash of these files.
 CODE = ("functional", "fused", "rows", "layers", "modulation", "configuration", "blocks", "transformer_mpdit")
+CODE += ("presets",)
 
 
 class Run(NamedTuple):

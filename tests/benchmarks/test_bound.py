@@ -68,7 +68,7 @@ def test_the_tables_of_the_cliff(capsys):
 
     def record(run):
         of_arm = {"E": 0.2, "F": 0.1}[run.configuration] + run.learning_rate / 100 + run.seed / 1e6
-        if run.configuration == "E" and run.learning_rate > 0.3:
+        if run.configuration == "E" and run.learning_rate > 0.1:
             return run._asdict() | {
                 "ended": False,
                 "update": 9,
@@ -76,7 +76,7 @@ def test_the_tables_of_the_cliff(capsys):
                 "largest_hidden": 1e9,
                 "largest_loss": 7.0,
             }
-        lost = run.learning_rate > 0.7
+        lost = run.learning_rate > 0.3
         more = {
             "ended": True,
             "largest_rms": 2.0,
@@ -89,16 +89,16 @@ def test_the_tables_of_the_cliff(capsys):
     assert cliff.paired([]) == []
     records = [record(run) for run in cliff.CLIFF]
     pairs = cliff.paired(records)
-    assert {(run.configuration, run.learning_rate) for run in pairs} == {("E", 0.05), ("F", 0.05)}
+    assert {(run.configuration, run.learning_rate) for run in pairs} == {("E", 0.025), ("F", 0.025)}
     assert len(pairs) == 4 * 8
     records += [record(run) for run in pairs]
     cliff.report_failures(records, "all")
     cliff.report_pairs(records)
     printed = capsys.readouterr().out
     assert "| E | shift | 0.4 | 5 of 5 | 9, 9, 9, 9, 9 |  |  | 1e+09 | 1e+09 | 7 |" in printed
-    assert "| F | rotate | 0.8 | 5 of 5 |  | 5 |  | 2 | 5 | 3 |" in printed
-    # 0.1005 over 0.2005, less what the seeds add.
-    assert "| shift | 8 | 0.2005 at 0.05 | 0.1005 at 0.05 | -49.87 ± 0.00 | -49.87 |" in printed
+    assert "| F | rotate | 0.4 | 5 of 5 |  | 5 |  | 2 | 5 | 3 |" in printed
+    # 0.10025 over 0.20025, less what the seeds add.
+    assert "| shift | 8 | 0.2003 at 0.025 | 0.1003 at 0.025 | -49.94 ± 0.00 | -49.94 |" in printed
 
 
 def test_a_mean_and_its_interval():
