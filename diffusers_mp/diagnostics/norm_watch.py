@@ -5,6 +5,7 @@ them first. It shares the recorder's hooks.
 """
 
 import math
+import statistics
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from .magnitudes import fetch, norm_of, norm_of_difference, norms_over_shards
 
 # The limits of each quantity, from runs that ended well and runs that did not (`benchmarks/quality/alarm.py`).
 LIMITS = {
+    "median_update": 0.012,
     "relative_update": 0.03,
     "weight_growth": 5.0,
     "stream_growth": 30.0,
@@ -29,20 +31,24 @@ LIMITS = {
     "gate": 5.0,
     "scale": 5.0,
 }
-# One gradient among many is large and does nothing: relative updates must be above the limit at so many looks running.
-PATIENCE = {"relative_update": 2}
+# One gradient among many is large and does nothing: updates must be above their limits at so many looks running.
+PATIENCE = {"median_update": 2, "relative_update": 2}
 _LOWER_THE_RATE = "the usual cause is a learning rate that is too high: go back to a checkpoint, and try a third of it"
 _BOUND = f"{_LOWER_THE_RATE}, or bound the tokens (`max_magnitude`, configuration F)"
 _WAYS_OUT = {
-    "relative_update": ("the update over the weight", _LOWER_THE_RATE),
+    "median_update": (
+        "the median over all matrices of the update over the weight, the largest of which is in",
+        _LOWER_THE_RATE,
+    ),
+    "relative_update": ("the update over the weight in", _LOWER_THE_RATE),
     "weight_growth": (
-        "the norm over that at the start",
+        "the norm over that at the start in",
         "weights that grow learn ever more slowly, and make what they put out grow: `pin_weight_norms_` holds them",
     ),
-    "stream_growth": ("the root mean square of the output over that at the start", _BOUND),
-    "largest_growth": ("the largest entry of the output over that at the start", _BOUND),
-    "gate": ("the root mean square of the gate", _BOUND),
-    "scale": ("the root mean square of the scale", _BOUND),
+    "stream_growth": ("the root mean square of the output over that at the start in", _BOUND),
+    "largest_growth": ("the largest entry of the output over that at the start in", _BOUND),
+    "gate": ("the root mean square of the gate in", _BOUND),
+    "scale": ("the root mean square of the scale in", _BOUND),
 }
 
 
@@ -52,7 +58,8 @@ class Alarm(NamedTuple):
     Attributes:
         update (int): number of the update that was looked at.
         quantity (str): a key of `LIMITS`.
-        name (str): of the first parameter or module, in the model's order, beyond the limit.
+        name (str): of the first parameter or module, in the model's order, beyond the limit; of the matrix with the
+            largest update for "median_update".
         value (float): its value.
         limit (float): what it should be at most.
     """
@@ -67,7 +74,7 @@ class Alarm(NamedTuple):
         what, way_out = _WAYS_OUT[self.quantity]
         looks = f" for {PATIENCE[self.quantity]} looks running" if self.quantity in PATIENCE else ""
         return (
-            f"update {self.update}: {what} in {self.name} ({self.quantity}) is {self.value:.3g}, above {self.limit:g}"
+            f"update {self.update}: {what} {self.name} ({self.quantity}) is {self.value:.3g}, above {self.limit:g}"
             f"{looks}; {way_out}"
         )
 
@@ -84,8 +91,9 @@ class NormWatch:
     It looks at the first update and at one in `every`. The quantities, and the limit of each:
 
     - `relative_update`, 0.03: for each matrix in training ‖new - old‖ / ‖w‖ of one update, forced normalisation
-      included if that comes before `step`; ‖w‖ is the new norm, or that of the start where it is larger. It must be
-      above the limit at two looks running. For unit rows, whose norm is fixed, this is what decides.
+      included if that comes before `step`; ‖w‖ is the new norm, or that of the start where it is larger.
+    - `median_update`, 0.012: the median of these over all matrices. For unit rows, whose norms are fixed, it is what
+      tells of a failure long before. Both must be above their limits at two looks running.
     - `weight_growth`, 5: ‖w‖ of each matrix over that at the start.
     - `stream_growth`, 30, and `largest_growth`, 100: root mean square and largest absolute entry of what each block
       returns, over those at the first look. Blocks are those of `MagnitudeRecorder`, or the members of a
@@ -177,9 +185,9 @@ class NormWatch:
         """What the last look has seen, for a tracker.
 
         Returns:
-            dict: "<quantity>/<name>" to value; empty before the first look.
+            dict: "<quantity>/<name>" to value, and "median_update"; empty before the first look.
         """
-        return {f"{quantity}/{name}": value for (quantity, name), value in self._values.items()}
+        return {f"{quantity}/{name}".rstrip("/"): value for (quantity, name), value in self._values.items()}
 
     def close(self) -> None:
         """Let go of a look that has begun, and of its hooks."""
@@ -243,12 +251,14 @@ class NormWatch:
         numbers = iter(fetch([_stacked(tensors) for tensors in (norms, [*largest.values()]) if tensors]))
         self._values = {}
         if weights:
-            of_weights = next(numbers)
+            of_weights, updates = next(numbers), {}
             for name, norm, change in zip(matrices, of_weights, of_weights[len(weights) :], strict=False):
                 # Beside its start, because a matrix that was zero has moved by all of its norm.
                 start = self._start.setdefault(("weight_growth", name), norm or 1.0)
                 self._values["weight_growth", name] = norm / start
-                self._values["relative_update", name] = change / max(norm, start)
+                updates[name] = change / max(norm, start)
+                self._values["relative_update", name] = updates[name]
+            self._values["median_update", ""] = statistics.median(updates.values())
         if largest:
             for key, value in zip(largest, next(numbers), strict=True):
                 if key[0].endswith("_growth"):
@@ -286,6 +296,9 @@ class NormWatch:
             if quantity not in told and num_above >= PATIENCE.get(quantity, 1):
                 told.add(quantity)
                 value = self._values[quantity, name]
+                if quantity == "median_update":
+                    of_matrices = {key: update for key, update in self._values.items() if key[0] == "relative_update"}
+                    _, name = max(of_matrices, key=of_matrices.get)
                 alarms.append(Alarm(self.num_updates, quantity, name, value, self.limits[quantity]))
         return alarms
 

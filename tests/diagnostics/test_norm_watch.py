@@ -96,6 +96,21 @@ class TestAlarms:
         # Of the two the first in the model.
         assert watch.alarms == [(10, "relative_update", names[1], pytest.approx(0.05 / 1.05, rel=1e-2), 0.03)]
 
+    def test_updates_that_are_too_large_in_most_matrices(self):
+        model = dit()
+
+        def plant(update):
+            for name, parameter in model.named_parameters():
+                if update > 2:
+                    parameter.mul_(1.025 if name == "transformer_blocks.1.attn1.to_q.weight" else 1.02)
+
+        message = "median over all matrices .* the largest of which is in transformer_blocks.1.attn1.to_q.weight"
+        with pytest.warns(UserWarning, match=message):
+            watch = watched(model, 8, plant, inputs=DIT_INPUTS)
+        name = "transformer_blocks.1.attn1.to_q.weight"
+        assert watch.alarms == [(6, "median_update", name, pytest.approx(0.02 / 1.02, rel=1e-2), 0.012)]
+        assert watch.values()["median_update"] == pytest.approx(0.02 / 1.02, rel=1e-2)
+
     def test_unit_rows_that_are_turned(self):
         model, name = tiny_model(), "transformer_blocks.1.attn.to_v.weight"
 
@@ -198,6 +213,7 @@ class TestModels:
         blocks, sites = [f"transformer_blocks.{index}" for index in range(2)], ("attn_modulation", "ff_modulation")
         sites = [f"{block}.{site}" for block in blocks for site in sites]
         assert {name for name in values if not name.startswith(("weight", "relative"))} == {
+            "median_update",
             *(f"{kind}/{site}" for kind in ("gate", "scale") for site in sites),
             "scale/output.modulation",
             *(f"{quantity}_growth/{block}" for quantity in ("stream", "largest") for block in blocks),
@@ -218,10 +234,11 @@ class TestModels:
         model = nn.Sequential(nn.Linear(4000, 8), nn.Tanh(), nn.Linear(8, 3))
         model[0].weight.requires_grad_(False)
         watch = watched(model, 3)
-        expected = {"weight_growth/2.weight", "relative_update/2.weight"}
+        expected = {"weight_growth/2.weight", "relative_update/2.weight", "median_update"}
         expected |= {f"{quantity}_growth/{index}" for quantity in ("stream", "largest") for index in range(3)}
         assert set(watch.values()) == expected
-        assert set(watched(nn.Linear(4000, 3), 3).values()) == {"weight_growth/weight", "relative_update/weight"}
+        of_weight = {"weight_growth/weight", "relative_update/weight", "median_update"}
+        assert set(watched(nn.Linear(4000, 3), 3).values()) == of_weight
         assert not watched(Stack(Times(1)), 3).alarms  # a vector, no matrix
 
     def test_the_largest_of_all_micro_batches_counts(self):
@@ -242,7 +259,7 @@ class TestModels:
 
         assert values.keys() == expected.keys()
         for name in expected:
-            if name.startswith("relative_update"):  # below the rounding of half precision
+            if "update" in name:  # below the rounding of half precision
                 continue
             assert values[name] == pytest.approx(expected[name], rel=0.05), name
 
@@ -254,7 +271,8 @@ class TestModels:
             model.weight.add_(0.5)
         watch.step()
         watch.close()
-        assert watch.values() == pytest.approx({"weight_growth/weight": 1.5, "relative_update/weight": 1 / 3})
+        expected = {"weight_growth/weight": 1.5, "relative_update/weight": 1 / 3, "median_update": 1 / 3}
+        assert watch.values() == pytest.approx(expected)
 
     def test_checkpointed_activations_count_once(self):
         plain = watched(tiny_model(), 2, inputs=tiny_inputs()).values()

@@ -275,7 +275,7 @@ num_watched = 0
 for engine, (_, watch) in recorded.items():
     assert watch.values().keys() == expected_watch.values().keys()
     for name, value in watch.values().items():
-        if name.startswith(("weight_growth", "relative_update", "largest_growth")):
+        if name.startswith(("weight_growth", "relative_update", "median_update", "largest_growth")):
             of_whole = expected_watch.values()[name]
             assert abs(value / of_whole - 1) < (1e-9 if "update" in name else 1e-6), (engine, name, value, of_whole)
             num_watched += 1
@@ -295,7 +295,7 @@ os._exit(0)
 def test_two_processes_replicated_and_sharded(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    assert "compared 84 watched 92" in run_processes(script)
+    assert "compared 84 watched 94" in run_processes(script)
 
 
 @pytest.mark.usefixtures("examples_run_here")
