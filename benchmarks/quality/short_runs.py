@@ -162,8 +162,10 @@ def doubled_at(losses: list[float]) -> int | None:
 
 
 def train_watched(run: Run) -> dict:
-    """`train`, with what a `NormWatch` says: alarms, the largest value of each quantity; and when the loss doubled."""
-    watches, losses, largest = [], [], defaultdict(float)
+    """`train`, with what a `NormWatch` says: alarms, and the largest value of each quantity at each look; and when the
+    loss doubled.
+    """
+    watches, losses, looks = [], [], defaultdict(list)
 
     def watch(model, update, loss):
         if update == 0:
@@ -171,14 +173,19 @@ def train_watched(run: Run) -> dict:
             return
         losses.append(loss)
         watches[0].step()
+        if update != 1 and update % watches[0].every:
+            return
+        largest = defaultdict(float)
         for name, value in watches[0].values().items():
             quantity = name.partition("/")[0]
-            largest[quantity] = max(largest[quantity], value)
+            largest[quantity] = max(largest[quantity], float(f"{value:.4g}"))
+        for quantity, value in largest.items():
+            looks[quantity].append(value)
 
     record = train(run, watch)
     watches[0].close()
     alarms = [alarm._asdict() for alarm in watches[0].alarms]
-    return record | {"doubled": doubled_at(losses) or record.get("update"), "alarms": alarms, "largest": largest}
+    return record | {"doubled": doubled_at(losses) or record.get("update"), "alarms": alarms, "looks": looks}
 
 
 def read_records(path: Path) -> list[dict]:

@@ -27,8 +27,9 @@ def test_a_run_far_beyond_its_rate_is_warned_of(alarm):
     run = Run("E", "shift", 0.8, 0, width=32, num_layers=1, num_updates=101)
     record = train_watched(run)
     assert (record["alarms"][0]["update"], record["alarms"][0]["quantity"]) == (100, "relative_update")
-    assert record["largest"]["relative_update"] > 0.03
-    assert record["largest"]["weight_growth"] == pytest.approx(1, rel=1e-3)
+    assert len(record["looks"]["relative_update"]) == 3  # updates 1, 50 and 100
+    assert max(record["looks"]["relative_update"]) > 0.03
+    assert record["looks"]["weight_growth"] == pytest.approx([1, 1, 1], rel=1e-3)
     assert {name: record[name] for name in ("last_loss", "largest_loss")} == {
         name: value for name, value in train(run).items() if name in ("last_loss", "largest_loss")
     }
