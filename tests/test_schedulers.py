@@ -167,6 +167,11 @@ def test_a_shift_by_image_size_is_refused():
         MPDiTPipeline(tiny_model("A", out_channels=4, num_classes=None), scheduler)
 
 
+def test_a_solver_for_a_flow_keeps_its_shift():
+    solver = sampler_for(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), "DPMSolverMultistepScheduler")
+    assert solver.config.flow_shift == 3.0
+
+
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DDIMScheduler"])
 def test_the_scheduler_that_runs_is_the_one_that_callbacks_see(name):
     """Made from a scheduler that expects a learned variance, of which these two know nothing."""

@@ -55,6 +55,13 @@ LARGER = [
 ]
 
 
+# As long as the runs of cliff.py, where a limit that is too low shows at good rates.
+LONGER = [
+    Run("branch", limit, kind, rate, seed, num_updates=1500)
+    for seed, rate, kind, limit in itertools.product(SEEDS, (0.05, 0.1, 0.2), KINDS, (1.0, 2.0, 4.0))
+]
+
+
 @contextlib.contextmanager
 def bounded(run):
     """Residual sums with the cap of a run."""
@@ -94,12 +101,13 @@ def report(records):
 
 
 def main():
-    runs = SCREEN + LARGER
+    runs = SCREEN + LONGER + LARGER
     records = short_runs.make_records(RECORDS, runs, train, __doc__.split("\n")[0])
-    for width, num_layers in dict.fromkeys((run.width, run.num_layers) for run in runs):
-        of_size = [record for record in records if (record["width"], record["num_layers"]) == (width, num_layers)]
+    sizes = ("width", "num_layers", "num_updates")
+    for size in dict.fromkeys(tuple(getattr(run, name) for name in sizes) for run in runs):
+        of_size = [record for record in records if tuple(record[name] for name in sizes) == size]
         if of_size:
-            print(f"Width {width}, {num_layers} blocks, seeds {' / '.join(map(str, SEEDS))}\n")
+            print("Width {}, {} blocks, {} updates, seeds {}\n".format(*size, " / ".join(map(str, SEEDS))))
             report(of_size)
             print()
 

@@ -171,7 +171,7 @@ class TestTraining:
     # PyTorch's own, of a block that is compiled alone and is given what has a gradient.
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
     @pytest.mark.parametrize(
-        "how", ["whole", "blocks", *(pytest.param(how, marks=pytest.mark.slow) for how in ("replaced", "regional"))]
+        "how", ["whole", "regional", *(pytest.param(how, marks=pytest.mark.slow) for how in ("blocks", "replaced"))]
     )
     def test_compiled_models_are_recorded_and_not_compiled_again(self, how):
         _, expected = train(tiny_model(num_layers=1), 4, {"stride": 2})
