@@ -57,8 +57,10 @@ LARGER = [
 
 # As long as the runs of cliff.py, where a limit that is too low shows at good rates.
 LONGER = [
-    Run("branch", limit, kind, rate, seed, num_updates=1500)
-    for seed, rate, kind, limit in itertools.product(SEEDS, (0.05, 0.1, 0.2), KINDS, (1.0, 2.0, 4.0))
+    Run(place, limit, kind, rate, seed, num_updates=1500)
+    for seed, rate, kind, (place, limit) in itertools.product(
+        SEEDS, (0.05, 0.1, 0.2), KINDS, [*itertools.product(("branch", "both"), (1.0, 2.0, 4.0)), ("stream", 2.0)]
+    )
 ]
 
 
