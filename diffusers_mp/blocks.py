@@ -215,7 +215,7 @@ class MPDiTTransformerBlock(nn.Module):
     """Attention, then feed-forward, each modulated before, gated after and summed with the residual stream.
 
         x = mp_sum(x, gate * branch(modulate(norm(x))), residual_t)
-    Section 4 of arXiv 2505.19122; `max_magnitude` caps the gated branch.
+    Section 4 of arXiv 2505.19122; `max_magnitude` caps the gated branch and the sum.
     Shapes: (B, N, D), (B, D) → (B, N, D).
     """
 

@@ -247,15 +247,14 @@ def gated_sum(
     """Residual stream and gated branch, as an MP sum or a plain one.
 
         y = ((1 - t) x + t gate branch) / sqrt((1 - t)^2 + t^2),   y = x + gate branch for t = None
-    Section 4 of the paper. With `max_magnitude` c, `cap_magnitude` acts on `gate branch`: no sequence of MP sums then
-    ends above the larger of M[x] at its start and `c t / (sqrt((1 - t)^2 + t^2) - (1 - t))`, 4.87 c for t = 0.3.
+    Section 4 of the paper. With `max_magnitude`, `cap_magnitude` acts on `gate branch` and on y.
 
     Args:
         x (torch.Tensor): the residual stream, shape (B, N, D).
         branch (torch.Tensor): what is added, shape (B, N, D).
         gate (torch.Tensor, optional): factor of the branch, shape (B, 1, D).
         t (float, optional): weight of the branch, in (0, 1).
-        max_magnitude (float, optional): largest RMS of a token of the gated branch.
+        max_magnitude (float, optional): largest RMS of a token of the gated branch, and of the sum.
     Returns:
         torch.Tensor: shape (B, N, D).
     """
@@ -263,7 +262,8 @@ def gated_sum(
         branch = branch * gate
     if max_magnitude is not None:
         branch = cap_magnitude(branch, max_magnitude)
-    return x + branch if t is None else mp_sum(x, branch, t)
+    x = x + branch if t is None else mp_sum(x, branch, t)
+    return x if max_magnitude is None else cap_magnitude(x, max_magnitude)
 
 
 def timestep_features(timestep: torch.Tensor, dtype: torch.dtype, magnitude_preserving: bool = True) -> torch.Tensor:

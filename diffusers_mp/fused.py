@@ -323,7 +323,7 @@ def gated_sum(
         return functional.gated_sum(x, branch, gate, t, max_magnitude)
     if max_magnitude is not None:
         capped = cap_magnitude(branch, max_magnitude) if gate is None else _CapGated.apply(branch, gate, max_magnitude)
-        branch, gate = capped, None
+        return cap_magnitude(gated_sum(x, capped, None, t), max_magnitude)
     if gate is None:
         return x + branch if t is None else mp_sum(x, branch, t)
     if t is None:

@@ -77,8 +77,8 @@ class MPDiTTransformer2DModel(AdaptedModelOfRows, ModelMixin, ConfigMixin, PeftA
         mp_pos_embed (bool): position rows centred and scaled to RMS 1.
         mp_embedding (bool): label rows at RMS 1, time features times sqrt(2).
         layer_norm (bool): LayerNorm without parameters before each modulation.
-        max_magnitude (float, optional): largest RMS c of a token of what a branch adds to the residual stream, after
-            its gate, which bounds the stream by 4.87 c in MP sums; None is no limit.
+        max_magnitude (float, optional): largest RMS of a token of the residual stream after each sum, and of what a
+            branch adds to it after its gate; None is no limit.
         pooled_projection_dim (int, optional): width P of a pooled vector that conditions the model, beside class
             labels or, with `num_classes=None`, instead of them. A vector of zeros stands for no condition.
     Raises:

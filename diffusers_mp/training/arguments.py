@@ -132,7 +132,7 @@ def _add_model_arguments(add):
     add("--modulation", nargs="+", help="kinds of modulation [scale rotate gate]")
     add("--activation_fn", choices=("silu", "leaky_relu"), help="activation [silu]")
     add("--class_dropout_prob", type=share, help="share of conditions that are dropped [0.1, or the checkpoint's]")
-    add("--max_magnitude", type=positive, help="largest RMS of what a branch adds to a token [the configuration's]")
+    add("--max_magnitude", type=positive, help="largest RMS of a token after each sum [the configuration's]")
     add(
         "--pin_weight_norms",
         choices=("row", "matrix"),

@@ -33,7 +33,7 @@ def test_a_capped_training_is_that_of_configuration_f():
     import bound
     import short_runs
 
-    of_screen = bound.train(bound.Run("branch", 1.0, "shift", 0.1, 0, **TINY))
+    of_screen = bound.train(bound.Run("both", 2.0, "shift", 0.1, 0, **TINY))
     of_model = short_runs.train(short_runs.Run("F", "shift", 0.1, 0, **TINY))
     assert of_model["validation_loss"] == pytest.approx(of_screen["validation_loss"], rel=1e-6)
 
