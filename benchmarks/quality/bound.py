@@ -59,7 +59,10 @@ LARGER = [
 LONGER = [
     Run(place, limit, kind, rate, seed, num_updates=1500)
     for seed, rate, kind, (place, limit) in itertools.product(
-        SEEDS, (0.05, 0.1, 0.2), KINDS, [*itertools.product(("branch", "both"), (1.0, 2.0, 4.0)), ("stream", 2.0)]
+        SEEDS,
+        (0.05, 0.1, 0.2),
+        KINDS,
+        [("none", 0.0), *itertools.product(("branch", "both"), (1.0, 2.0, 4.0)), ("stream", 2.0)],
     )
 ]
 
