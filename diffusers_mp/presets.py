@@ -32,7 +32,7 @@ CONFIGURATIONS = {
     "E": {**_MAGNITUDE_PRESERVING, "forced_weight_normalization": True, "layer_norm": False},
 }
 SWITCHES = tuple(CONFIGURATIONS["E"])
-# Ours: E, whose tokens cannot grow. benchmarks/quality/bound.py found place and limit.
+# Ours: E with a bound on tokens. benchmarks/quality/bound.py says where and at what, of one seed so far.
 CONFIGURATIONS["F"] = {**CONFIGURATIONS["E"], "max_magnitude": 2.0}
 
 

@@ -74,8 +74,8 @@ def num_hooks(model, *optimizers):
     )
 
 
-def train(model, num_updates, recorder_options=None, start=0, optimizer=None):
-    """Updates of a tiny MPDiT; its losses, and the recorder."""
+def train(model, num_updates, recorder_options=None, start=0, optimizer=None, watch=None):
+    """Updates of a tiny MPDiT, with a recorder or a watch; its losses, and the recorder."""
     optimizer = optimizer or torch.optim.Adam(parameter_groups(model, lr=1e-2))
     recorder = MagnitudeRecorder(model, optimizer, **recorder_options) if recorder_options is not None else None
     losses = []
@@ -87,8 +87,9 @@ def train(model, num_updates, recorder_options=None, start=0, optimizer=None):
         optimizer.zero_grad()
         normalize_weights_(model)
         losses.append(loss.item())
-        if recorder is not None:
-            recorder.step()
+        for each in (recorder, watch):
+            if each is not None:
+                each.step()
     return losses, recorder
 
 

@@ -45,8 +45,8 @@ SCREEN = [
     Run(place, limit, kind, rate, seed)
     for seed, kind, rate, (place, limit) in itertools.product(SEEDS, KINDS, (0.1, 0.3), PLACES)
 ]
-# The two best of the screen, and E, in a wider and in a deeper model.
-BEST = [("none", 0.0), ("branch", 1.0), ("branch", 1.5), ("branch", 2.0)]
+# E, configuration F and its rivals, in a wider and in a deeper model.
+BEST = [("none", 0.0), ("both", 2.0), ("branch", 1.0), ("branch", 2.0)]
 LARGER = [
     Run(place, limit, kind, rate, seed, width, num_layers)
     for (seed, rate), (width, num_layers), kind, (place, limit) in itertools.product(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from helpers import tiny_inputs, tiny_model
-from recorded_models import DIT, Conditioned, Stack, Times, num_hooks
+from recorded_models import DIT, Conditioned, Stack, Times, num_hooks, train
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -284,26 +284,14 @@ class TestModels:
 class TestTraining:
     @pytest.mark.parametrize("configuration", ["A", "E"])
     def test_is_the_same_to_the_bit(self, configuration):
-        models = [tiny_model(configuration) for _ in range(2)]
-        losses = [[], []]
-        for model, of_model in zip(models, losses, strict=True):
-            optimizer = torch.optim.Adam(parameter_groups(model, lr=1e-2))
-            watch = NormWatch(model, every=1, warn=False) if model is models[0] else None
-            for update in range(4):
-                inputs = tiny_inputs(seed=update)
-                loss = (model(**inputs).sample - inputs["hidden_states"]).square().mean()
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                normalize_weights_(model)
-                of_model.append(loss.item())
-                if watch is not None:
-                    watch.step()
-                    assert watch.values()
-            if watch is not None:
-                watch.close()
-        assert losses[0] == losses[1]
-        for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        plain, watched = (tiny_model(configuration) for _ in range(2))
+        expected, _ = train(plain, 4)
+        watch = NormWatch(watched, every=1, warn=False)
+        losses, _ = train(watched, 4, watch=watch)
+        assert watch.values()
+        watch.close()
+        assert losses == expected
+        for ours, theirs in zip(watched.parameters(), plain.parameters(), strict=True):
             assert torch.equal(ours, theirs)
 
     @pytest.mark.parametrize("every", [1, 2, 3, 50])
