@@ -12,9 +12,10 @@ gradient. Averages of weights are shorter than the weights, and are left so.
 
 What is pinned, by rule: parameters of two or more dimensions whose name ends in "weight", those of linear maps,
 convolutions, embeddings and their like. A row is what the first index counts: an output of a map or a convolution, an
-entry of a table, an input of a transposed convolution. Left alone: biases, tables that are added, normalisation layers, whatever is frozen, maps that PEFT
-has added (the norm of a LoRA is its strength), and layers with normalised rows of this package, which have their own
-rule. Rows of zeros are free, as those of AdaLN-Zero and of fresh rotation heads: pinned they would never learn.
+entry of a table, an input of a transposed convolution. Left alone: biases, tables that are added, normalisation
+layers, whatever is frozen, maps that PEFT has added (the norm of a LoRA is its strength), and layers with normalised
+rows of this package, which have their own rule. Rows of zeros are free, as those of AdaLN-Zero and of fresh rotation
+heads: pinned they would never learn.
 
 Pin before `fully_shard` or after it, but after all that replaces layers: a rotation swap, a LoRA, resized tables.
 """
