@@ -7,6 +7,7 @@ Sources: "the paper" is arXiv 2505.19122 (magnitude preservation and rotation mo
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -82,9 +83,9 @@ def cap_factors(x: torch.Tensor, norm: float) -> torch.Tensor:
     Returns:
         torch.Tensor: shape (..., 1), in `compute_dtype(x.dtype)`; NaN where the sum of squares overflows.
     """
-    factors = row_factors(x, norm)
-    # An infinite norm has the factor 0, which would hide that the row is lost.
-    return factors.masked_fill(factors == 0, math.nan).clamp(max=1)
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=compute_dtype(x.dtype))
+    # An infinite norm would have the factor 0, which hides that the row is lost.
+    return (norms / norm).nan_to_num(nan=math.nan, posinf=math.nan).clamp(min=1).reciprocal()
 
 
 def unit_norm(x: torch.Tensor) -> torch.Tensor:
@@ -208,6 +209,26 @@ def _scale_rotate(x: torch.Tensor, scale: torch.Tensor | None, angle: torch.Tens
     direct = torch.cat([first * cos, second * cos], -1).to(x.dtype)
     cross = torch.stack([-second * sin, first * sin], -2).to(x.dtype)
     return x * direct + (x.unflatten(-1, (2, -1)).flip(-2) * cross).flatten(-2)
+
+
+def gained_parts(
+    projected: torch.Tensor, gain: torch.Tensor, sizes: Sequence[int], constants: Sequence[float]
+) -> list[torch.Tensor]:
+    """The parts of a map, each times its gain and plus its constant.
+
+        y_k = c_k + gain_k x_k
+    Section 4 of the paper, where a gate is 1 plus what its map says.
+
+    Args:
+        projected (torch.Tensor): the parts beside each other, shape (..., sum(sizes)).
+        gain (torch.Tensor): one for each part, shape (len(sizes),).
+        sizes (sequence of int): channels of each part.
+        constants (sequence of float): one for each part.
+    Returns:
+        list of torch.Tensor: shapes (..., size), dtype of `projected`.
+    """
+    parts = zip(projected.split(sizes, dim=-1), gain.to(projected.dtype).unbind(), constants, strict=True)
+    return [part * of_part + constant if constant else part * of_part for part, of_part, constant in parts]
 
 
 def modulate(

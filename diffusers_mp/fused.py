@@ -8,8 +8,10 @@ compiled training. docs/design/performance.md has the numbers.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import Function, forward_ad
 
 from . import functional
@@ -25,6 +27,8 @@ PRIVATE_OPERATORS = {
     ),
 }
 (_derivative_of_weight_norm,) = PRIVATE_OPERATORS
+# Where the operators above have a kernel; and where RMS norms have one that takes less time than the formula does.
+KERNELS_OF_ROWS, KERNELS_OF_NORMS = {"cpu", "cuda"}, {"cuda"}
 
 
 def formulas_rule() -> bool:
@@ -52,9 +56,9 @@ def _differentiable(formula, inputs, grad, ctx):
 
 def _across(grad: torch.Tensor, rows: torch.Tensor, norm: float, where: torch.Tensor | None = None) -> torch.Tensor:
     # The part of a gradient that is orthogonal to rows of that norm: grad - rows (rows.grad) / norm^2; of others, all.
-    along = (grad * rows).sum(dim=-1, keepdim=True, dtype=compute_dtype(rows.dtype)) / -(norm**2)
+    along = (grad * rows).sum(dim=-1, keepdim=True, dtype=compute_dtype(rows.dtype))
     along = along if where is None else along * where
-    return torch.addcmul(grad, rows, along.to(rows.dtype))
+    return torch.addcmul(grad, rows, along.to(rows.dtype), value=-1 / norm**2)
 
 
 def _has_kernel(grad: torch.Tensor, rows: torch.Tensor) -> bool:
@@ -62,7 +66,7 @@ def _has_kernel(grad: torch.Tensor, rows: torch.Tensor) -> bool:
     # not look at strides, and cannot be fused with what surrounds it.
     return (
         not torch.compiler.is_compiling()
-        and grad.is_cpu
+        and grad.device.type in KERNELS_OF_ROWS
         and grad.dtype in functional.SMALLEST_NORMS
         and type(grad) is torch.Tensor
         and rows.is_contiguous()
@@ -132,12 +136,16 @@ def unit_norm(x: torch.Tensor) -> torch.Tensor:
 
 def unit_magnitude(x: torch.Tensor) -> torch.Tensor:
     """`functional.unit_magnitude`."""
+    if x.device.type in KERNELS_OF_NORMS and not formulas_rule():
+        # Autocast would make it float32.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, x.shape[-1:], eps=torch.finfo(compute_dtype(x.dtype)).tiny)
     return _ScaleRows.apply(x, math.sqrt(x.shape[-1]), False)[0] if _by_hand() else functional.unit_magnitude(x)
 
 
 @functools.cache
-def _ones(rows: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.ones(rows, 1, dtype=dtype, device="cpu")
+def _ones(rows: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.ones(rows, 1, dtype=dtype, device=device)
 
 
 class _UnitRows(Function):
@@ -150,7 +158,7 @@ class _UnitRows(Function):
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
         if _has_kernel(grad, weight):
-            ones = _ones(len(weight), weight.dtype)
+            ones = _ones(len(weight), weight.dtype, weight.device)
             return _derivative_of_weight_norm(grad.contiguous(), weight, ones, ones, 0)[0]
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return _across(grad, weight, 1.0)
@@ -177,24 +185,94 @@ def unit_rows(weight: torch.Tensor) -> torch.Tensor:
 # Modulation
 
 
-def _factors(scale, angle):
-    # As wide as a token: cosines, sines, and both times the scale.
-    angle = angle.to(compute_dtype(angle.dtype))
-    angle = torch.cat([angle, angle], -1)
+@functools.lru_cache(maxsize=64)
+def _layout(sizes, constants, device, dtype):
+    # Parts as blocks of one width: constant and number of the part of each block, and which blocks make a part.
+    width = math.gcd(*sizes)
+    parts = [part for part, size in enumerate(sizes) for _ in range(size // width)]
+    number = torch.tensor(parts, device="cpu").to(device)
+    constant = torch.tensor([[constants[part]] for part in parts], dtype=dtype, device="cpu").to(device)
+    makes = torch.tensor([[part == other for part in parts] for other in range(len(sizes))], device="cpu")
+    return width, constant, number, makes.to(device, compute_dtype(dtype))
+
+
+class _GainedParts(Function):
+    # All parts in one operator each way.
+
+    @staticmethod
+    def forward(ctx, projected, gain, sizes, constants):
+        width, constant, number, makes = _layout(sizes, constants, gain.device, gain.dtype)
+        of_blocks = gain.index_select(0, number).unsqueeze(-1)
+        ctx.sizes, ctx.constants = sizes, constants
+        ctx.save_for_backward(projected, gain, of_blocks, makes)
+        blocks = projected.unflatten(-1, (-1, width))
+        return torch.addcmul(constant, blocks, of_blocks).reshape(projected.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        projected, gain, of_blocks, makes = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable(
+                lambda projected, gain, *_: torch.cat(
+                    functional.gained_parts(projected, gain, ctx.sizes, ctx.constants), -1
+                ),
+                (projected, gain, None, None),
+                grad,
+                ctx,
+            )
+        needs_projected, needs_gain, *_ = ctx.needs_input_grad
+        grad_projected = grad_gain = None
+        shape = *grad.shape[:-1], len(of_blocks), grad.shape[-1] // len(of_blocks)
+        grad, blocks = grad.reshape(shape), projected.reshape(shape)
+        if needs_projected:
+            grad_projected = _product(grad, of_blocks, projected.dtype).reshape(projected.shape)
+        if needs_gain:
+            sums = _sum_to(grad * blocks, of_blocks.shape, makes.dtype).squeeze(-1)
+            grad_gain = torch.mv(makes, sums).to(gain.dtype)
+        return grad_projected, grad_gain, None, None
+
+
+def gained_parts(
+    projected: torch.Tensor, gain: torch.Tensor, sizes: Sequence[int], constants: Sequence[float]
+) -> Sequence[torch.Tensor]:
+    """`functional.gained_parts`; under autocast in the dtype of the gains."""
+    if formulas_rule():
+        return functional.gained_parts(projected, gain, sizes, constants)
+    if gain.dtype.itemsize == 1:  # float8 of layerwise casting
+        gain = gain.to(projected.dtype)
+    return _GainedParts.apply(projected, gain, tuple(sizes), tuple(constants)).split(sizes, -1)
+
+
+def _product(a, b, dtype):
+    # Rounded in the operator that multiplies.
+    if a.dtype is dtype:
+        return a * b
+    return torch.mul(a, b, out=torch.empty(torch.broadcast_shapes(a.shape, b.shape), dtype=dtype, device=a.device))
+
+
+def _sum_to(x, shape, dtype):
+    # Summed in float32 however long the sum is.
+    padded = [1] * (x.ndim - len(shape)) + list(shape)
+    dims = [dim for dim, size in enumerate(padded) if size == 1 != x.shape[dim]]
+    return (x.sum(dims, keepdim=True, dtype=dtype) if dims else x.to(dtype)).reshape(shape)
+
+
+def _factors(scale, angle, dtype):
+    # 1 + scale, cosines and sines, as wide as half a token; both times the scale, as wide as one and in its dtype.
+    angle = angle.to(compute_dtype(angle.dtype)).unsqueeze(-2)
     cos, sin = angle.cos(), angle.sin()
     if scale is None:
-        return cos, sin, cos, sin
-    scale = 1 + scale
-    return cos, sin, scale * cos, scale * sin
+        scale = angle.new_ones(2, 1)
+    else:
+        scale = (1 + scale).to(angle.dtype).unflatten(-1, (2, -1))
+    return scale, cos, sin, *(_product(scale, each, dtype).flatten(-2) for each in (cos, sin))
 
 
-def _turn(x, x_halves, direct, first_sin, second_sin, sign):
-    if direct.dtype is not x.dtype:
-        direct, first_sin, second_sin = direct.to(x.dtype), first_sin.to(x.dtype), second_sin.to(x.dtype)
-    y = x * direct
+def _turn(x, direct, first_sin, second_sin, sign):
+    y, (x_first, x_second) = x * direct, x.chunk(2, -1)
     y_first, y_second = y.chunk(2, -1)
-    y_first.addcmul_(x_halves[1], second_sin, value=-sign)
-    y_second.addcmul_(x_halves[0], first_sin, value=sign)
+    y_first.addcmul_(x_second, second_sin, value=-sign)
+    y_second.addcmul_(x_first, first_sin, value=sign)
     return y
 
 
@@ -204,46 +282,46 @@ class _ScaleRotate(Function):
 
     @staticmethod
     def forward(ctx, x, scale, angle):
-        cos, sin, direct, cross = _factors(scale, angle)
-        ctx.save_for_backward(x, scale, angle, cos, sin, direct, cross)
-        return _turn(x, x.chunk(2, -1), direct, *cross.chunk(2, -1), 1)
+        factors = _factors(scale, angle, x.dtype)
+        ctx.save_for_backward(x, scale, angle, *factors)
+        *_, direct, cross = factors
+        return _turn(x, direct, *cross.chunk(2, -1), 1)
 
     @staticmethod
     def backward(ctx, grad):
-        x, scale, angle, cos, sin, direct, cross = ctx.saved_tensors
+        x, scale, angle, one_plus_scale, cos, sin, direct, cross = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _differentiable(
                 lambda x, scale, angle: functional.modulate(x, scale=scale, angle=angle), (x, scale, angle), grad, ctx
             )
         needs_x, needs_scale, needs_angle = ctx.needs_input_grad
         grad_x = grad_scale = grad_angle = None
-        first_sin, second_sin = cross.chunk(2, -1)
-        g_first, g_second = halves = grad.chunk(2, -1)
         if needs_x:
             # The rotation back, then the scale.
-            grad_x = _turn(grad, halves, direct, second_sin, first_sin, -1)
+            grad_x = _turn(grad, direct, *reversed(cross.chunk(2, -1)), -1)
         if needs_scale or needs_angle:
-            # Sums over tokens: of g x, and of [g_2 x_1, -g_1 x_2].
-            x_first, x_second = x.chunk(2, -1)
-            along, half = (grad * x).sum_to_size(direct.shape), first_sin.shape
-            across = (g_second * x_first).sum_to_size(half), -(g_first * x_second).sum_to_size(half)
-            across = torch.cat(across, -1)
-            if along.dtype is not cos.dtype:
-                along, across = along.to(cos.dtype), across.to(cos.dtype)
+            # Sums over tokens of the products g_a x_b of halves, shape (..., 2, 2, D/2), then of R^T g in place of g.
+            half = cos.shape[-1]
+            products = grad.reshape(*grad.shape[:-1], 2, 1, half) * x.reshape(*x.shape[:-1], 1, 2, half)
+            sums = _sum_to(products, (*cos.shape[:-2], 2, 2, half), cos.dtype)
+            (first, across), (back, second) = (
+                (sums[..., a, :, :] * cos).addcmul_(sums[..., 1 - a, :, :], sin, value=1 - 2 * a).unbind(-2)
+                for a in (0, 1)
+            )
             if needs_scale:
-                grad_scale = (cos * along).addcmul_(sin, across)
-                grad_scale = grad_scale.sum_to_size(scale.shape).to(scale.dtype)
+                grad_scale = torch.cat([first, second], -1).sum_to_size(scale.shape).to(scale.dtype)
             if needs_angle:
-                first, second = (direct * across).addcmul_(cross, along, value=-1).chunk(2, -1)
-                grad_angle = (first + second).sum_to_size(angle.shape).to(angle.dtype)
+                s_first, s_second = one_plus_scale.unbind(-2)
+                grad_angle = (s_first * back).addcmul_(s_second, across, value=-1)
+                grad_angle = grad_angle.sum_to_size(angle.shape).to(angle.dtype)
         return grad_x, grad_scale, grad_angle
 
 
 def _scale_rotate(x, scale, angle):
     if torch.is_grad_enabled():
         return _ScaleRotate.apply(x, scale, angle)
-    _, _, direct, cross = _factors(scale, angle)
-    return _turn(x, x.chunk(2, -1), direct, *cross.chunk(2, -1), 1)
+    *_, direct, cross = _factors(scale, angle, x.dtype)
+    return _turn(x, direct, *cross.chunk(2, -1), 1)
 
 
 def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
@@ -321,6 +399,8 @@ def gated_sum(
     """`functional.gated_sum`."""
     if formulas_rule():
         return functional.gated_sum(x, branch, gate, t, max_magnitude)
+    if gate is not None and gate.dtype is not branch.dtype:
+        gate = gate.to(branch.dtype)
     if max_magnitude is not None:
         capped = cap_magnitude(branch, max_magnitude) if gate is None else _CapGated.apply(branch, gate, max_magnitude)
         return cap_magnitude(gated_sum(x, capped, None, t), max_magnitude)

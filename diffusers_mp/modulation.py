@@ -120,27 +120,25 @@ class Modulation(nn.Module):
             tuple: modulated tokens, shape (B, N, D), and the factor for the branch's output, shape (B, 1, D), or None
             if "gate" is not among the kinds.
         """
-        maps = self.maps(self.proj(conditioning).unsqueeze(-2), conditioning.dtype)
+        maps = self.maps(self.proj(conditioning).unsqueeze(-2))
         gate = maps.pop("gate", None)
         maps = {MODULATION_KINDS[kind].argument: values for kind, values in maps.items()}
         return fused.modulate(hidden_states, **maps), gate
 
-    def maps(self, projected: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def maps(self, projected: torch.Tensor) -> dict[str, torch.Tensor]:
         """What acts for each kind.
 
         Args:
             projected (torch.Tensor): output of `proj`, shape (..., sum(sizes)).
-            dtype (torch.dtype): of the gains.
         Returns:
             dict: kind → its part of the output times its gain, with gains plus 1 for a gate; shape (..., size).
         """
-        maps = projected.split(self.sizes, dim=-1)
-        if self.gain is not None:
-            maps = [part * gain for part, gain in zip(maps, self.gain.to(dtype).unbind(), strict=True)]
-        maps = dict(zip(self.kinds, maps, strict=True))
-        if self.gain is not None and "gate" in maps:
-            maps["gate"] = 1 + maps["gate"]
-        return maps
+        if self.gain is None:
+            maps = projected.split(self.sizes, dim=-1)
+        else:
+            constants = [float(kind == "gate") for kind in self.kinds]
+            maps = fused.gained_parts(projected, self.gain, self.sizes, constants)
+        return dict(zip(self.kinds, maps, strict=True))
 
 
 class _OneModulation(Modulation, ModelOfRows, ModelMixin, ConfigMixin):

@@ -157,7 +157,7 @@ def pin_weight_norms_(
             continue
         _check_plain(name, weight)
         if weight.requires_grad:
-            of_rows = whole(row_norms(weight.detach())).flatten()
+            of_rows = whole(row_norms([weight.detach()])[0]).flatten()
             norm = torch.linalg.vector_norm(of_rows) if per == "matrix" else of_rows
             # Above 0, and not true of NaN: one read for each weight, once in a run.
             if not 0 <= norm.max().item() < math.inf:

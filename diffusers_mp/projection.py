@@ -17,6 +17,8 @@ from . import functional
 from .sharding import is_sharded, local_rows
 
 
+# Entries above which reading a weight once more takes longer than starting two kernels, on a large GPU.
+LARGEST_IN_A_STACK = 2**21
 # Attribute of a module: names of its pinned parameters and their `Pin`.
 _PINS = "_pinned_norms"
 
@@ -28,16 +30,36 @@ def row_tolerance(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps + 32 * torch.finfo(functional.compute_dtype(dtype)).eps
 
 
-def row_norms(weight: torch.Tensor) -> torch.Tensor:
-    """Norm of each row of a weight of two or more dimensions; a row is what its first index counts.
+def row_norms(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Norm of each row of weights of two or more dimensions; a row is what their first index counts.
 
     Args:
-        weight (torch.Tensor): shape (rows, ...); a DTensor gives one.
+        weights (sequence of torch.Tensor): shapes (rows, ...), local tensors.
     Returns:
-        torch.Tensor: shape (rows, 1), float32 or float64.
+        list of torch.Tensor: of each weight, shape (rows, 1), float32 or float64.
     """
-    weight = weight.to(functional.compute_dtype(weight.dtype))
-    return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True).flatten(1)
+    norms = {}
+    for indices in _groups(weights):
+        group = _stacked([weights[index] for index in indices])
+        dtype = functional.compute_dtype(group.dtype)
+        # float8, in which layerwise casting stores weights, knows no norm.
+        group = group.to(dtype) if group.dtype.itemsize == 1 else group
+        of_group = torch.linalg.vector_norm(group, dim=tuple(range(2, group.ndim)), dtype=dtype)
+        norms.update(zip(indices, of_group.unsqueeze(-1).unbind(), strict=True))
+    return [norms[index] for index in range(len(weights))]
+
+
+def _groups(weights: Sequence[torch.Tensor]) -> Iterable[list[int]]:
+    """Which weights are worked on at once: on an accelerator, small ones of a shape, since starting takes time."""
+    groups = collections.defaultdict(list)
+    for index, weight in enumerate(weights):
+        is_alone = weight.is_cpu or weight.numel() > LARGEST_IN_A_STACK
+        groups[index if is_alone else (weight.shape, weight.dtype, weight.device)].append(index)
+    return groups.values()
+
+
+def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def divide_(weights: Sequence[torch.Tensor], norm: torch.Tensor, counts: Sequence[int]) -> None:
@@ -55,11 +77,14 @@ def divide_(weights: Sequence[torch.Tensor], norm: torch.Tensor, counts: Sequenc
     norm.masked_fill_(settled, 1).clamp_(min=functional.SMALLEST_NORMS[norm.dtype])
     norm.nan_to_num_(nan=math.nan, posinf=math.nan)
     norms = [norm.view(-1, *[1] * (weight.ndim - 1)) for weight, norm in zip(weights, norm.split(counts), strict=True)]
-    if dtype.itemsize == 1:  # float8, in which layerwise casting stores weights, knows no division
-        for weight, norm in zip(weights, norms, strict=True):
-            weight.copy_(weight.to(norm.dtype).div_(norm))
-    else:
-        torch._foreach_div_(weights, norms)
+    for indices in _groups(weights):
+        group, of_group = [weights[index] for index in indices], _stacked([norms[index] for index in indices])
+        if dtype.itemsize == 1:  # float8 knows no division
+            torch._foreach_copy_(group, (_stacked(group).to(of_group.dtype) / of_group).unbind())
+        elif len(group) == 1:
+            group[0].div_(of_group[0])
+        else:
+            torch._foreach_copy_(group, torch.stack(group).div_(of_group).unbind())
 
 
 @dataclass
@@ -122,7 +147,7 @@ def restore_norms_(modules: Iterable[nn.Module]) -> None:
             kinds[rows.device, rows.dtype, pin.norms.ndim].append((rows, weight, pin))
     for (*_, is_per_row), found in kinds.items():
         weights = [rows for rows, _, _ in found]
-        norms = [row_norms(rows) for rows in weights]
+        norms = row_norms(weights)
         norm = torch.cat(norms) if is_per_row else _matrix_norms(norms, [weight for _, weight, _ in found])
         target = torch.cat([pin.here(weight, rows) for rows, weight, pin in found])
         norm.div_(target).masked_fill_(target == 0, 1)

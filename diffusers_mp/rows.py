@@ -22,7 +22,7 @@ are not forced, whatever changes a weight that it does not train is refused by t
 import collections
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 
 import torch
@@ -55,9 +55,10 @@ def rows_as_loaded() -> Iterator[None]:
         _loading.reset(token)
 
 
-def _relative_row_norms(rows: torch.Tensor, row_norm: float) -> torch.Tensor:
-    norm = row_norms(rows)
-    return norm if row_norm == 1 else norm.div_(row_norm)
+def _relative_row_norms(weights: Sequence[torch.Tensor], wanted: Sequence[float]) -> list[torch.Tensor]:
+    return [
+        norm if row_norm == 1 else norm / row_norm for norm, row_norm in zip(row_norms(weights), wanted, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -76,10 +77,10 @@ def normalize_rows_(layers: Iterable["NormalizedRows"]) -> None:
             )
     for weight, row_norm in weights.values():
         rows = local_rows(weight)
-        kinds[rows.device, rows.dtype].append((rows, _relative_row_norms(rows, row_norm)))
+        kinds[rows.device, rows.dtype].append((rows, row_norm))
     for rows_and_norms in kinds.values():
-        rows, norms = zip(*rows_and_norms, strict=True)
-        divide_(rows, torch.cat(norms), [len(of_layer) for of_layer in rows])
+        rows, wanted = zip(*rows_and_norms, strict=True)
+        divide_(rows, torch.cat(_relative_row_norms(rows, wanted)), [len(of_layer) for of_layer in rows])
 
 
 @torch.no_grad()
@@ -89,8 +90,8 @@ def _before_reading_(modules: Iterable[nn.Module]) -> None:
     if not layers or _loading.get():
         return
     drifts = collections.defaultdict(list)
-    for layer in layers:
-        norm = _relative_row_norms(local_rows(layer.weight), layer.row_norm)
+    norms = _relative_row_norms([local_rows(layer.weight) for layer in layers], [layer.row_norm for layer in layers])
+    for layer, norm in zip(layers, norms, strict=True):
         if norm.numel():  # With more processes than rows, some hold none.
             drift = (norm - 1).abs_().masked_fill_(norm == 0, 0).max().float()
             drifts[norm.device].append(torch.stack([drift, drift - row_tolerance(layer.weight.dtype)]))

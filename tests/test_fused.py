@@ -33,6 +33,11 @@ PAIRS = {
     "scale and shift": ("modulate", {"x": TOKENS, "scale": VECTOR, "shift": VECTOR}, {}),
     "scale and turn": ("modulate", {"x": TOKENS, "scale": VECTOR, "angle": ANGLE}, {}),
     "scale and turn each token": ("modulate", {"x": TOKENS, "scale": VECTOR, "angle": ANGLES}, {}),
+    "gained_parts": (
+        "gained_parts",
+        {"projected": (2, 1, 10), "gain": (3,)},
+        {"sizes": [4, 2, 4], "constants": [0.0, 0.0, 1.0]},
+    ),
     "cap_magnitude": ("cap_magnitude", {"x": TOKENS}, {"max_magnitude": 1.0}),
     "mp_sum": ("mp_sum", {"a": TOKENS, "b": VECTOR}, {"t": 0.3}),
     "gated MP sum": ("gated_sum", {"x": TOKENS, "branch": TOKENS, "gate": VECTOR}, {"t": 0.3}),
@@ -54,7 +59,11 @@ def pair(request):
     name, shapes, more = PAIRS[request.param]
 
     def with_names(module):
-        return lambda *inputs: getattr(module, name)(**dict(zip(shapes, inputs, strict=True)), **more)
+        def function(*inputs):
+            output = getattr(module, name)(**dict(zip(shapes, inputs, strict=True)), **more)
+            return output if isinstance(output, torch.Tensor) else torch.cat(output, -1)
+
+        return function
 
     return with_names(fused), with_names(functional), tuple(double(*shape) for shape in shapes.values())
 

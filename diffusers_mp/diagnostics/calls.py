@@ -138,8 +138,7 @@ class Calls:
         def hook(module, args, output):
             if not self._is_inside:
                 return
-            dtype = compute_dtype(output.dtype)
-            maps = site.maps(output.to(dtype), dtype)
+            maps = site.maps(output.to(compute_dtype(output.dtype)))
             self._add_maps(name, site, list(maps), list(maps.values()))
 
         return hook
