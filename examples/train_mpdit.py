@@ -87,7 +87,6 @@ def main(args):
     check_arguments(args)
     check_paths(args)
     accelerator, curve = start(args, args.output_dir / args.logging_dir)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process and not args.dry_run:
         # Now, not after weeks: the token, the right to write, the repository.
@@ -210,6 +209,8 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
     # 5. The engine's wrappers. Rows are normalised after every update: the forward need not do it.
     model, optimizer = accelerator.prepare(model, optimizer)
     transformer = trust_rows_(accelerator.unwrap_model(model, keep_torch_compile=False))
+    if args.compile:
+        transformer.compile_repeated_blocks(fullgraph=True)
     return Run(
         accelerator=accelerator,
         curve=curve,
@@ -238,6 +239,7 @@ def train(args, run, stop, at_end):
         action=args.on_non_finite,
         save_weights=True,
         scaler=accelerator.scaler,
+        optimizer=optimizer,
     )
     recorder, magnitudes_file = None, args.output_dir / args.logging_dir / "magnitudes.json"
     if args.record_magnitudes_steps:
@@ -295,6 +297,8 @@ def train(args, run, stop, at_end):
             stopping = logging_due and accelerator.reduce(torch.tensor(stopping, device=accelerator.device).int()) > 0
         checkpoint_due = last or stopping or run.step % args.checkpointing_steps == 0
         # Logged before each checkpoint as well, so that a resumed run has nothing to remember of the entry under way.
+        if checkpoint_due:
+            watchdog.settle()
         if logging_due or checkpoint_due:
             progress.log()
         failure = None

@@ -217,6 +217,16 @@ def _add_training_arguments(add):
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="[as `accelerate config` says]")
     add("--allow_tf32", action="store_true", help="faster float32 products on Ampere and later")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the blocks of the model: a wait before the first update, faster ones then [on CUDA without FSDP2]",
+    )
+    add(
+        "--deterministic",
+        action="store_true",
+        help="the same bits in each run on one kind of GPU, by slower kernels; the CPU has them anyway",
+    )
     add("--ema_stds", type=ema_width, nargs="+", default=[0.05, 0.10], help="relative widths of averages")
     add("--ema_update_steps", type=at_least(1), default=1, help="updates of the weights for each of an average")
 

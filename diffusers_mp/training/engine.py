@@ -9,6 +9,7 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedType,
@@ -29,10 +30,11 @@ def start(args: argparse.Namespace, logging_dir: Path) -> tuple[Accelerator, JSO
 
     Args:
         args (argparse.Namespace): with `mixed_precision`, `report_to`, `output_dir`, `seed`, and the flags of the
-            batch, which become what they mean on so many processes.
+            batch, which become what they mean on so many processes; perhaps with `allow_tf32`, `deterministic` and
+            `compile`, which becomes what it means on this device.
         logging_dir (Path): folder of the curve and of what other trackers write.
     Raises:
-        RuntimeError: see `check_engine`.
+        RuntimeError: see `check_engine`; if blocks are to be compiled under FSDP2.
     """
     curve = JSONLinesTracker(logging_dir)
     # The main process alone validates, saves and publishes; NCCL by itself waits ten minutes for it.
@@ -58,7 +60,21 @@ def start(args: argparse.Namespace, logging_dir: Path) -> tuple[Accelerator, JSO
         # engines: rows are normalised, and gradients summed, in float32.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     set_seed(args.seed)
+    _set_kernels(args, accelerator)
     return accelerator, curve
+
+
+def _set_kernels(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """What PyTorch multiplies with, and whether twice the same; whether blocks are compiled."""
+    torch.backends.cuda.matmul.allow_tf32 = getattr(args, "allow_tf32", False)
+    is_deterministic = getattr(args, "deterministic", False)
+    torch.use_deterministic_algorithms(is_deterministic)
+    if is_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+    if getattr(args, "compile", False) and accelerator.is_fsdp2:
+        raise RuntimeError("`--compile` was asked for under FSDP2, which was not tried: leave out one of the two.")
+    if getattr(args, "compile", None) is None:
+        args.compile = accelerator.device.type == "cuda" and not accelerator.is_fsdp2
 
 
 def check_processes(accelerator: Accelerator, consequence: str) -> None:

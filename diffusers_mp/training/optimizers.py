@@ -46,13 +46,15 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module, learning_rate: fl
         torch.optim.Optimizer: with an entry `lr` in its defaults, which diffusers' polynomial schedule reads.
     """
     groups, betas = optimizer_groups(args, model, learning_rate), (args.adam_beta1, args.adam_beta2)
+    # One kernel on an accelerator, and an update that the watchdog can have left out there.
+    options = {} if args.use_8bit_adam or args.optimizer == "muon" else {"fused": True}
     if args.use_8bit_adam:
         import bitsandbytes  # here, since it warns where diffusers is imported after it
 
         classes = {"adam": bitsandbytes.optim.Adam8bit, "adamw": bitsandbytes.optim.AdamW8bit}
     else:
         classes = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": MuonWithAdam}
-    optimizer = classes[args.optimizer](groups, lr=learning_rate, betas=betas)
+    optimizer = classes[args.optimizer](groups, lr=learning_rate, betas=betas, **options)
     check_optimizer(model, optimizer)
     return optimizer
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 
@@ -35,15 +36,18 @@ class Progress:
 
         Args:
             losses (list of torch.Tensor): of its micro batches on this process.
-            grad_norm (torch.Tensor, optional): of its whole gradient, before clipping; None for a skipped update.
+            grad_norm (torch.Tensor, optional): of its whole gradient, before clipping; None for a skipped update. One
+                that the device skips has values that are not finite, and is left out as well.
         """
         lr_scheduler = self.run.lr_scheduler
         # Groups have rates of different size that follow one schedule.
         factor = lr_scheduler.get_last_lr()[0] / lr_scheduler.base_lrs[0]
         self._learning_rate = self.run.facts["learning_rate"] * factor
         if grad_norm is not None:
-            self._losses += losses
-            self._grad_norm = grad_norm
+            is_finite = torch.stack([grad_norm.isfinite(), *(loss.isfinite() for loss in losses)]).all()
+            self._losses += [torch.where(is_finite, loss, math.nan) for loss in losses]
+            last = grad_norm if self._grad_norm is None else self._grad_norm
+            self._grad_norm = torch.where(is_finite, grad_norm, last)
         self.bar.update()
 
     def log(self) -> None:
@@ -54,9 +58,12 @@ class Progress:
         if not self._losses:
             return
         accelerator, seconds = self.run.accelerator, time.perf_counter() - self._start
-        loss = accelerator.reduce(torch.stack(self._losses).mean(), reduction="mean")
+        loss = accelerator.reduce(torch.stack(self._losses).nanmean(), reduction="mean")
         loss, grad_norm = torch.stack([loss, self._grad_norm.to(loss)]).tolist()  # one read of the device
         images_per_second = len(self._losses) * self.args.train_batch_size * accelerator.num_processes / seconds
+        self._losses, self._start = [], time.perf_counter()
+        if math.isnan(loss):  # of updates that were all skipped
+            return
         shown = f"loss={loss:.4f}, lr={self._learning_rate:.2g}, grad_norm={grad_norm:.3g}"
         self.bar.set_postfix_str(f"{shown}, images/s={images_per_second:.0f}")
         entry = {
@@ -66,7 +73,6 @@ class Progress:
             "train/images_per_second": images_per_second,
         }
         accelerator.log(entry, step=self.run.step)
-        self._losses, self._start = [], time.perf_counter()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -45,21 +45,21 @@ def validation_losses(
     Raises:
         ValueError: if there are no samples.
     """
-    sums = torch.zeros(len(timesteps), 2, dtype=torch.float64)
-    num_samples = 0
+    sums, num_samples = [], 0
     for batch in batches:
-        latents, noise = batch["latents"].to(device), batch["noise"].to(device)
-        conditions = {name: value.to(device) for name, value in conditions_of(batch).items()}
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        latents, noise, conditions = batch["latents"], batch["noise"], conditions_of(batch)
         num_samples += len(latents)
-        for level, timestep in enumerate(timesteps.to(device)):
+        for timestep in timesteps.to(device):
             timestep_batch = timestep.expand(len(latents))
             noisy = objective.add_noise(latents, noise, timestep_batch)
             prediction = model(noisy, timestep=timestep_batch, **conditions).sample
             terms = objective.loss(prediction, latents, noise, timestep_batch)
-            sums[level] += torch.stack([terms["loss"].sum(), terms["mse"].sum()]).cpu().double()
+            sums.append(torch.stack([terms["loss"].sum(), terms["mse"].sum()]))
     if not num_samples:
         raise ValueError("`batches` must hold samples, got none.")
-    means = sums / num_samples
+    # One read of the device.
+    means = torch.stack(sums).cpu().double().unflatten(0, (-1, len(timesteps))).sum(0) / num_samples
     losses = dict(zip(("loss", "mse"), means.mean(0).tolist(), strict=True))
     for timestep, mse in zip(timesteps.tolist(), means[:, 1].tolist(), strict=True):
         losses[f"mse_t{timestep:04.0f}"] = mse

@@ -1,7 +1,7 @@
 """Watches a training run for a loss or gradient that is not finite, and finds where it came from; or that explodes.
 
-While all is finite this costs one norm over the gradients and one read of the host per update. Only when it is not,
-the batch is run again with a hook on every module.
+While all is finite this costs one norm over the gradients and one read of the host per update, which on an accelerator
+waits for nothing if the optimiser is fused. Only when it is not, the batch is run again with a hook on every module.
 
 An update counts as failed if a loss of its micro batches, or the norm of its gradients, is not finite. All processes
 decide together. A skipped update is an update by zero: parameters and the optimiser's state stay as they were, while
@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,17 @@ MAX_REPORTS = 20
 
 class NonFiniteError(FloatingPointError):
     """An update with a loss or gradient that is not finite, or with one of many losses that have exploded."""
+
+
+class _Check(NamedTuple):
+    """An update, and what is to be read of it: its loss, and whether its gradients are not finite."""
+
+    step: int
+    recorded: list[tuple[Any, torch.Tensor]]
+    losses: list[torch.Tensor]
+    grad_norm: torch.Tensor
+    values: torch.Tensor
+    event: Any = None
 
 
 class Watchdog:
@@ -67,6 +78,9 @@ class Watchdog:
       they are left to it, which skips the step by itself, until its scale is down to 1, from where on scaling cannot
       be the reason. The loss, which is not scaled, always counts. Where clipping has called `scaler.unscale_`, an
       update that is skipped needs `scaler.update()` all the same: the next `unscale_` is refused without.
+    - Accelerators: with a fused `optimizer` the device itself leaves a failed update out (`found_inf`), and the host
+      learns of it at the next check, or at `settle`, so that no update waits for a read. The report has no list of
+      gradients then, which are gone.
 
     Args:
         model (nn.Module): the model in training, wrapped (DistributedDataParallel, compiled) or not. Any module.
@@ -76,6 +90,7 @@ class Watchdog:
         max_skips (int): with "skip", so many failures in a row raise all the same.
         save_weights (bool): write the model's weights as well.
         scaler (torch.amp.GradScaler, optional): the scaler of float16 training.
+        optimizer (torch.optim.Optimizer, optional): what makes the updates, wrapped by Accelerate or not.
     Attributes:
         num_skipped (int): failed updates that were skipped.
     Raises:
@@ -91,6 +106,7 @@ class Watchdog:
         max_skips: int = 10,
         save_weights: bool = False,
         scaler: torch.amp.GradScaler | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ):
         if action not in ("stop", "skip"):
             raise ValueError(f"`action` must be 'stop' or 'skip', got {action!r}.")
@@ -103,6 +119,10 @@ class Watchdog:
         self.max_skips = max_skips
         self.save_weights = save_weights
         self.scaler = scaler
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        is_fused = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and optimizer.defaults["fused"]
+        self._optimizer = optimizer if is_fused and scaler is None else None
+        self._unread: _Check | None = None
         self.num_skipped = 0
         self._num_skipped_in_a_row = 0
         self._num_reports = 0
@@ -146,7 +166,32 @@ class Watchdog:
         values = torch.stack([torch.where(torch.isfinite(loss), loss, math.inf), norm_failed])
         if _num_processes() > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        loss, norm_failed = values.tolist()
+        if self._optimizer is None or device.type == "cpu":
+            return self._judge(_Check(step, recorded, losses, grad_norm, values), is_late=False)
+        self._optimizer.found_inf = torch.maximum(values[1], torch.isinf(values[0]))
+        self.settle()
+        self._unread = _Check(step, recorded, losses, grad_norm, values.to("cpu", non_blocking=True), _event(device))
+        return True
+
+    def settle(self) -> None:
+        """Learn of the last update what `check` has left to the device; before a checkpoint, and at the end.
+
+        Raises:
+            NonFiniteError: as `check`.
+        """
+        unread, self._unread = self._unread, None
+        if unread is None:
+            return
+        if unread.event is not None:
+            unread.event.synchronize()
+        # Those of the update under way.
+        gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
+        if not self._judge(unread, is_late=True):
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+
+    def _judge(self, check: "_Check", is_late: bool) -> bool:
+        loss, norm_failed = check.values.tolist()
         loss_failed = not math.isfinite(loss)
         if norm_failed and self.scaler is not None and self.scaler.is_enabled() and self.scaler.get_scale() > 1:
             norm_failed = 0.0
@@ -154,9 +199,9 @@ class Watchdog:
             self._num_skipped_in_a_row = 0
             median = self._history.add(loss)
             if median is not None:
-                self._explode(step, recorded, loss, median, grad_norm)
+                self._explode(check.step, check.recorded, loss, median, check.grad_norm)
             return True
-        self._fail(step, recorded, losses, grad_norm)
+        self._fail(check.step, check.recorded, check.losses, check.grad_norm, is_late)
         return False
 
     def _explode(self, step, recorded, loss, median, grad_norm) -> None:
@@ -180,12 +225,12 @@ class Watchdog:
         if _process() == 0:
             warnings.warn(message, stacklevel=3)
 
-    def _fail(self, step, recorded, losses, grad_norm) -> None:
+    def _fail(self, step, recorded, losses, grad_norm, is_late) -> None:
         report = {
             "process": _process(),
             "losses": [_as_json(loss.item()) for loss in losses],
             "gradient_norm": _as_json(grad_norm.item()),
-            **self._state_of_tensors(),
+            **self._state_of_tensors(is_late),
             "batches_not_finite": [_not_finite(batch) for batch, _ in recorded],
             "first": find_first(self.model, self.compute_loss, [batch for batch, _ in recorded], self.scaler),
         }
@@ -222,11 +267,12 @@ class Watchdog:
         self._num_skipped_in_a_row = num_in_a_row
         self.num_skipped += 1
 
-    def _state_of_tensors(self) -> dict[str, list[str]]:
+    def _state_of_tensors(self, is_late: bool) -> dict[str, list[str] | None]:
         model = unwrapped(self.model)
         gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
+        not_finite = [name for name, grad in gradients if grad is not None and not is_finite(grad)]
         return {
-            "gradients_not_finite": [name for name, grad in gradients if grad is not None and not is_finite(grad)],
+            "gradients_not_finite": None if is_late else not_finite,
             "parameters_not_finite": [name for name, tensor in model.named_parameters() if not is_finite(tensor)],
             "buffers_not_finite": [name for name, tensor in model.named_buffers() if not is_finite(tensor)],
         }
@@ -301,7 +347,7 @@ def _message(step: int, report: dict[str, Any]) -> str:
     first = report["first"]
     if first is None:
         norm = report["gradient_norm"]
-        if not isinstance(norm, float) and not report["gradients_not_finite"]:
+        if not isinstance(norm, float) and report["gradients_not_finite"] == []:
             return start + f"the norm of the gradients is {norm}, though each of them is finite"
         return start + (
             f"the loss is {', '.join(map(str, report['losses']))} and the norm of the gradients {norm}, which running "
@@ -329,6 +375,15 @@ def _message(step: int, report: dict[str, Any]) -> str:
     if inputs:
         text += f"; the batch itself is not finite in {inputs}"
     return f"{start}{text} (process {report['process']}, micro batch {first['micro_batch']})"
+
+
+def _event(device: torch.device) -> Any:
+    """What is over when all that was given to an accelerator so far is done; None for one that knows no events."""
+    if not torch.accelerator.is_available():
+        return None
+    event = torch.Event(device)
+    event.record()
+    return event
 
 
 def _num_processes() -> int:
