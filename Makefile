@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # makes its fixtures once.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install demo test test-all test-lowest test-wheel bench docs tiny style quality clean
+.PHONY: install demo test test-all test-lowest test-wheel bench gpu docs tiny style quality clean
 
 install: $(INSTALLED)  ## says what it brings, and how much; repairs what was interrupted
 
@@ -50,6 +50,10 @@ bench: $(INSTALLED)  ## E beside A and diffusers' DiT, about 35 minutes on 2 cor
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed/speed.py --output benchmarks/records/speed
 	HF_HUB_OFFLINE=1 THP_MEM_ALLOC_ENABLE=1 $(BIN)/python benchmarks/speed/parts.py --output benchmarks/records/parts.md
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed/speed.py --sample_size 32 --batch_size 4 --output benchmarks/records/speed_256_tokens
+
+# Nothing is installed: torch is that of PYTHON. WHEELS: a folder of what PYTHON lacks (docs/results/gpu.md).
+gpu:  ## on one large GPU, without network: values, speed, memory, a training; 8 minutes
+	$(PYTHON) benchmarks/gpu/gpu.py $(if $(WHEELS),--wheels $(WHEELS))
 
 tiny: $(INSTALLED)  ## the checkpoint in docs/tiny, its curves and its evaluation: about 15 minutes on one core
 	rm -rf build/tiny

@@ -19,8 +19,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from compared import A, E, build_inputs, build_models
 from facts import facts_of_run, head
-from speed import A, E, build_inputs, build_models
 from timing import ratio, spread, take_turns
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

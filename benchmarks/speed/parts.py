@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 import torch._inductor.config
 import torch.nn.functional as F
+from compared import LABELS, STOCK, A, E, build_inputs, build_models, forward_of, without_gradient
 from facts import facts_of_run, head
-from speed import LABELS, STOCK, A, E, build_inputs, build_models, forward_of, without_gradient
 from timing import keep_memory, quiet_rounds, share_taken
 from torch.profiler import ProfilerActivity, profile
 

@@ -26,30 +26,34 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
+from compared import (
+    A_FUSED,
+    E_FUSED,
+    E_SHIFT,
+    F_BOUND,
+    LABELS,
+    NUM_CLASSES,
+    STOCK,
+    A,
+    E,
+    build_inputs,
+    build_models,
+    forward_of,
+    in_dtype_of,
+    training_step,
+    without_gradient,
+)
+from diffusers import AutoencoderKL, DDIMScheduler
 from facts import facts_of_run, head
 from imagenet_cost import count_flops
 from PIL import Image
 from timing import keep_memory, ratio, share_taken, spread, take_turns
 from torch.utils.data import DataLoader
 
-from diffusers_mp import (
-    MPDiTPipeline,
-    MPDiTTransformer2DModel,
-    PowerFunctionEMA,
-    get_preset,
-    normalize_weights_,
-    parameter_groups,
-    trust_rows_,
-)
+from diffusers_mp import MPDiTPipeline, trust_rows_
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.settings import EncodingSettings
 from diffusers_mp.training import StreamBatchSampler, TrainingSamples
-
-
-NUM_CLASSES = 1000
-E, E_SHIFT, F_BOUND, A, STOCK = "E rotate", "E shift", "F rotate", "A", "diffusers"
-E_FUSED, A_FUSED = "E rotate, fused q/k/v", "A, fused q/k/v"
 
 
 def parse_args():
@@ -64,63 +68,6 @@ def parse_args():
     parser.add_argument("--keep_memory", action="store_true", help="glibc returns no freed memory to the system")
     parser.add_argument("--output", type=Path, help="where to write, without a suffix; standard output by default")
     return parser.parse_args()
-
-
-def build_models(size: str, sample_size: int, device: torch.device) -> dict[str, torch.nn.Module]:
-    torch.manual_seed(0)
-    models = {}
-    for name, configuration, kinds in (
-        (E, "E", ("scale", "rotate", "gate")),
-        (E_SHIFT, "E", ("scale", "shift", "gate")),
-        (F_BOUND, "F", ("scale", "rotate", "gate")),
-        (A, "A", ("scale", "shift", "gate")),
-    ):
-        config = get_preset(
-            size, configuration, kinds, sample_size=sample_size, num_classes=NUM_CLASSES, out_channels=8
-        )
-        models[name] = MPDiTTransformer2DModel(**config)
-    models[STOCK] = DiTTransformer2DModel(
-        num_attention_heads=config["num_attention_heads"],
-        attention_head_dim=config["attention_head_dim"],
-        num_layers=config["num_layers"],
-        in_channels=4,
-        out_channels=8,
-        sample_size=sample_size,
-        patch_size=config["patch_size"],
-        num_embeds_ada_norm=NUM_CLASSES,
-    )
-    for model in models.values():
-        for name, parameter in model.named_parameters():
-            if name.endswith("gain") or not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.1 if name.endswith("gain") else 0.02)
-    return {name: model.to(device) for name, model in models.items()}
-
-
-def build_inputs(sample_size: int, batch_size: int, device: torch.device, dtype: torch.dtype):
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "hidden_states": torch.randn(batch_size, 4, sample_size, sample_size, generator=generator).to(device, dtype),
-        "timestep": torch.randint(0, 1000, (batch_size,), generator=generator).to(device),
-        "class_labels": torch.randint(0, NUM_CLASSES, (batch_size,), generator=generator).to(device),
-    }
-
-
-def in_dtype_of(inputs, model):
-    model, dtype = copy.deepcopy(model).eval(), inputs["hidden_states"].dtype
-    return model if model.dtype == dtype else model.to(dtype)
-
-
-def forward_of(model, inputs, compiled: bool) -> Callable[[], torch.Tensor]:
-    function = torch.compile(model, fullgraph=True) if compiled else model
-    return lambda: function(**inputs, return_dict=False)[0]
-
-
-def without_gradient(function: Callable[[], object]) -> Callable[[], object]:
-    def call():
-        with torch.no_grad():
-            return function()
-
-    return call
 
 
 def matrix_products(models, inputs) -> dict[str, tuple[Callable[[], None], int]]:
@@ -190,22 +137,7 @@ def measure_training(models, inputs, compiled: bool, rounds: int) -> dict:
     for name, model in models.items():
         model = trust_rows_(copy.deepcopy(model).train())
         forward = forward_of(model, inputs, compiled)
-        optimizer = torch.optim.Adam(parameter_groups(model, lr=1e-4), betas=(0.9, 0.99), fused=True)
-        ema = PowerFunctionEMA(model, (0.05, 0.10))
-
-        def maintain(model=model, ema=ema):
-            normalize_weights_(model)
-            ema.update(ema.step + 1)
-
-        def step(forward=forward, optimizer=optimizer, maintain=maintain):
-            with autocast:
-                prediction = forward()
-            F.mse_loss(prediction.float(), target).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            maintain()
-
-        functions[name] = step
+        functions[name], maintain = training_step(model, forward, target, autocast)
         if name == E:
             upkeep["upkeep"] = maintain
     if device.type == "cuda":
@@ -307,12 +239,6 @@ def measure_import(rounds: int) -> dict[str, float]:
         for _ in range(rounds + 1)
     ]
     return spread(seconds[1:])
-
-
-LABELS = {
-    **{E: "E", E_SHIFT: "E with shift", F_BOUND: "F", A: "A", STOCK: "diffusers' DiT"},
-    **{E_FUSED: "E with fused q/k/v", A_FUSED: "A with fused q/k/v"},
-}
 
 
 def ratio_row(what: str, name: str, over: str, target: float | None = None, compiled: bool = False) -> tuple:

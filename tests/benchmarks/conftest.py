@@ -8,7 +8,7 @@ import pytest
 from helpers import BENCHMARKS
 
 
-sys.path[:0] = [str(BENCHMARKS / "speed"), str(BENCHMARKS / "quality")]
+sys.path[:0] = [str(BENCHMARKS / folder) for folder in ("speed", "quality", "gpu")]
 
 
 @pytest.fixture
