@@ -1,7 +1,7 @@
 """How many kernels does a training step start, and how many bytes do they move? Counted on a device that is not there.
 
     python benchmarks/speed/count_kernels.py
-    python benchmarks/speed/count_kernels.py --operators E
+    python benchmarks/speed/count_kernels.py --models A E --operators
 
 Tensors are fake, on a device that stands in for an accelerator, so that the routes of accelerators are taken; a step
 is forward in bfloat16 autocast, backward, fused Adam, forced normalisation and averages of two widths. What starts no
@@ -17,8 +17,9 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from compared import E_SHIFT, F_BOUND, STOCK, A, E, config_of
 from diffusers import DiTTransformer2DModel
-from facts import table
+from facts import facts_of_run, head, table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -28,15 +29,13 @@ from diffusers_mp import (
     MPDiTTransformer2DModel,
     PowerFunctionEMA,
     fused,
-    get_preset,
     normalize_weights_,
     parameter_groups,
     trust_rows_,
 )
 
 
-ROTATE, SHIFT = ("scale", "rotate", "gate"), ("scale", "shift", "gate")
-MODELS = {"A": ("A", SHIFT), "E": ("E", ROTATE), "E with shift": ("E", SHIFT), "F": ("F", ROTATE), "diffusers": None}
+MODELS = {A: "A", E: "E", E_SHIFT: "E with shift", F_BOUND: "F", STOCK: "diffusers' DiT"}
 STARTS_NOTHING = {"device", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "detach"}
 LIBRARIES = []  # as long as the process lives
 # What autocast runs in bfloat16, and in float32, out of CUDA's lists: all that a step calls.
@@ -152,17 +151,9 @@ def autocast(function, wanted: torch.dtype, /, *args, **kwargs):
 
 def make_model(name: str, size: str) -> torch.nn.Module:
     """A model in training, of latents of 4x16x16 and 1000 classes, which learns a variance."""
-    configuration, kinds = MODELS[name] or MODELS["A"]
-    config = get_preset(size, configuration, kinds, sample_size=16, num_classes=1000, out_channels=8)
-    if MODELS[name] is not None:
-        return trust_rows_(MPDiTTransformer2DModel(**config).train())
-    return DiTTransformer2DModel(
-        **{key: config[key] for key in ("num_attention_heads", "attention_head_dim", "num_layers", "patch_size")},
-        in_channels=4,
-        out_channels=8,
-        sample_size=16,
-        num_embeds_ada_norm=1000,
-    ).train()
+    if name == STOCK:
+        return DiTTransformer2DModel(**config_of(name, size, 16)).train()
+    return trust_rows_(MPDiTTransformer2DModel(**config_of(name, size, 16)).train())
 
 
 def count(name: str, size: str, batch_size: int, counted: Counted) -> None:
@@ -193,24 +184,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["S/2", "XL/2"], help="as in `get_preset`")
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--operators", choices=MODELS, help="print which operators one model runs instead")
+    parser.add_argument("--models", nargs="+", default=[*MODELS.values()], choices=MODELS.values())
+    parser.add_argument("--operators", action="store_true", help="print which operators they are")
     args = parser.parse_args()
-    counted, rows = Counted(), []
+    counted, mode, rows = Counted(), FakeTensorMode(), []
     stand_in(counted)
-    mode = FakeTensorMode()
+    print(f"{head(facts_of_run())}\n")
     for size in args.sizes:
-        of_A = None
-        for name in MODELS if args.operators is None else [args.operators]:
+        of_first = None
+        for name in [name for name, label in MODELS.items() if label in args.models]:
             with mode, torch.device("gpu"):
                 count(name, size, args.batch_size, counted)
             numbers = counted.kernels.total(), counted.num_bytes
-            of_A = of_A or numbers
-            ratios = [f"{number / base:.2f}" for number, base in zip(numbers, of_A, strict=True)]
-            rows.append([size, name, numbers[0], ratios[0], f"{numbers[1] / 1e9:.1f}", ratios[1]])
-            if args.operators is not None:
-                print(f"{size}\n\n{table(['operator', 'kernels'], counted.kernels.most_common())}\n")
-    if args.operators is None:
-        print(table(["size", "model", "kernels", "of A's", "GB", "of A's"], rows))
+            of_first = of_first or numbers
+            ratios = [f"{number / base:.2f}" for number, base in zip(numbers, of_first, strict=True)]
+            rows.append([size, MODELS[name], numbers[0], ratios[0], f"{numbers[1] / 1e9:.1f}", ratios[1]])
+            if args.operators:
+                print(f"{size}, {MODELS[name]}\n\n{table(['operator', 'kernels'], counted.kernels.most_common())}\n")
+    print(table(["size", "model", "kernels", "ratio", "GB", "ratio"], rows))
 
 
 if __name__ == "__main__":

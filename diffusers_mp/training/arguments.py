@@ -220,7 +220,7 @@ def _add_training_arguments(add):
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="compile the blocks of the model: a wait before the first update, faster ones then [on CUDA without FSDP2]",
+        help="compile the blocks: a wait before the first update, faster ones then [on CUDA, but for FSDP2]",
     )
     add(
         "--deterministic",
