@@ -90,7 +90,9 @@ def update(
         prediction = prediction.float() if precision else prediction
         return objective.loss(prediction, clean, noise, timesteps)["loss"].mean() / num_micro_batches
 
-    values = {}
+    values, dtypes = {}, set()
+    # What autocast is for; values alone would not tell, as both devices round.
+    model.transformer_blocks[0].ff.linear_1.register_forward_hook(lambda _, args, y: dtypes.add(str(y.dtype)))
     with tempfile.TemporaryDirectory() as folder:
         watchdog = Watchdog(model, folder, compute_loss, action="skip", scaler=scaler)
         mark()
@@ -123,7 +125,7 @@ def update(
         for path in Path(folder).rglob("report.json"):
             values["first"] = str(json.loads(path.read_text())["processes"][0]["first"])
     assert ("first" in values) == (spoiled is not None)
-    values |= model.state_dict()
+    values |= {"dtypes": f"{dtypes}", **model.state_dict()}
     for std, average in zip(ema.stds, ema.state_dict()["averages"], strict=True):
         values |= {f"{std} {key}": value for key, value in average.items()}
     if observer is not None:
