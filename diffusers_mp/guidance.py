@@ -225,7 +225,7 @@ def _predict(
 ) -> torch.Tensor:
     prediction = transformer(
         model_input.to(transformer.dtype),
-        timestep=timestep.to(model_input.device).expand(len(model_input)),
+        timestep=timestep.to(model_input.device, non_blocking=True).expand(len(model_input)),
         **conditions,
         return_dict=False,
     )[0]

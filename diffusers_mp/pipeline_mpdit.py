@@ -397,7 +397,8 @@ class MPDiTPipeline(DiffusionPipeline):
 
         # 2. Timesteps, and what predicts at each of them
         scheduler = schedulers.sampler_of(self.scheduler, self.transformer)
-        scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        # On the CPU, as the scheduler's tables are: it would read one of a device several times in each step.
+        scheduler.set_timesteps(num_inference_steps, device="cpu")
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(scheduler.timesteps), False
         predict = guidance.GuidedPrediction(
             self, scheduler, conditions, negative_pooled_projections, guidance_interval
