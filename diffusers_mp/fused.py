@@ -190,10 +190,10 @@ def _layout(sizes, constants, device, dtype):
     # Parts as blocks of one width: constant and number of the part of each block, and which blocks make a part.
     width = math.gcd(*sizes)
     parts = [part for part, size in enumerate(sizes) for _ in range(size // width)]
-    number = torch.tensor(parts, device="cpu").to(device)
-    constant = torch.tensor([[constants[part]] for part in parts], dtype=dtype, device="cpu").to(device)
-    makes = torch.tensor([[part == other for part in parts] for other in range(len(sizes))], device="cpu")
-    return width, constant, number, makes.to(device, compute_dtype(dtype))
+    constant = torch.tensor([[constants[part]] for part in parts], dtype=dtype, device="cpu")
+    number = torch.tensor(parts, device="cpu")
+    makes = (number == torch.arange(len(sizes), device="cpu").unsqueeze(-1)).to(compute_dtype(dtype))
+    return width, *(each.to(device, non_blocking=True) for each in (constant, number, makes))
 
 
 class _GainedParts(Function):

@@ -113,7 +113,7 @@ def update(
                 grad_norm = gradient_norm(model)
             if watchdog.check(step, grad_norm):
                 (optimizer if scaler is None else scaler).step(*(() if scaler is None else (optimizer,)))
-                values = {"loss": loss, "grad_norm": grad_norm}
+                values = values if step == spoiled else {"loss": loss, "grad_norm": grad_norm}
             if scaler is not None:
                 scaler.update()
             optimizer.zero_grad()
@@ -237,7 +237,8 @@ class Case(NamedTuple):
     tolerance: float = 1e-12  # of the largest entry
 
 
-# Of an update, unless its optimiser is fused: whether it may be made; all numbers of a record, or of a look; how the scale of float16 goes on.
+# Of an update, unless its optimiser is fused: whether it may be made; all numbers of a record, or of a look; how the
+# scale of float16 goes on.
 UPDATE = {"read diffusers_mp/training/watchdog.py:_judge": 1}
 RECORD = {**UPDATE, "read diffusers_mp/diagnostics/magnitudes.py:fetch": 1}
 SCALED = {**UPDATE, "read tests/pretended_cases.py:update > torch/amp/grad_scaler.py:_maybe_opt_step": 1}

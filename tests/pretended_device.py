@@ -46,6 +46,16 @@ class Stream(contextlib.nullcontext):
         pass
 
 
+class Event(Stream):
+    """An event on the device, over when it is recorded."""
+
+    def __init__(self, device=None):
+        super().__init__()
+
+    def record(self):
+        pass
+
+
 STREAM = Stream()
 
 
@@ -76,6 +86,7 @@ def set_up():
     # Parameters stay the objects that they are, as on a GPU, when a module moves; whatever else refers to them.
     torch.__future__.set_swap_module_params_on_conversion(True)
     torch.utils.swap_tensors = torch._C._swap_tensor_impl
+    torch.Event = Event
     kernels, operators = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     kernels.fallback(_run, "PrivateUse1")
     kernels.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")

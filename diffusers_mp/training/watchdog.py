@@ -46,7 +46,7 @@ class _Check(NamedTuple):
     losses: list[torch.Tensor]
     grad_norm: torch.Tensor
     values: torch.Tensor
-    event: Any = None
+    event: torch.Event | None = None  # when they have come to the host
 
 
 class Watchdog:
@@ -170,7 +170,9 @@ class Watchdog:
             return self._judge(_Check(step, recorded, losses, grad_norm, values), is_late=False)
         self._optimizer.found_inf = torch.maximum(values[1], torch.isinf(values[0]))
         self.settle()
-        self._unread = _Check(step, recorded, losses, grad_norm, values.to("cpu", non_blocking=True), _event(device))
+        values, event = values.to("cpu", non_blocking=True), torch.Event(device)
+        event.record()
+        self._unread = _Check(step, recorded, losses, grad_norm, values, event)
         return True
 
     def settle(self) -> None:
@@ -182,8 +184,7 @@ class Watchdog:
         unread, self._unread = self._unread, None
         if unread is None:
             return
-        if unread.event is not None:
-            unread.event.synchronize()
+        unread.event.synchronize()
         # Those of the update under way.
         gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
         if not self._judge(unread, is_late=True):
@@ -375,15 +376,6 @@ def _message(step: int, report: dict[str, Any]) -> str:
     if inputs:
         text += f"; the batch itself is not finite in {inputs}"
     return f"{start}{text} (process {report['process']}, micro batch {first['micro_batch']})"
-
-
-def _event(device: torch.device) -> Any:
-    """What is over when all that was given to an accelerator so far is done; None for one that knows no events."""
-    if not torch.accelerator.is_available():
-        return None
-    event = torch.Event(device)
-    event.record()
-    return event
 
 
 def _num_processes() -> int:
