@@ -24,7 +24,6 @@ _EXPORTS = {
         "TrainingSamples",
         "conditions_of",
         "hold_out",
-        "sample_generator",
         "split_validation",
     ],
     "signals": ["StopRequest", "leave_signals_to_main_process"],
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
     from .samples import TrainingSamples as TrainingSamples
     from .samples import conditions_of as conditions_of
     from .samples import hold_out as hold_out
-    from .samples import sample_generator as sample_generator
     from .samples import split_validation as split_validation
     from .signals import StopRequest as StopRequest
     from .signals import leave_signals_to_main_process as leave_signals_to_main_process

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.feeding import to_device
 from .objectives import Objective
 from .samples import conditions_of
 
@@ -48,15 +49,17 @@ def validation_losses(
     sums = torch.zeros(len(timesteps), 2, dtype=torch.float64)
     num_samples = 0
     for batch in batches:
-        latents, noise = batch["latents"].to(device), batch["noise"].to(device)
-        conditions = {name: value.to(device) for name, value in conditions_of(batch).items()}
+        batch = to_device(batch, device)
+        latents, noise, conditions = batch["latents"], batch["noise"], conditions_of(batch)
         num_samples += len(latents)
-        for level, timestep in enumerate(timesteps.to(device)):
+        terms = []
+        for timestep in timesteps.to(device):
             timestep_batch = timestep.expand(len(latents))
             noisy = objective.add_noise(latents, noise, timestep_batch)
             prediction = model(noisy, timestep=timestep_batch, **conditions).sample
-            terms = objective.loss(prediction, latents, noise, timestep_batch)
-            sums[level] += torch.stack([terms["loss"].sum(), terms["mse"].sum()]).cpu().double()
+            losses = objective.loss(prediction, latents, noise, timestep_batch)
+            terms.append(torch.stack([losses["loss"].sum(), losses["mse"].sum()]))
+        sums += torch.stack(terms).cpu().double()  # the device is waited for once a batch
     if not num_samples:
         raise ValueError("`batches` must hold samples, got none.")
     means = sums / num_samples
