@@ -165,11 +165,11 @@ from diffusers_mp.training import (
     TrainingSamples,
     all_finite,
     hold_out,
+    load_batches,
 )
 from diffusers_mp.training.checks import check_reporting
 from diffusers_mp.training.engine import start
 from diffusers_mp.training.finetuning import HeldOut, check_blocks, start_of_finetuning, verdict_of_finetuning
-from diffusers_mp.training.loading import load_batches
 from diffusers_mp.training.model import check_finite
 from diffusers_mp.training.optimizers import learning_rate_schedule
 from diffusers_mp.training.summary import DataSummary

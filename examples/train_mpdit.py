@@ -54,12 +54,12 @@ from diffusers_mp.training import (
     Watchdog,
     conditions_of,
     hold_out,
+    load_batches,
     save_checkpoint,
 )
 from diffusers_mp.training.checks import check_arguments, check_model
 from diffusers_mp.training.dry_run import dry_run
 from diffusers_mp.training.engine import lock_folder, start
-from diffusers_mp.training.loading import load_batches
 from diffusers_mp.training.model import (
     channels_of,
     load_pretrained,

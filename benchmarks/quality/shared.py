@@ -11,10 +11,10 @@ from diffusers_mp.training import (
     DDPMObjective,
     TrainingSamples,
     hold_out,
+    load_in_order,
     validation_losses,
     validation_timesteps,
 )
-from diffusers_mp.training.loading import load_in_order
 
 
 BENCHMARKS = Path(__file__).resolve().parents[1]

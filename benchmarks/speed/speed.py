@@ -43,8 +43,7 @@ from diffusers_mp import (
 )
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.settings import EncodingSettings
-from diffusers_mp.training import StreamBatchSampler, TrainingSamples
-from diffusers_mp.training.loading import load_batches
+from diffusers_mp.training import StreamBatchSampler, TrainingSamples, load_batches
 
 
 NUM_CLASSES = 1000

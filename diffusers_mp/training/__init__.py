@@ -18,6 +18,7 @@ _EXPORTS = {
         "save_checkpoint",
     ],
     "flow_matching": ["FlowMatchObjective"],
+    "loading": ["load_batches", "load_in_order"],
     "objectives": ["DDPMObjective", "Objective"],
     "samples": [
         "StreamBatchSampler",
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from .checkpoints import resolve_checkpoint as resolve_checkpoint
     from .checkpoints import save_checkpoint as save_checkpoint
     from .flow_matching import FlowMatchObjective as FlowMatchObjective
+    from .loading import load_batches as load_batches
+    from .loading import load_in_order as load_in_order
     from .objectives import DDPMObjective as DDPMObjective
     from .objectives import Objective as Objective
     from .samples import StreamBatchSampler as StreamBatchSampler
