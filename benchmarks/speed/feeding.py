@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from facts import facts_of_run, head, table
 from timing import ratio, share_taken, spread, take_turns
 
 from diffusers_mp.data.draws import sample_draws
@@ -46,29 +47,25 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
-    print("# Feeding\n")
-    print(
-        f"- {arguments.num_latents:,} latents of 4x16x16, batches of {arguments.batch_size}, {arguments.rounds} rounds"
-    )
-    print(f"- torch {torch.__version__}, numpy {np.__version__}, one thread\n")
-    print(
-        "Milliseconds for a batch, median and quartiles; in brackets the median ratio to `randn` of the same round.\n"
-    )
-    print("| latents | first | " + " | ".join(NAMES) + " |")
-    print("|---" * (len(NAMES) + 2) + "|")
-    memory = {}
+    rows, memory = [], []
     for side in arguments.sides:
         with tempfile.TemporaryDirectory() as folder:
             make_sparse_cache(Path(folder), arguments.num_latents * 256 // side**2, side)
-            first, times, memory[side] = measure(folder, arguments.batch_size, arguments.rounds)
-        cells = [in_words(first)]
-        cells += [f"{in_words(times[name])} ({ratio(times, name, 'randn')['median']:.1f})" for name in NAMES]
-        print(f"| 4x{side}x{side} | " + " | ".join(cells) + " |")
-    print(f"\nOther virtual machines took at most {share_taken():.1%} of a round.\n")
-    print("| latents | after | memory of the process, MiB | mapped pages of files, MiB |\n|---|---|---|---|")
-    for side, rows in memory.items():
-        for num_batches, (own, mapped) in rows.items():
-            print(f"| 4x{side}x{side} | {num_batches:,} batches | {own:.0f} | {mapped:.0f} |")
+            first, times, after = measure(folder, arguments.batch_size, arguments.rounds)
+        cells = [f"{in_words(times[name])} ({ratio(times, name, 'randn')['median']:.1f})" for name in NAMES]
+        rows.append([f"4x{side}x{side}", in_words(first), *cells])
+        memory += [[f"4x{side}x{side}", f"{num_batches:,} batches", *sizes] for num_batches, sizes in after.items()]
+    print("# Feeding\n")
+    print(head(facts_of_run()))
+    print(
+        f"- {arguments.num_latents:,} latents of 4x16x16, batches of {arguments.batch_size}, {arguments.rounds} rounds"
+    )
+    print(f"- other virtual machines took at most {share_taken():.1%} of a round\n")
+    print(
+        "Milliseconds for a batch, median and quartiles; in brackets the median ratio to `randn` of the same round.\n"
+    )
+    print(table(["latents", "first", *NAMES], rows) + "\n")
+    print(table(["latents", "after", "memory of the process, MiB", "mapped pages of files, MiB"], memory))
 
 
 def make_sparse_cache(folder: Path, num_latents: int, side: int) -> None:
@@ -132,11 +129,11 @@ def measure(folder: str, batch_size: int, rounds: int) -> tuple[list[float], dic
     return first, take_turns(functions, rounds, prepare=next_batch, clock=time.thread_time), memory
 
 
-def own_and_mapped_memory() -> tuple[float, float]:
+def own_and_mapped_memory() -> tuple[int, int]:
     """Memory of this process alone, and pages of files that it has mapped, which are the system's to take; MiB."""
     with open("/proc/self/status") as status:
         sizes = dict(line.split(":") for line in status if line.startswith("Rss"))
-    return tuple(int(sizes[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))
+    return tuple(int(sizes[name].split()[0]) // 1024 for name in ("RssAnon", "RssFile"))
 
 
 def in_words(seconds: list[float]) -> str:
