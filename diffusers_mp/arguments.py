@@ -40,6 +40,9 @@ FLAG_OF_ARGUMENT = {
 }
 
 
+NUM_WORKERS_HELP = "processes that prepare batches [0 on the CPU, up to 4 on an accelerator]"
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Says no "(default: None)", beside which help in brackets says what is done."""
 

@@ -61,7 +61,7 @@ SECTIONS = {
         "evaluation.outputs",
         "evaluation.summary",
     ],
-    "Data": ["data.images", "data.pixels", "data.settings", "data.encoding", "data.latents"],
+    "Data": ["data.images", "data.pixels", "data.settings", "data.encoding", "data.latents", "data.feeding"],
     "Files": ["files", "sources", "masking"],
     "Shards": ["sharding"],
     "Publishing": [

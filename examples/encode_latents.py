@@ -46,7 +46,11 @@ def make_parser() -> ScriptParser:
     )
     add("--encode_batch_size", type=at_least(1), default=32, help="images per forward pass of the VAE")
     add("--shard_size", type=at_least(1), default=2048, help="images per file")
-    add("--dataloader_num_workers", type=at_least(0), default=0, help="threads that decode images")
+    add(
+        "--dataloader_num_workers",
+        type=at_least(0),
+        help="threads that decode images [0 on the CPU, up to 8 on an accelerator]",
+    )
     add("--list", action="store_true", help="encode nothing, print images, classes and what is left out")
     add("--verify", action="store_true", help="encode nothing, read all shards and name those that were altered")
     return parser

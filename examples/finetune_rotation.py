@@ -31,6 +31,7 @@ from pathlib import Path
 
 from diffusers_mp.arguments import (
     LR_SCHEDULERS,
+    NUM_WORKERS_HELP,
     HelpFormatter,
     add_hub_arguments,
     add_schedule_arguments,
@@ -71,7 +72,7 @@ def make_parser():
     add("--latents_dir", help="where encoded images are kept and found again [OUTPUT_DIR/latents]")
     add("--random_flip", action="store_true", help="mirror half of the samples")
     add("--encode_batch_size", type=at_least(1), default=32, help="images per forward pass of the VAE")
-    add("--dataloader_num_workers", type=at_least(0), default=0, help="processes that prepare batches")
+    add("--dataloader_num_workers", type=at_least(0), help=NUM_WORKERS_HELP)
     add("--output_dir", type=Path, default=Path("dit-rotation"), help="new or empty folder for the result")
     add("--seed", type=seed, default=0, help="seed of every training sample")
     add("--class_dropout_prob", type=share, default=0.1, help="share of labels replaced by the null class")
@@ -135,7 +136,7 @@ import torch.nn.functional as F
 from accelerate.utils import DistributedType
 from diffusers import DDPMScheduler, DiTPipeline
 from diffusers.models.embeddings import LabelEmbedding
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler
 from tqdm.auto import tqdm
 
 from diffusers_mp import (
@@ -148,6 +149,7 @@ from diffusers_mp import (
     swap_adaln_for_rotation,
 )
 from diffusers_mp.data.encoding import encode_dataset
+from diffusers_mp.data.feeding import to_device
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.settings import EncodingSettings
 from diffusers_mp.files import space_for, write_json
@@ -163,7 +165,7 @@ from diffusers_mp.training import (
     TrainingSamples,
     all_finite,
     hold_out,
-    leave_signals_to_main_process,
+    load_batches,
 )
 from diffusers_mp.training.checks import check_reporting
 from diffusers_mp.training.engine import start
@@ -209,7 +211,8 @@ def main(args):
     if not len(validation_indices):
         raise ValueError("the data must have two images or more of a class, of which one can be held out.")
     options = {"seed": args.seed, **sample_options(pipeline)}
-    held_out = HeldOut(args, TrainingSamples(latents, **options, indices=validation_indices), objective)
+    held_out = TrainingSamples(latents, **options, indices=validation_indices)
+    held_out = HeldOut(args, held_out, objective, accelerator.device)
     options |= {"class_dropout_prob": args.class_dropout_prob, "random_flip": args.random_flip}
     samples = TrainingSamples(latents, **options, indices=train_indices)
     data = DataSummary.of_latents(latents, len(validation_indices))
@@ -277,19 +280,14 @@ def train(args, accelerator, transformer, teacher, parameters, samples, held_out
         process_index=accelerator.process_index,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
     )
-    batches = DataLoader(
-        samples,
-        batch_sampler=batch_sampler,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=leave_signals_to_main_process,
-    )
+    batches = load_batches(samples, batch_sampler, accelerator.device, args.dataloader_num_workers)
     progress_bar = tqdm(total=args.max_train_steps, desc="Fine-tuning", disable=not accelerator.is_main_process)
     set_training_mode(model)
     objective, step, losses = held_out.objective, 0, []
     for batch in batches:
         with accelerator.accumulate(model):
             batch["timestep"] = objective.timesteps(batch.pop("time"))
-            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+            batch = to_device(batch, accelerator.device)
             clean, noise, timesteps = batch["latents"], batch["noise"], batch["timestep"]
             inputs = (objective.add_noise(clean, noise, timesteps), timesteps, batch["class_label"])
             with accelerator.autocast():
@@ -385,7 +383,8 @@ def calibration_inputs(args, samples, objective, device):
     stream = StreamBatchSampler(
         len(samples), seed=args.seed, train_batch_size=args.num_calibration_samples, max_train_steps=1
     )
-    for batch in DataLoader(samples, sampler=next(iter(stream)), batch_size=args.train_batch_size):
+    keys = BatchSampler(next(iter(stream)), args.train_batch_size, drop_last=False)
+    for batch in load_batches(samples, keys, device):
         timesteps = objective.timesteps(batch["time"])
         yield {
             "hidden_states": objective.add_noise(batch["latents"], batch["noise"], timesteps).to(device),

@@ -24,7 +24,6 @@ import functools
 import warnings
 
 import torch
-from torch.utils.data import DataLoader
 
 from diffusers_mp import (
     MagnitudeRecorder,
@@ -39,6 +38,7 @@ from diffusers_mp import (
 from diffusers_mp.arguments import check_paths, encoding_of, source_of
 from diffusers_mp.averages.snapshots import save_snapshots
 from diffusers_mp.data.encoding import encode_dataset, load_vae
+from diffusers_mp.data.feeding import to_device
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.data.latents import LatentDataset
 from diffusers_mp.data.settings import EncodingSettings
@@ -54,7 +54,7 @@ from diffusers_mp.training import (
     Watchdog,
     conditions_of,
     hold_out,
-    leave_signals_to_main_process,
+    load_batches,
     save_checkpoint,
 )
 from diffusers_mp.training.checks import check_arguments, check_model
@@ -263,7 +263,7 @@ def train(args, run, stop, at_end):
         # 1. A micro batch; the last one of an update changes the weights
         with accelerator.accumulate(model):
             batch["timestep"] = run.objective.timesteps(batch.pop("time"))
-            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+            batch = to_device(batch, accelerator.device)
             loss = compute_loss(batch)
             accelerator.backward(loss)
             watchdog.record(batch, loss)
@@ -334,13 +334,7 @@ def training_batches(args, run):
         process_index=run.accelerator.process_index,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
     )
-    return DataLoader(
-        run.samples,
-        batch_sampler=batch_sampler,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=run.accelerator.device.type == "cuda",
-        worker_init_fn=leave_signals_to_main_process,
-    )
+    return load_batches(run.samples, batch_sampler, run.accelerator.device, args.dataloader_num_workers)
 
 
 def loss_of(run, batch):

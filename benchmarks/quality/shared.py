@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
 from diffusers_mp.training import (
     DDPMObjective,
     TrainingSamples,
     hold_out,
+    load_in_order,
     validation_losses,
     validation_timesteps,
 )
@@ -68,6 +68,6 @@ def held_out_losses(transformer, scheduler, latents, num_held_out, seed=0, num_l
     _, held_out = hold_out(latents, num_held_out, seed)
     samples = TrainingSamples(latents, seed=seed, num_classes=len(latents.id2label), indices=held_out)
     objective = DDPMObjective(scheduler)
-    batches = DataLoader(samples, sampler=[(0, position) for position in range(len(samples))], batch_size=64)
+    batches = load_in_order(samples, 64, torch.device("cpu"))
     levels = validation_timesteps(objective, num_levels)
     return validation_losses(transformer, objective, batches, levels, torch.device("cpu"))

@@ -48,12 +48,11 @@ from facts import facts_of_run, head
 from imagenet_cost import count_flops
 from PIL import Image
 from timing import keep_memory, ratio, share_taken, spread, take_turns
-from torch.utils.data import DataLoader
 
 from diffusers_mp import MPDiTPipeline, trust_rows_
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.settings import EncodingSettings
-from diffusers_mp.training import StreamBatchSampler, TrainingSamples
+from diffusers_mp.training import StreamBatchSampler, TrainingSamples, load_batches
 
 
 def parse_args():
@@ -222,7 +221,7 @@ def measure_loading(num_images: int, sample_size: int, batch_size: int) -> dict:
             sampler = StreamBatchSampler(
                 len(samples), seed=0, train_batch_size=batch_size, max_train_steps=len(samples) // batch_size
             )
-            for _ in DataLoader(samples, batch_sampler=sampler):
+            for _ in load_batches(samples, sampler, torch.device("cpu")):
                 pass
 
         times = take_turns({"epoch": epoch}, 3, warmup=1)["epoch"]

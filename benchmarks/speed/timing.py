@@ -39,6 +39,7 @@ def take_turns(
     rounds: int,
     warmup: int = 2,
     prepare: Callable[[str], object] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each call. Every round calls each function once, in an order drawn anew; quiet rounds count.
 
@@ -50,6 +51,7 @@ def take_turns(
         warmup (int): calls of each before that.
         prepare (callable, optional): called with the name before each call, in no one's time; what it returns is what
             the function is called with, which takes nothing otherwise.
+        clock (callable): seconds; `time.thread_time` leaves out what other processes take of this one's core.
     Returns:
         dict: name to one time for each round.
     """
@@ -60,10 +62,10 @@ def take_turns(
         for name in order.sample(list(functions), len(functions)):
             arguments = () if prepare is None else (prepare(name),)
             _wait()
-            start = time.perf_counter()
+            start = clock()
             functions[name](*arguments)
             _wait()
-            times[name] = time.perf_counter() - start
+            times[name] = clock() - start
         return times
 
     for _ in range(warmup):

@@ -7,15 +7,17 @@
 A folder without `index.json` is unfinished.
 """
 
-import bisect
+import ctypes
 import hashlib
-import itertools
 import json
+import mmap
 import os
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch.utils.data import Dataset
@@ -48,6 +50,20 @@ def content_hash(index: dict[str, Any]) -> str:
     if isinstance(content.get("vae"), dict):
         content["vae"] = {key: value for key, value in content["vae"].items() if key != "id"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _expect_random_access(tensors: Iterable[torch.Tensor]) -> None:
+    """Has mapped rows read alone. Around each the system would read as much as its disk is set to, up to megabytes."""
+    for tensor in tensors:
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        size = tensor.data_ptr() + tensor.nbytes - start
+        # Through C, as a `mmap.mmap` keeps a file open for each shard. Advice that is refused is no error.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_RANDOM)
+
+
+def _stacked(rows: Sequence[np.ndarray]) -> torch.Tensor:
+    # A copy: writing to the mapping would change what is read next time. `np.stack` takes half as long again.
+    return torch.from_numpy(np.concatenate(rows).reshape(len(rows), *rows[0].shape))
 
 
 class LatentDataset(Dataset):
@@ -95,14 +111,14 @@ class LatentDataset(Dataset):
 
         check_latent_statistics(self.latents_mean, self.latents_std, self.latent_shape[0])
         self.pooled_projection_dim = self.index["pooled_projection_dim"]
-        self._ends = list(itertools.accumulate(shard["num_samples"] for shard in self.index["shards"]))
-        self._files = {}
+        self._ends = np.cumsum([shard["num_samples"] for shard in self.index["shards"]])
+        self._mapped = {}
 
     def __len__(self) -> int:
         return self.index["num_samples"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}}  # every process maps the files itself
+        return self.__dict__ | {"_mapped": {}}  # every process maps the files itself
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.read(index)
@@ -120,27 +136,54 @@ class LatentDataset(Dataset):
             IndexError: if `index` is out of range.
             ValueError: if `flip` is asked of latents encoded without.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"`index` must be in [0, {len(self)}), got {index}.")
-        if flip and not self.can_flip:
-            raise ValueError(f"`flip=True` needs data encoded with `random_flip=True`, {self.folder} was not.")
-        shard = bisect.bisect_right(self._ends, index)
-        row = index - (self._ends[shard - 1] if shard else 0)
-        if shard not in self._files:
-            self._files[shard] = safe_open(self.folder / self.index["shards"][shard]["name"], framework="pt")
-        file = self._files[shard]
-        if self.index["vae"] is None:
-            pixels = to_unit_range(file.get_slice("pixels")[row])
-            sample = {"mean": pixels.flip(-1) if flip else pixels}
-        else:
-            prefix = "flipped_" if flip else ""
-            # Copies: a slice is a view of the mapping, and writing to it would change what is read next time.
-            sample = {key: file.get_slice(prefix + key)[row].clone() for key in ("mean", "std")}
-        if self.id2label is not None:
-            sample["label"] = int(file.get_slice("label")[row])
-        if self.pooled_projection_dim is not None:
-            sample["pooled_projections"] = file.get_slice("pooled_projections")[row].clone()
+        sample = {name: values[0] for name, values in self.read_batch([index], [flip]).items()}
+        if "label" in sample:
+            sample["label"] = int(sample["label"])
         return sample
+
+    def read_batch(self, indices: Sequence[int], flips: Sequence[bool]) -> dict[str, torch.Tensor]:
+        """The posteriors of several images, in one go.
+
+        Args:
+            indices (sequence of int): each in [0, number of samples), (B,).
+            flips (sequence of bool): which of them are to be of the mirror image, (B,).
+        Returns:
+            dict: what `read` returns of each, stacked: (B, C, H, W), `label` (int64, (B,)), (B, P).
+        Raises:
+            IndexError, ValueError: as `read` does.
+        """
+        indices, flips = np.asarray(indices, np.int64), np.asarray(flips, bool)
+        if wrong := [*indices[(indices < 0) | (indices >= len(self))]]:
+            raise IndexError(f"`index` must be in [0, {len(self)}), got {wrong[0]}.")
+        if flips.any() and not self.can_flip:
+            raise ValueError(f"`flip=True` needs data encoded with `random_flip=True`, {self.folder} was not.")
+        shards = np.searchsorted(self._ends, indices, side="right")
+        rows = indices - self._ends[shards]  # from the end of each shard
+        places = [(self._arrays(shard), row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
+        if self.index["vae"] is None:
+            pixels, mirrored = _stacked([arrays["pixels"][row] for arrays, row in places]), torch.from_numpy(flips)
+            pixels[mirrored] = pixels[mirrored].flip(-1)
+            batch = {"mean": to_unit_range(pixels)}
+        else:
+            prefixes = ["flipped_" if flip else "" for flip in flips]
+            batch = {}
+            for key in ("mean", "std"):
+                found = zip(places, prefixes, strict=True)
+                batch[key] = _stacked([arrays[prefix + key][row] for (arrays, row), prefix in found])
+        if self.id2label is not None:
+            batch["label"] = torch.tensor([int(arrays["label"][row]) for arrays, row in places])
+        if self.pooled_projection_dim is not None:
+            batch["pooled_projections"] = _stacked([arrays["pooled_projections"][row] for arrays, row in places])
+        return batch
+
+    def _arrays(self, shard: int) -> dict[str, np.ndarray]:
+        """The mapped tensors of a shard, of which NumPy takes a row in a fraction of torch's time."""
+        if shard not in self._mapped:
+            with safe_open(self.folder / self.index["shards"][shard]["name"], framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            _expect_random_access(tensors.values())
+            self._mapped[shard] = {key: tensor.numpy() for key, tensor in tensors.items()}
+        return self._mapped[shard]
 
     def labels(self) -> torch.Tensor | None:
         """Class ids of all images, int64, (N,); None if unlabelled."""

@@ -11,6 +11,7 @@ import torch
 
 from ..files import sha256_of_weights
 from ..masking import masked
+from .feeding import default_num_workers
 from .pixels import ground_of
 
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 FORMAT_VERSION = 4
+# Threads that decode images for an accelerator: it encodes some hundred a second.
+MOST_THREADS = 8
 # Entries that no argument sets.
 _IN_WORDS = {"format_version": "format version", "id2label": "classes", "num_rows": "number of images"}
 
@@ -54,7 +57,8 @@ class EncodingSettings:
         vae_id (str, optional): name kept for people [where the VAE was loaded from].
         image_column, label_column (str): names of the columns.
         batch_size (int): images per forward pass.
-        num_workers (int): threads that decode images ahead.
+        num_workers (int, optional): threads that decode images ahead; None: 0 where the VAE is on the CPU, else up to
+            8, as many as there are processors for.
         skip_corrupt (bool): leave damaged images out, with a warning, instead of raising. Files that are missing
             or cannot be read raise all the same.
     Raises:
@@ -71,7 +75,7 @@ class EncodingSettings:
     image_column: str = field(default="image", compare=False)
     label_column: str = field(default="label", compare=False)
     batch_size: int = field(default=32, compare=False)
-    num_workers: int = field(default=0, compare=False)
+    num_workers: int | None = field(default=None, compare=False)
     skip_corrupt: bool = field(default=False, compare=False)
 
     def __post_init__(self):
@@ -97,8 +101,12 @@ class EncodingSettings:
             raise ValueError(
                 f"`num_channels`, which a VAE brings with it, must be 1 (grey) or 3 (RGB), got {num_channels}."
             )
+        num_workers = self.num_workers
+        if num_workers is None:
+            num_workers = 0 if vae is None else default_num_workers(vae.device, MOST_THREADS)
         # Pixels are mirrored on reading: the same are stored with and without.
-        return replace(self, num_channels=num_channels, random_flip=self.random_flip and vae is not None)
+        random_flip = self.random_flip and vae is not None
+        return replace(self, num_channels=num_channels, random_flip=random_flip, num_workers=num_workers)
 
     def record(self, vae: "AutoencoderKL | None", id2label: Mapping[int, str] | None) -> dict[str, Any]:
         """All that the encoded data depend on, as `settings.json` has it.

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from ..files import check_keys, plain_name, read_json, sha256_of_file, whole_file
 from .changes import DIGEST_LENGTH, row_digest
+from .feeding import can_pin
 from .latents import to_unit_range
 from .pixels import read_bytes, read_image
 from .settings import EncodingSettings, shortened
@@ -156,33 +157,19 @@ def _encode_shard(
     path: Path, images: Iterator[tuple], settings: EncodingSettings, vae, id2label: Mapping[int, str] | None
 ) -> dict[str, Any]:
     """Writes one shard, unless none of its images can be read, and returns what its sidecar says of it."""
-    statistics, parts, skipped, digests, pooled_dim = ChannelStatistics(), [], [], [], None
-    while rows := list(itertools.islice(images, settings.batch_size)):
-        batch, names = [], []
-        for name, digest, pixels, error, conditions in rows:
-            digests.append(digest)
-            if error is not None and not settings.skip_corrupt:
-                raise ValueError(f"Cannot read {name}: {error}. `--skip_corrupt` leaves such images out.")
-            if error is not None:
-                logger.warning("Left out %s, which cannot be read: %s", name, error)
-                skipped.append(name)
-                continue
-            if id2label is not None:
-                _check_label(conditions["label"], id2label, name, settings.label_column)
-            if "pooled_projections" in conditions:
-                vector = _vector(conditions["pooled_projections"], pooled_dim, name)
-                conditions["pooled_projections"], pooled_dim = vector, len(vector)
-            batch.append((pixels, conditions))
-            names.append(name)
-        if batch:
-            pixels = torch.stack([pixels for pixels, _ in batch])
-            parts.append(_encode_batch(pixels, vae, settings.random_flip, statistics))
-            finite = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in parts[-1].values()]).all(0)
-            if not finite.all():
-                name = names[finite.tolist().index(False)]
-                raise ValueError(f"`vae` must make finite latents, in {vae.dtype} those of {name} are not.")
-            for role in batch[0][1]:
-                parts[-1][role] = torch.tensor([conditions[role] for _, conditions in batch])
+    statistics, parts, skipped, digests = ChannelStatistics(), [], [], []
+    batches = _readable_batches(images, settings, id2label, skipped, digests)
+    for moments, names, conditions in _encoded(batches, vae, settings.random_flip):
+        finite = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in moments.values()]).all(0)
+        if not finite.all():
+            name = names[finite.tolist().index(False)]
+            raise ValueError(f"`vae` must make finite latents, in {vae.dtype} those of {name} are not.")
+        if vae is None:
+            statistics.update(to_unit_range(moments["pixels"]))
+        else:
+            for prefix in ("", "flipped_")[: 1 + settings.random_flip]:
+                statistics.update(moments[f"{prefix}mean"], moments[f"{prefix}std"])
+        parts.append(moments | {role: torch.tensor([each[role] for each in conditions]) for role in conditions[0]})
     of_rows = {"num_rows": len(digests), "row_digests": "".join(digests), "skipped": skipped}
     if not parts:
         return {"num_samples": 0, **of_rows}
@@ -196,24 +183,75 @@ def _encode_shard(
         "num_bytes": path.stat().st_size,
         "sha256": sha256,
         "latent_shape": list(first.shape[1:]),
-        "pooled_projection_dim": pooled_dim,
+        "pooled_projection_dim": tensors["pooled_projections"].shape[1] if "pooled_projections" in tensors else None,
         "statistics": statistics.state(),
         "num_samples_per_class": {str(id_): count for id_, count in sorted(Counter(labels).items())},
         **of_rows,
     }
 
 
-def _encode_batch(pixels, vae, random_flip, statistics) -> dict[str, torch.Tensor]:
-    if vae is None:
-        statistics.update(to_unit_range(pixels))
-        return {"pixels": pixels}
+def _readable_batches(
+    images: Iterator[tuple],
+    settings: EncodingSettings,
+    id2label: Mapping[int, str] | None,
+    skipped: list[str],
+    digests: list[str],
+) -> Iterator[tuple[torch.Tensor, list[str], list[dict]]]:
+    """(pixels, names, conditions) of those that can be read; notes the others, and the digests of all."""
+    pooled_dim = None
+    while rows := list(itertools.islice(images, settings.batch_size)):
+        batch, names, all_conditions = [], [], []
+        for name, digest, pixels, error, conditions in rows:
+            digests.append(digest)
+            if error is not None and not settings.skip_corrupt:
+                raise ValueError(f"Cannot read {name}: {error}. `--skip_corrupt` leaves such images out.")
+            if error is not None:
+                logger.warning("Left out %s, which cannot be read: %s", name, error)
+                skipped.append(name)
+                continue
+            if id2label is not None:
+                _check_label(conditions["label"], id2label, name, settings.label_column)
+            if "pooled_projections" in conditions:
+                vector = _vector(conditions["pooled_projections"], pooled_dim, name)
+                conditions["pooled_projections"], pooled_dim = vector, len(vector)
+            batch.append(pixels)
+            names.append(name)
+            all_conditions.append(conditions)
+        if batch:
+            yield torch.stack(batch), names, all_conditions
+
+
+def _encoded(batches: Iterator[tuple], vae, random_flip: bool) -> Iterator[tuple]:
+    """Batches with what a shard holds of them in place of their pixels.
+
+    A device is at work on a batch while the next one is read and copied to it, and while what it made of the one
+    before is looked at.
+    """
+    pins, at_work = vae is not None and can_pin(vae.device), None
+    for pixels, *of_rows in batches:
+        if vae is None:
+            yield {"pixels": pixels}, *of_rows
+            continue
+        # Both copies before the next batch is begun, behind which they would wait.
+        pixels = (pixels.pin_memory() if pins else pixels).to(vae.device, non_blocking=True)
+        done = at_work and _fetched(*at_work)
+        at_work = _begun(pixels, vae, random_flip), *of_rows
+        if done:
+            yield done
+    if at_work:
+        yield _fetched(*at_work)
+
+
+def _begun(pixels: torch.Tensor, vae, random_flip: bool) -> dict[str, torch.Tensor]:
     tensors = {}
     for prefix, variant in [("", pixels), ("flipped_", pixels.flip(-1))][: 1 + random_flip]:
-        posterior = vae.encode(to_unit_range(variant.to(vae.device))).latent_dist
-        mean, std = posterior.mean.cpu().contiguous(), posterior.std.cpu().contiguous()
-        statistics.update(mean, std)
-        tensors |= {prefix + "mean": mean, prefix + "std": std}
+        posterior = vae.encode(to_unit_range(variant)).latent_dist
+        tensors |= {f"{prefix}mean": posterior.mean, f"{prefix}std": posterior.std}
     return tensors
+
+
+def _fetched(tensors: dict[str, torch.Tensor], *of_rows) -> tuple:
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, *of_rows
 
 
 def _check_label(label: Any, id2label: Mapping[int, str], name: str, column: str) -> None:

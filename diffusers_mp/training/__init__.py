@@ -18,13 +18,13 @@ _EXPORTS = {
         "save_checkpoint",
     ],
     "flow_matching": ["FlowMatchObjective"],
+    "loading": ["load_batches", "load_in_order"],
     "objectives": ["DDPMObjective", "Objective"],
     "samples": [
         "StreamBatchSampler",
         "TrainingSamples",
         "conditions_of",
         "hold_out",
-        "sample_generator",
         "split_validation",
     ],
     "signals": ["StopRequest", "leave_signals_to_main_process"],
@@ -43,13 +43,14 @@ if TYPE_CHECKING:
     from .checkpoints import resolve_checkpoint as resolve_checkpoint
     from .checkpoints import save_checkpoint as save_checkpoint
     from .flow_matching import FlowMatchObjective as FlowMatchObjective
+    from .loading import load_batches as load_batches
+    from .loading import load_in_order as load_in_order
     from .objectives import DDPMObjective as DDPMObjective
     from .objectives import Objective as Objective
     from .samples import StreamBatchSampler as StreamBatchSampler
     from .samples import TrainingSamples as TrainingSamples
     from .samples import conditions_of as conditions_of
     from .samples import hold_out as hold_out
-    from .samples import sample_generator as sample_generator
     from .samples import split_validation as split_validation
     from .signals import StopRequest as StopRequest
     from .signals import leave_signals_to_main_process as leave_signals_to_main_process

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..arguments import (
     LR_SCHEDULERS,
+    NUM_WORKERS_HELP,
     HelpFormatter,
     add_encoding_arguments,
     add_hub_arguments,
@@ -120,7 +121,7 @@ def _add_data_arguments(add):
     )
     add("--encode_batch_size", type=at_least(1), default=32, help="images per forward pass of the VAE")
     add("--latents_dir", help="where encoded images are kept and found again [OUTPUT_DIR/latents]")
-    add("--dataloader_num_workers", type=at_least(0), default=0, help="processes that prepare batches")
+    add("--dataloader_num_workers", type=at_least(0), help=NUM_WORKERS_HELP)
 
 
 def _add_model_arguments(add):

@@ -8,10 +8,11 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from torch import nn
-from torch.utils.data import DataLoader
 
+from ..data.feeding import to_device
 from ..start_block import class_warnings, class_words, device_warnings, device_words, start_block
 from .batch_size import divide_batch
+from .loading import load_in_order
 from .objectives import Objective
 from .samples import TrainingSamples
 from .summary import DataSummary
@@ -99,13 +100,13 @@ class HeldOut:
         args (argparse.Namespace): with `num_validation_levels` and `train_batch_size`.
         samples (TrainingSamples): the images.
         objective (Objective): of the base.
+        device (torch.device): that its transformer is on.
     """
 
-    def __init__(self, args: argparse.Namespace, samples: TrainingSamples, objective: Objective):
+    def __init__(self, args: argparse.Namespace, samples: TrainingSamples, objective: Objective, device: torch.device):
         self.objective = objective
         self.levels = validation_timesteps(objective, args.num_validation_levels)
-        keys = [(0, position) for position in range(len(samples))]
-        self.batches = DataLoader(samples, sampler=keys, batch_size=args.train_batch_size)
+        self.batches = load_in_order(samples, args.train_batch_size, device)
 
     def losses(self, model: nn.Module) -> dict[str, float]:
         """`loss`, `mse`, and the latter by noise level."""
@@ -116,7 +117,8 @@ class HeldOut:
         """These, and `relative_error`: |noise - teacher's noise|² / |teacher's noise|², of predictions, summed."""
         measures, error, power = self.losses(model), 0.0, 0.0
         for batch in self.batches:
-            clean, noise, labels = (batch[name].to(model.device) for name in ("latents", "noise", "class_label"))
+            batch = to_device(batch, model.device)
+            clean, noise, labels = (batch[name] for name in ("latents", "noise", "class_label"))
             for level in self.levels.tolist():
                 timesteps = torch.full_like(labels, level)
                 inputs = (self.objective.add_noise(clean, noise, timesteps), timesteps, labels)

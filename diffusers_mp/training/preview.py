@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from ..class_labels import ids_by_name, typed_labels
 from ..files import whole_file
 from ..pipeline_mpdit import MPDiTPipeline
 from ..sheets import draw_sheet
+from .loading import load_in_order
 from .run import Run
 from .validation import validation_losses, validation_timesteps
 
@@ -44,8 +44,7 @@ def validate_pipeline(args: argparse.Namespace, run: Run, pipeline: MPDiTPipelin
     """What the main process does of a validation."""
     accelerator, objective = run.accelerator, run.objective
     if len(run.held_out):
-        keys = [(0, position) for position in range(len(run.held_out))]
-        batches = DataLoader(run.held_out, sampler=keys, batch_size=args.train_batch_size)
+        batches = load_in_order(run.held_out, args.train_batch_size, accelerator.device)
         levels = validation_timesteps(objective, args.num_validation_levels)
         losses = validation_losses(pipeline.transformer, objective, batches, levels, accelerator.device)
         accelerator.log({f"validation/{name}": value for name, value in losses.items()}, step=run.step)

@@ -4,30 +4,19 @@ Nothing here depends on how many processes, workers or micro batches share the w
 one process and eight train the same run, and a resumed run needs no stored random state, only its step.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ..data.draws import keyed_generator
+from ..data.draws import keyed_generator, sample_draws
 
 
 if TYPE_CHECKING:
     from ..data.latents import LatentDataset
-
-
-def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
-    """The CPU generator of one sample in one epoch, unrelated to that of any other.
-
-    Args:
-        seed (int): of the run, not negative.
-        epoch (int): how often the data were gone through before.
-        index (int): of the sample in the whole data set.
-    Returns:
-        torch.Generator: freshly seeded.
-    """
-    return keyed_generator(seed, epoch, index)
 
 
 def split_validation(
@@ -135,39 +124,37 @@ class TrainingSamples(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """One sample.
+    def __getitem__(self, key: tuple[int, int] | list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """One sample, or a batch of them made in one go: the same samples in a fraction of the time.
 
         Args:
-            key (tuple[int, int]): epoch and position in `indices`, what `StreamBatchSampler` yields.
+            key (tuple[int, int]): epoch and position in `indices`; or a list of B such keys, what `StreamBatchSampler`
+                yields.
         Returns:
             dict[str, torch.Tensor]: `latents` and `noise` (float32, (C, H, W)), `time` (float64 scalar), `index`
             (int64 scalar) and, if the model knows classes, `class_label` (int64 scalar) and, if the data have them,
-            `pooled_projections` (float32, (P,)).
+            `pooled_projections` (float32, (P,)); of a batch all with B in front.
         """
-        epoch, position = key
-        index = int(self.indices[position])
-        generator = sample_generator(self.seed, epoch, index)
-        time, flip, dropout = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-        noise = torch.randn(self.dataset.latent_shape, generator=generator)
+        if not isinstance(key, list):
+            return {name: values[0] for name, values in self[[key]].items()}
+        epochs, positions = np.array(key, np.int64).T
+        indices, shape = self.indices[torch.from_numpy(positions)], (len(key), *self.dataset.latent_shape)
+        draws = sample_draws(self.seed, epochs, indices.numpy(), math.prod(shape[1:]))
+        (time, flip, dropout), noise, draw = draws[0].unbind(1), *(normal.view(shape) for normal in draws[1:])
 
-        posterior = self.dataset.read(index, flip=self.random_flip and flip < 0.5)
+        posterior = self.dataset.read_batch(indices, (flip < 0.5) & self.random_flip)
         latents = posterior["mean"]
         if "std" in posterior:
-            latents = latents + posterior["std"] * torch.randn(self.dataset.latent_shape, generator=generator)
-        sample = {
-            "latents": (latents - self.latents_mean) / self.latents_std,
-            "noise": noise,
-            "time": torch.tensor(time, dtype=torch.float64),
-            "index": torch.tensor(index),
-        }
+            # Not `addcmul`, which may round a number otherwise at another place of a batch.
+            latents.add_(draw.mul_(posterior["std"]))
+        latents.sub_(self.latents_mean).div_(self.latents_std)
+        batch = {"latents": latents, "noise": noise, "time": time.clone(), "index": indices}
         dropped = dropout < self.class_dropout_prob
         if "pooled_projections" in posterior:
-            vector = posterior["pooled_projections"]
-            sample["pooled_projections"] = torch.zeros_like(vector) if dropped else vector
+            batch["pooled_projections"] = posterior["pooled_projections"].masked_fill_(dropped[:, None], 0)
         if self.num_classes is not None:
-            sample["class_label"] = torch.tensor(self.num_classes if dropped else posterior["label"])
-        return sample
+            batch["class_label"] = posterior["label"].masked_fill_(dropped, self.num_classes)
+        return batch
 
 
 def conditions_of(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -247,10 +234,11 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
         ):
             first = micro_step * batch_of_all + self.process_index * self.train_batch_size
             batch = []
-            for place in range(first, first + self.train_batch_size):
-                epoch, place_in_epoch = divmod(place, self.num_samples)
+            while len(batch) < self.train_batch_size:
+                epoch, place = divmod(first + len(batch), self.num_samples)
                 if epoch != known_epoch:
                     known_epoch = epoch
                     order = torch.randperm(self.num_samples, generator=keyed_generator(self.seed, epoch))
-                batch.append((epoch, int(order[place_in_epoch])))
+                positions = order[place : place + self.train_batch_size - len(batch)].tolist()
+                batch += [(epoch, position) for position in positions]
             yield batch

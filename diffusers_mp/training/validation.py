@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.feeding import to_device
 from .objectives import Objective
 from .samples import conditions_of
 
@@ -47,7 +48,7 @@ def validation_losses(
     """
     sums, num_samples = [], 0
     for batch in batches:
-        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        batch = to_device(batch, device)
         latents, noise, conditions = batch["latents"], batch["noise"], conditions_of(batch)
         num_samples += len(latents)
         for timestep in timesteps.to(device):

@@ -36,6 +36,17 @@ def test_moments_are_those_of_the_vae_across_shard_borders(encoded, image_data, 
             encoded[index]
 
 
+def test_a_batch_is_what_its_rows_are(encoded):
+    indices, flips = [9, 0, 4, 4, 2], [False, True, False, True, True]
+    batch = encoded.read_batch(indices, flips)
+    for row, (index, flip) in enumerate(zip(indices, flips, strict=True)):
+        sample = encoded.read(index, flip=flip)
+        assert {*sample} == {*batch}
+        assert all(torch.equal(batch[key][row], torch.as_tensor(sample[key])) for key in sample)
+    with pytest.raises(IndexError, match=r"must be in \[0, 10\), got 10"):
+        encoded.read_batch([3, 10], [False, False])
+
+
 def test_index_explains_itself_and_survives_reloading(encoded):
     again = LatentDataset(encoded.folder)
     index = json.loads((encoded.folder / "index.json").read_text())
@@ -69,6 +80,8 @@ def test_pixels_are_stored_as_bytes_and_mirrored_on_reading(image_data, tmp_path
         sample = encoded.read(index, flip=index % 2 == 1)
         assert set(sample) == {"mean", "label"}
         assert torch.equal(sample["mean"], pixels[index].flip(-1) if index % 2 else pixels[index])
+    batch = encoded.read_batch(range(10), [index % 2 == 1 for index in range(10)])["mean"]
+    assert all(torch.equal(batch[index], encoded.read(index, flip=index % 2 == 1)["mean"]) for index in range(10))
     num_bytes = sum(shard["num_bytes"] for shard in encoded.index["shards"])
     assert num_bytes < 1.2 * pixels.numel()
     expected_std, expected_mean = torch.std_mean(pixels.double(), (0, 2, 3), correction=0)

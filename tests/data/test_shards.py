@@ -121,6 +121,29 @@ def test_a_label_that_is_none_is_named_with_its_image(image_data, tmp_path, kind
         encode(rows, tmp_path / "b", id2label=id2label, label_column="species")
 
 
+def test_a_device_is_never_without_a_batch(vae, monkeypatch):
+    """It is at work on one while the next is read, and while what it made of the one before is looked at."""
+    events, encode_batch = [], vae.encode
+
+    def batches():
+        for number in range(3):
+            events.append(f"read {number}")
+            yield torch.full((2, 3, 16, 16), number, dtype=torch.uint8), number
+
+    def encode_and_note(pixels):
+        events.append(f"encode {round((pixels.mean().item() + 1) * 127.5)}")
+        return encode_batch(pixels)
+
+    monkeypatch.setattr(vae, "encode", encode_and_note)
+    with torch.no_grad():
+        for moments, number in shards._encoded(batches(), vae, False):
+            events.append(f"look {number}")
+            assert moments["mean"].device.type == "cpu"
+    assert events == [
+        *("read 0", "encode 0", "read 1", "encode 1", "look 0", "read 2", "encode 2", "look 1", "look 2"),
+    ]
+
+
 def test_latents_that_are_not_finite_are_named(image_folder, tmp_path, vae, monkeypatch):
     dataset, *_ = load_image_dataset(image_folder, cache_dir=str(tmp_path / "cache"))
     encode_batch, batches = vae.encode, []
@@ -135,7 +158,7 @@ def test_latents_that_are_not_finite_are_named(image_folder, tmp_path, vae, monk
     name = os.path.basename(dataset[3]["image"]["path"])
     with pytest.raises(ValueError, match=f"`vae` must make finite latents, in .*32 those of .*{name} are not"):
         encode(dataset, tmp_path / "encoded", vae=vae, batch_size=2)
-    assert len(batches) == 2
+    assert len(batches) == 3  # the next one had begun
     # Nothing of it stays: made anew, it is whole.
     monkeypatch.undo()
     assert len(encode(dataset, tmp_path / "encoded", vae=vae)) == len(dataset)

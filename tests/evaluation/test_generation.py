@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler
 from helpers import tiny_model, tiny_vae
 
 from diffusers_mp import MPDiTPipeline
+from diffusers_mp.data.draws import keyed_generator
 from diffusers_mp.evaluation.generation import NonFiniteImageError, generate_images, image_generator
-from diffusers_mp.training import sample_generator
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_an_image_is_what_the_pipeline_makes_of_its_seed_and_class(pipe):
 
 def test_seeds_are_unrelated_to_each_other_and_to_training():
     draws = [image_generator(seed, index).initial_seed() for seed in (0, 1) for index in range(50)]
-    draws += [sample_generator(0, epoch, index).initial_seed() for epoch in range(3) for index in range(50)]
+    draws += [keyed_generator(0, *key).initial_seed() for key in ((), *((epoch,) for epoch in range(50)))]
     assert len(set(draws)) == len(draws)
 
 

@@ -43,7 +43,9 @@ def held_out_loss(base, transformer, *more):
     _, indices = split_validation(len(latents), args.num_validation_images, args.seed)
     options = finetune_rotation.sample_options(pipeline)
     samples = TrainingSamples(latents, seed=args.seed, indices=indices, **options)
-    held_out = finetune_rotation.HeldOut(args, samples, finetune_rotation.training_objective(pipeline))
+    held_out = finetune_rotation.HeldOut(
+        args, samples, finetune_rotation.training_objective(pipeline), torch.device("cpu")
+    )
     return held_out.losses(transformer)["loss"]
 
 

@@ -10,13 +10,13 @@ from helpers import encode
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from diffusers_mp.data.draws import sample_draws
 from diffusers_mp.data.images import load_image_dataset
 from diffusers_mp.training.samples import (
     StreamBatchSampler,
     TrainingSamples,
     conditions_of,
     hold_out,
-    sample_generator,
     split_validation,
 )
 
@@ -63,35 +63,14 @@ def assert_equal_samples(first, second):
 # --- one sample ---------------------------------------------------------------------------------------------------
 
 
-def test_generators_of_neighbours_are_unrelated():
-    keys = [(seed, epoch, index) for seed in range(8) for epoch in range(8) for index in range(64)]
-    draws = torch.stack([torch.randn(16, generator=sample_generator(*key)) for key in keys])
-    again = torch.randn(16, generator=sample_generator(3, 5, 7))
-    assert torch.equal(draws[keys.index((3, 5, 7))], again)
-    assert len(draws.unique(dim=0)) == len(keys)
-    # neighbours in the list are neighbours in index: their correlation is 0 within 4 standard errors
-    assert (draws[1:] * draws[:-1]).mean().abs() < 4 / math.sqrt(16 * len(keys))
-    assert draws.mean().abs() < 4 / math.sqrt(16 * len(keys))
-
-
-def test_streams_of_different_kinds_do_not_meet():
-    """Sample (seed, epoch, 0) and the order of (seed, epoch) would be one stream if seeded with lists of integers."""
-    order = list(StreamBatchSampler(64, seed=1, train_batch_size=64, max_train_steps=3))[2]
-    assert [position for _, position in order] != torch.randperm(64, generator=sample_generator(1, 2, 0)).tolist()
-    assert not torch.equal(
-        torch.rand(8, generator=sample_generator(2**32, 0, 0)), torch.rand(8, generator=sample_generator(0, 1, 0))
-    )
-
-
 def test_a_sample_is_what_the_formula_says(latents):
     samples = samples_of(latents, class_dropout_prob=0.0)
     mean, std = (torch.tensor(x).view(4, 1, 1) for x in (latents.latents_mean, latents.latents_std))
     flips = set()
     for epoch in range(60):
         sample = samples[(epoch, 5)]
-        generator = sample_generator(7, epoch, 5)
-        time, flip, _ = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-        noise, draw = (torch.randn(4, 4, 4, generator=generator) for _ in range(2))
+        uniform, noise, draw = sample_draws(7, np.array([epoch]), np.array([5]), 64)
+        (time, flip, _), noise, draw = uniform[0].tolist(), noise.view(4, 4, 4), draw.view(4, 4, 4)
         posterior = latents.read(5, flip=flip < 0.5)
         torch.testing.assert_close(sample["latents"], (posterior["mean"] + posterior["std"] * draw - mean) / std)
         assert torch.equal(sample["noise"], noise)
@@ -103,6 +82,22 @@ def test_a_sample_is_what_the_formula_says(latents):
         assert sample["time"].dtype == torch.float64
         flips.add(flip < 0.5)
     assert flips == {True, False}
+
+
+def test_a_batch_is_its_samples(latents):
+    """Of several shards and epochs, one of them twice, mirrored or not, with and without a label."""
+    samples = samples_of(latents)
+    keys = [(0, 11), (3, 2), (0, 0), (1, 4), (3, 2), (2, 7), (0, 5)]
+    batch = samples[keys]
+    for row, key in enumerate(keys):
+        assert_equal_samples({name: values[row] for name, values in batch.items()}, samples[key])
+    assert {NUM_CLASSES} < {*batch["class_label"].tolist()}
+    for name, values in batch.items():  # what goes to a worker's queue is no part of something larger
+        assert values.is_contiguous(), name
+        assert values.untyped_storage().nbytes() == values.nbytes, name
+    for values in batch.values():
+        values.zero_()
+    assert samples[keys]["latents"].abs().max() > 0
 
 
 def test_samples_are_functions_of_their_key_alone(latents):
@@ -238,7 +233,7 @@ def test_pixels_and_unlabelled_data(image_data, tmp_path):
     sample = samples[(0, 1)]
     assert set(sample) == {"latents", "noise", "time", "index"}
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (pixels.latents_mean, pixels.latents_std))
-    flip = torch.rand(3, generator=sample_generator(0, 0, 1), dtype=torch.float64)[1] < 0.5
+    flip = sample_draws(0, np.array([0]), np.array([1]), 1)[0][0, 1] < 0.5
     torch.testing.assert_close(sample["latents"] * std + mean, pixels.read(1, flip=bool(flip))["mean"])
     with pytest.raises(ValueError, match="`num_classes` must be None for unlabelled data, got 3"):
         TrainingSamples(pixels, seed=0, num_classes=3)
@@ -335,9 +330,9 @@ def test_workers_give_the_same_batches(latents):
     latents[0]  # files already mapped in this process must not travel
     for context, num_workers in (("fork", 2), ("forkserver", 1)):
         sampler = StreamBatchSampler(len(samples), seed=1, train_batch_size=5, max_train_steps=4)
-        alone = list(DataLoader(samples, batch_sampler=sampler))
+        alone = list(DataLoader(samples, sampler=sampler, batch_size=None))
         workers = {"num_workers": num_workers, "multiprocessing_context": context}
-        shared = list(DataLoader(samples, batch_sampler=sampler, **workers))
+        shared = list(DataLoader(samples, sampler=sampler, batch_size=None, **workers))
         assert len(alone) == len(shared) == 4
         assert alone[0]["latents"].shape == (5, 4, 4, 4)
         for first, second in zip(alone, shared, strict=True):
