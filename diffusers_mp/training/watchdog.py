@@ -120,7 +120,7 @@ class Watchdog:
         self.save_weights = save_weights
         self.scaler = scaler
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        is_fused = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and optimizer.defaults["fused"]
+        is_fused = optimizer is not None and optimizer.defaults.get("fused")
         self._optimizer = optimizer if is_fused and scaler is None else None
         self._unread: _Check | None = None
         self.num_skipped = 0

@@ -19,6 +19,8 @@ WAITS = {
     # All numbers at once: of an entry of the log, of a record, of a look and of the norms to compare with.
     "read diffusers_mp/training/progress.py:log": {"log": 1},
     "read diffusers_mp/diagnostics/magnitudes.py:fetch": {"record": 1, "look": 1, "start": 1},
+    # Whether the update that is recorded is made.
+    "read diffusers_mp/diagnostics/recorder.py:_before_update": {"record": 1},
     # Before a checkpoint is written, each weight is looked at, and all rows are.
     "read diffusers_mp/training/trace.py:is_finite": {"checkpoint": 18},
     "read diffusers_mp/training/watchdog.py:all_finite": {"checkpoint": 1},
@@ -29,7 +31,7 @@ WAITS = {
     f"copy diffusers_mp/training/preview.py:validate > {MOVED}": {"validation": 148 + 18},
     f"read diffusers_mp/training/preview.py:validate > {MOVED}": {"validation": 148 + 18},
     # Three batches at eight noise levels, and one of samples.
-    "copy diffusers_mp/training/validation.py:validation_losses": {"validation": 1},
+    "copy diffusers_mp/training/validation.py:validation_losses": {"validation": 3},
     "read diffusers_mp/training/validation.py:validation_losses": {"validation": 1},
     f"copy {SAMPLING}:_conditions": {"validation": 1},
     f"copy {SAMPLING}:prepare_latents > diffusers/utils/torch_utils.py:randn_tensor": {"validation": 1},
@@ -39,8 +41,7 @@ WAITS = {
     f"copy examples/train_mpdit.py:load_latents > {MOVED}": {"start": 148},
     f"read examples/train_mpdit.py:load_latents > {MOVED}": {"start": 148},
     "read diffusers_mp/files.py:sha256_of_weights": {"start": 148},
-    "copy diffusers_mp/data/shards.py:_encode_batch": {"start": 2},
-    "read diffusers_mp/data/shards.py:_encode_batch": {"start": 4},
+    "read diffusers_mp/data/shards.py:_fetched": {"start": 4},
     f"copy examples/train_mpdit.py:set_up > {MOVED}": {"start": 18},
     "copy diffusers_mp/training/objectives.py:add_noise > diffusers/schedulers/scheduling_ddpm.py:add_noise": {
         "start": 1
