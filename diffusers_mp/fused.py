@@ -51,6 +51,13 @@ def _differentiable(formula, inputs, grad, ctx):
     return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
 
 
+def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # Rounded in the operator that multiplies; a compiler does so by itself.
+    if torch.compiler.is_compiling() or torch.result_type(a, b) is dtype:
+        return (a * b).to(dtype)
+    return torch.mul(a, b, out=torch.empty(torch.broadcast_shapes(a.shape, b.shape), dtype=dtype, device=a.device))
+
+
 # Rows
 
 
@@ -94,7 +101,7 @@ class _ScaleRows(Function):
     @staticmethod
     def forward(ctx, x, norm, capped):
         factor = (functional.cap_factors if capped else functional.row_factors)(x, norm)
-        y = (x * factor).to(x.dtype)
+        y = _product(x, factor, x.dtype)
         ctx.norm, ctx.capped = norm, capped
         ctx.save_for_backward(y, factor)
         ctx.set_materialize_grads(False)
@@ -113,7 +120,7 @@ class _ScaleRows(Function):
                 grad_x = _derivative_of_weight_norm(grad, rows, factors * ctx.norm, norms, 0)[0]
                 grad_x = grad_x.view_as(y)
             else:
-                grad_x = (_across(grad, y, ctx.norm, scaled) * factor).to(y.dtype)
+                grad_x = _product(_across(grad, y, ctx.norm, scaled), factor, y.dtype)
         # Of a second derivative; a compiled backward is given zeros.
         if grad_factor is not None and not torch.compiler.is_compiling():
             grad_factor = grad_factor * factor.square() / -(ctx.norm**2)
@@ -241,13 +248,6 @@ def gained_parts(
     if gain.dtype.itemsize == 1:  # float8 of layerwise casting
         gain = gain.to(projected.dtype)
     return _GainedParts.apply(projected, gain, tuple(sizes), tuple(constants)).split(sizes, -1)
-
-
-def _product(a, b, dtype):
-    # Rounded in the operator that multiplies.
-    if a.dtype is dtype:
-        return a * b
-    return torch.mul(a, b, out=torch.empty(torch.broadcast_shapes(a.shape, b.shape), dtype=dtype, device=a.device))
 
 
 def _sum_to(x, shape, dtype):

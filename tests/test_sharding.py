@@ -386,8 +386,8 @@ def test_the_formula_of_activations_counts_what_a_block_saves(num_heads, head_di
     # Weights' unit rows do not depend on the batch, the conditioning not on the tokens: differences leave the tokens.
     per_token = (saved[2, 128] - saved[2, 64]) / (2 * 64)
     assert per_token == 4 * (TOKEN_TENSORS * width + 3 * num_heads)
-    # What does not grow with the batch: unit rows, one float32 for each weight, and their norms; none when trusted. Which
-    # channels have which gain takes some hundred bytes.
+    # What does not grow with the batch: unit rows, one float32 for each weight, and their norms; none when trusted.
+    # Which channels have which gain takes some hundred bytes.
     fixed = saved[2, 64] - (saved[4, 64] - saved[2, 64])
     num_weights = sum(parameter.numel() for parameter in block.parameters())
     assert fixed == pytest.approx(0 if trusted else 4 * num_weights, rel=0.1, abs=1000)

@@ -69,6 +69,13 @@ class Counted(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.kernels, self.num_bytes = collections.Counter(), 0
+        self.wide, self.widths = collections.Counter(), ()
+
+    def start(self, *widths):
+        """Begin anew; results in float32 of so many entries, those of all tokens, are counted as well."""
+        self.kernels.clear()
+        self.wide.clear()
+        self.num_bytes, self.widths = 0, widths
 
     def add(self, name, tensors, kernels=1):
         self.kernels[name] += kernels
@@ -81,6 +88,10 @@ class Counted(TorchDispatchMode):
         if not (is_view or name in STARTS_NOTHING or name.startswith("_record_function")):
             leaves = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
             self.add(name, leaves, kernels_of_lists(args) if name.startswith("_foreach") else 1)
+            results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            self.wide[name] += any(
+                each.dtype == torch.float32 and each.shape.numel() in self.widths for each in results
+            )
         return result
 
 
@@ -174,8 +185,8 @@ def count(name: str, size: str, batch_size: int, counted: Counted) -> None:
         ema.update(ema.step + 1)
 
     step()
-    counted.kernels.clear()
-    counted.num_bytes = 0
+    width = batch_size * 64 * model.config.num_attention_heads * model.config.attention_head_dim
+    counted.start(width, 4 * width)
     with counted:
         step()
 
@@ -199,9 +210,11 @@ def main():
             of_first = of_first or numbers
             ratios = [f"{number / base:.2f}" for number, base in zip(numbers, of_first, strict=True)]
             rows.append([size, MODELS[name], numbers[0], ratios[0], f"{numbers[1] / 1e9:.1f}", ratios[1]])
+            rows[-1].append(counted.wide.total())
             if args.operators:
                 print(f"{size}, {MODELS[name]}\n\n{table(['operator', 'kernels'], counted.kernels.most_common())}\n")
-    print(table(["size", "model", "kernels", "ratio", "GB", "ratio"], rows))
+                print(f"in float32 and as wide as tokens: {dict(+counted.wide)}\n")
+    print(table(["size", "model", "kernels", "ratio", "GB", "ratio", "float32 as wide as tokens"], rows))
 
 
 if __name__ == "__main__":
