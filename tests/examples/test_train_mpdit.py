@@ -11,6 +11,7 @@ from diffusers import DPMSolverMultistepScheduler
 from helpers import reset_accelerate, write_table
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader
 from training_runs import (
     MODEL,
@@ -273,20 +274,34 @@ def test_streaming_does_not_change_the_run(data, plain, tmp_path, monkeypatch):
     assert MPDiTPipeline.from_pretrained(streamed).id2label == {0: "dark", 1: "light"}
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_a_compiled_run_is_the_run_and_goes_on_plain(data, tmp_path, monkeypatch):
-    more = ("--logging_steps", "1", "--validation_steps", "3")
-    plain = train(data, tmp_path / "plain", *more)
-    with monkeypatch.context() as patch:
-        # What `accelerate launch --dynamo_backend inductor` sets.
-        patch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-        compiled = train(data, tmp_path / "compiled", *more)
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def compiled_frames(request, monkeypatch):
+    """Graphs that `--compile` makes, by a backend that takes seconds and by the real one; a second one is an error."""
+    counter, compile_blocks = CompileCounterWithBackend(request.param), MPDiTTransformer2DModel.compile_repeated_blocks
+    with monkeypatch.context() as patch, torch._dynamo.config.patch(error_on_recompile=True):
+        patch.setattr(
+            MPDiTTransformer2DModel,
+            "compile_repeated_blocks",
+            lambda self, **options: compile_blocks(self, backend=counter, **options),
+        )
+        yield counter
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+# Dynamo asks each input of a block for its gradient.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_run_is_the_run_and_goes_on_plain(data, tmp_path, compiled_frames):
+    # With validations, looks at norms and records between its updates, none of which compile anything.
+    more = ("--logging_steps", "1", "--validation_steps", "3", "--record_magnitudes_steps", "2")
+    more += ("--norm_watch_steps", "2")
+    plain = train(data, tmp_path / "plain", *more)
+    compiled = train(data, tmp_path / "compiled", *more, "--compile")
+    assert compiled_frames.frame_count == 1  # for all blocks, whole and once
     assert metrics(compiled, "train/loss") == pytest.approx(metrics(plain, "train/loss"), rel=1e-4)
     expected = weights(plain / "transformer")
     assert weights(compiled / "transformer").keys() == expected.keys()
-    train(data, compiled, *more, "--resume_from_checkpoint", "checkpoint-4")
+    train(data, compiled, *more, "--resume_from_checkpoint", "checkpoint-4", "--no-compile")
     for name, tensor in weights(compiled / "transformer").items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
 
