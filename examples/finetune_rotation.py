@@ -386,11 +386,12 @@ def calibration_inputs(args, samples, objective, device):
     keys = BatchSampler(next(iter(stream)), args.train_batch_size, drop_last=False)
     for batch in load_batches(samples, keys, device):
         timesteps = objective.timesteps(batch["time"])
-        yield {
-            "hidden_states": objective.add_noise(batch["latents"], batch["noise"], timesteps).to(device),
-            "timestep": timesteps.to(device),
-            "class_labels": batch["class_label"].to(device),
+        inputs = {
+            "hidden_states": objective.add_noise(batch["latents"], batch["noise"], timesteps),
+            "timestep": timesteps,
+            "class_labels": batch["class_label"],
         }
+        yield to_device(inputs, device)
 
 
 def trained_parameters(args, transformer, sites):

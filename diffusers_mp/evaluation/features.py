@@ -124,7 +124,7 @@ def load_extractor(
         source_hash = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
         description = {**getattr(function, "description", {}), "id": name, "function": function_name}
         description["source_sha256"] = source_hash
-        return FeatureExtractor(lambda images: function(images.to(device)), description)
+        return FeatureExtractor(lambda images: function(images.to(device, non_blocking=True)), description)
     return transformers_extractor(name, revision=revision, output=output, device=device, cache_dir=cache_dir)
 
 
@@ -179,7 +179,7 @@ def transformers_extractor(
 
     def function(images: torch.Tensor) -> torch.Tensor:
         try:
-            outputs = model(pixel_values=prepare_pixels(images, preprocessing).to(device))
+            outputs = model(pixel_values=prepare_pixels(images, preprocessing).to(device, non_blocking=True))
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{str(name)!r} must be a vision model, which takes pixel values alone; {type(model).__name__} says: "
@@ -264,4 +264,4 @@ def inception_extractor(device: str | torch.device = "cpu") -> FeatureExtractor:
         "output": "2048",
         "preprocessing": "torch-fidelity's: bilinear to 299x299 as in TensorFlow 1",
     }
-    return FeatureExtractor(lambda images: tuple(model(images.to(device).contiguous())), description)
+    return FeatureExtractor(lambda images: tuple(model(images.to(device, non_blocking=True).contiguous())), description)
