@@ -45,7 +45,7 @@ SCREEN = [
     Run(place, limit, kind, rate, seed)
     for seed, kind, rate, (place, limit) in itertools.product(SEEDS, KINDS, (0.1, 0.3), PLACES)
 ]
-# As long as the runs of cliff.py, where a limit that is too low shows at good rates: all on one seed, then some of them.
+# As long as the runs of cliff.py, where a limit that is too low shows at good rates: all on one seed, some on two.
 BEST = [("none", 0.0), ("both", 2.0), ("branch", 1.0)]
 BOUNDS = [*BEST, ("stream", 2.0), ("both", 1.0), ("both", 4.0), ("branch", 2.0), ("branch", 4.0)]
 LONGER = [

@@ -179,7 +179,8 @@ def transformers_extractor(
 
     def function(images: torch.Tensor) -> torch.Tensor:
         try:
-            outputs = model(pixel_values=prepare_pixels(images, preprocessing).to(device, non_blocking=True))
+            pixels = prepare_pixels(images, preprocessing)
+            outputs = model(pixel_values=pixels.to(device, non_blocking=True))
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{str(name)!r} must be a vision model, which takes pixel values alone; {type(model).__name__} says: "
@@ -264,4 +265,8 @@ def inception_extractor(device: str | torch.device = "cpu") -> FeatureExtractor:
         "output": "2048",
         "preprocessing": "torch-fidelity's: bilinear to 299x299 as in TensorFlow 1",
     }
-    return FeatureExtractor(lambda images: tuple(model(images.to(device, non_blocking=True).contiguous())), description)
+
+    def extract(images):
+        return tuple(model(images.to(device, non_blocking=True).contiguous()))
+
+    return FeatureExtractor(extract, description)
