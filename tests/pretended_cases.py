@@ -298,7 +298,6 @@ EVALUATION = {
     f"copy {PIPELINE}:prepare_latents > {RANDN}": 2,
     "copy tests/pretended_cases.py:evaluation": 4,
     "copy diffusers_mp/evaluation/features.py:transformers_extractor > torch/nn/modules/module.py:convert": 43,
-    "copy diffusers_mp/evaluation/features.py:function": 2,
     "copy diffusers_mp/evaluation/precision_recall.py:precision_recall": 4,
     "read diffusers_mp/evaluation/generation.py:generate_images": 4,
     "read diffusers_mp/evaluation/features.py:prepare_pixels": 2,

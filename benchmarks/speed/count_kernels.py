@@ -160,16 +160,16 @@ def autocast(function, wanted: torch.dtype, /, *args, **kwargs):
         return function(*(args if kwargs.get("dtype") else cast(args, wanted)), **kwargs)
 
 
-def make_model(name: str, size: str) -> torch.nn.Module:
-    """A model in training, of latents of 4x16x16 and 1000 classes, which learns a variance."""
+def make_model(name: str, config: dict) -> torch.nn.Module:
+    """A model in training."""
     if name == STOCK:
-        return DiTTransformer2DModel(**config_of(name, size, 16)).train()
-    return trust_rows_(MPDiTTransformer2DModel(**config_of(name, size, 16)).train())
+        return DiTTransformer2DModel(**config).train()
+    return trust_rows_(MPDiTTransformer2DModel(**config).train())
 
 
-def count(name: str, size: str, batch_size: int, counted: Counted) -> None:
-    """Count the second training step of a model."""
-    model = make_model(name, size)
+def count(name: str, size: str, batch_size: int, counted: Counted, **overrides: int) -> None:
+    """Count the second training step of a model, of latents of 4x16x16 and 1000 classes, which learns a variance."""
+    model = make_model(name, config_of(name, size, 16, **overrides))
     optimizer = torch.optim.Adam(parameter_groups(model), betas=(0.9, 0.99), fused=True)
     ema = PowerFunctionEMA(model, (0.05, 0.10))
     noisy, noise = torch.randn(2, batch_size, 4, 16, 16)
