@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import diffusers_mp
+from diffusers_mp import scripts
 from diffusers_mp.arguments import HelpFormatter, at_least, finite, seed
 from diffusers_mp.files import whole_file, whole_folder, write_json
 from diffusers_mp.scripts import ScriptParser, command_line, run_script
@@ -361,7 +362,12 @@ def train_transformer(args, data, vae, model):
         "--resume_from_checkpoint": "latest",
     }
     sys.argv = ["train_mpdit.py", *map(str, sum(options.items(), ()))]
-    runpy.run_path(str(EXAMPLES / "train_mpdit.py"), run_name="__main__")
+    try:
+        runpy.run_path(str(EXAMPLES / "train_mpdit.py"), run_name="__main__")
+    except SystemExit as end:
+        if end.code == scripts.INTERRUPTED:  # before its first update
+            raise KeyboardInterrupt from None
+        raise
     if not (model / "model_index.json").is_file():
         raise KeyboardInterrupt  # The trainer was told to stop, and has saved a checkpoint.
 

@@ -145,7 +145,8 @@ class Watchdog:
             step (int): number of the update, for the evidence.
             grad_norm (torch.Tensor, optional): norm of all gradients, where clipping has computed it already.
         Returns:
-            bool: False if the update failed and is to be skipped; the gradients are gone then.
+            bool: False if the update failed and is to be skipped; the gradients are gone then. True where the device
+            leaves failed updates out by itself: call the optimiser.
         Raises:
             NonFiniteError: if it failed and `action` is "stop", it is the last of `max_skips` failures in a row, or
                 the weights themselves are not finite, so that all further updates would fail; or if the loss has
