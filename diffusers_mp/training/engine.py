@@ -34,7 +34,7 @@ def start(args: argparse.Namespace, logging_dir: Path) -> tuple[Accelerator, JSO
             `compile`, which becomes what it means on this device.
         logging_dir (Path): folder of the curve and of what other trackers write.
     Raises:
-        RuntimeError: see `check_engine`; if blocks are to be compiled under FSDP2.
+        RuntimeError: see `check_engine`.
     """
     curve = JSONLinesTracker(logging_dir)
     # The main process alone validates, saves and publishes; NCCL by itself waits ten minutes for it.
@@ -45,7 +45,7 @@ def start(args: argparse.Namespace, logging_dir: Path) -> tuple[Accelerator, JSO
         project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(logging_dir)),
         kwargs_handlers=[patience],
     )
-    check_engine(accelerator, getattr(args, "use_8bit_adam", False))
+    check_engine(accelerator, getattr(args, "use_8bit_adam", False), bool(getattr(args, "compile", None)))
     batch = divide_batch(args, accelerator.num_processes)
     share = batch.total // batch.processes
     if batch.micro < min(share, args.train_batch_size):
@@ -71,8 +71,6 @@ def _set_kernels(args: argparse.Namespace, accelerator: Accelerator) -> None:
     torch.use_deterministic_algorithms(is_deterministic)
     if is_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
-    if getattr(args, "compile", False) and accelerator.is_fsdp2:
-        raise RuntimeError("`--compile` was asked for under FSDP2, which was not tried: leave out one of the two.")
     if getattr(args, "compile", None) is None:
         args.compile = accelerator.device.type == "cuda" and not accelerator.is_fsdp2
 
@@ -94,7 +92,7 @@ def check_processes(accelerator: Accelerator, consequence: str) -> None:
         )
 
 
-def check_engine(accelerator: Accelerator, use_8bit_adam: bool = False) -> None:
+def check_engine(accelerator: Accelerator, use_8bit_adam: bool = False, is_compiled: bool = False) -> None:
     """Refuse what is not supported, or was asked for and not given: Accelerate says nothing about it."""
     check_processes(accelerator, "train a model of its own in the same folder")
     asked_for = [
@@ -127,6 +125,8 @@ def check_engine(accelerator: Accelerator, use_8bit_adam: bool = False) -> None:
             "`--use_8bit_adam` was asked for under FSDP2, whose shards bitsandbytes does not take: leave out one of "
             "the two."
         )
+    if accelerator.is_fsdp2 and is_compiled:
+        raise RuntimeError("`--compile` was asked for under FSDP2, which was not tried: leave out one of the two.")
     if accelerator.mixed_precision == "fp8":
         raise RuntimeError(
             "fp8 was asked for, by `accelerate launch` or `accelerate config`, which puts other linear maps in the "

@@ -1,6 +1,7 @@
 """The trainer on a small real image folder: a tiny AutoencoderKL, a tiny model, on the CPU."""
 
 import json
+import os
 import re
 import shutil
 
@@ -150,10 +151,14 @@ def test_the_recipe_reaches_the_run(data, tmp_path, monkeypatch):
     output_dir = train(
         *(data, tmp_path / "run", "--random_flip", "--class_dropout_prob", "0.25", "--adam_beta2", "0.95"),
         *("--max_train_steps", "2", "--validation_steps", "2", "--gradient_checkpointing"),
-        *("--validation_guidance_scale", "3", "--max_train_samples", "30", "--allow_tf32"),
+        *("--validation_guidance_scale", "3", "--max_train_samples", "30", "--allow_tf32", "--deterministic"),
     )
     assert torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    del os.environ["CUBLAS_WORKSPACE_CONFIG"]
     ((_, preview),) = made["__call__"]
     assert (preview["guidance_scale"], preview["num_inference_steps"]) == (3.0, 2)
     (_, held_out), (_, training) = made["TrainingSamples"]

@@ -30,6 +30,7 @@ def test_engine_that_is_not_given_is_refused(monkeypatch, engine, message):
         ({"fsdp_version": 1}, {}, "FSDP version 1 was asked for, .* launch with `--fsdp_version 2`"),
         ({"activation_checkpointing": True}, {}, "`--fsdp_activation_checkpointing` renames parameters"),
         ({}, {"use_8bit_adam": True}, "`--use_8bit_adam` was asked for under FSDP2"),
+        ({}, {"is_compiled": True}, "`--compile` was asked for under FSDP2"),
     ],
 )
 def test_kind_of_fsdp_that_is_not_supported_is_refused(monkeypatch, options, more, message):
