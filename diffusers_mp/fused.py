@@ -193,8 +193,9 @@ def unit_rows(weight: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _layout(sizes, constants, device, dtype):
-    # Parts as blocks of one width: constant and number of the part of each block, and which blocks make a part.
+def _layout(sizes, constants, device, dtype, fake_mode):
+    # Parts as blocks of one width: constant and number of the part of each block, and which blocks make a part. By
+    # mode too, since a fake tensor is of no use outside the mode that made it.
     width = math.gcd(*sizes)
     parts = [part for part, size in enumerate(sizes) for _ in range(size // width)]
     constant = torch.tensor([[constants[part]] for part in parts], dtype=dtype, device="cpu")
@@ -208,7 +209,9 @@ class _GainedParts(Function):
 
     @staticmethod
     def forward(ctx, projected, gain, sizes, constants):
-        width, constant, number, makes = _layout(sizes, constants, gain.device, gain.dtype)
+        width, constant, number, makes = _layout(
+            sizes, constants, gain.device, gain.dtype, getattr(gain, "fake_mode", None)
+        )
         of_blocks = gain.index_select(0, number).unsqueeze(-1)
         ctx.sizes, ctx.constants = sizes, constants
         ctx.save_for_backward(projected, gain, of_blocks, makes)

@@ -1,5 +1,6 @@
 """The four modulations by their formulae, and as models of their own."""
 
+import contextlib
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from helpers import relative_error, row_norms
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_mp import GateModulation, MPLinear, RotationModulation, ScaleModulation, ShiftModulation
 from diffusers_mp.modulation import MODULATION_KINDS, Modulation
@@ -167,6 +169,17 @@ def test_each_kind_has_a_gain_of_its_own(kind):
     y, gate = site(x, conditioning)
     assert torch.equal(y, x) == (kind == "gate")
     assert torch.equal(gate, torch.ones_like(gate)) == (kind != "gate")
+
+
+def test_fake_tensors_leave_nothing_behind():
+    sums = []
+    for mode in (FakeTensorMode(), contextlib.nullcontext(), FakeTensorMode(), contextlib.nullcontext()):
+        with mode:
+            site = Modulation(DIM, CONDITIONING_DIM, MODULATION_KINDS)
+            y, gate = site(torch.randn(2, 5, DIM), torch.randn(2, CONDITIONING_DIM))
+            sums.append(y.sum() + gate.sum())
+            sums[-1].backward()
+    assert [type(each) is torch.Tensor for each in sums] == [False, True, False, True]
 
 
 def test_a_site_without_a_gate_returns_none_for_it():
