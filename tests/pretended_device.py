@@ -6,7 +6,7 @@ makes the host wait for a GPU is noted with its place in the code: values that a
 
 What it cannot show: that a copy which does not block is read before it is there; speed; a device's own rounding.
 
-A process that has called `set_up` cannot go back: it is to be a process of its own.
+`set_up` cannot be undone: call it in a separate process.
 """
 
 import collections
@@ -98,7 +98,7 @@ def set_up():
     operators.impl("is_pinned", lambda tensor, device=None: False, "CPU")
     aten = torch.ops.aten
     for name, run in {
-        # Without a kernel of its own a device is refused these, and would put the third together of others.
+        # Without its own kernel a device is refused these, and would put the third together of others.
         "convolution_overrideable": lambda *args: _run(aten.convolution.default, *args),
         "convolution_backward_overrideable": lambda grad, input, weight, *args: _run(
             aten.convolution_backward.default, grad, input, weight, [len(weight)], *args
@@ -189,7 +189,7 @@ def _place(tensor, raw, storage=None):
 
 
 def _check_devices(operator, name, args, kwargs, others):
-    """What a GPU takes from the CPU: single numbers into results of its own, and indices, which it has to copy."""
+    """What a GPU takes from the CPU: single numbers into its own results, and indices, which it has to copy."""
     written = [
         value
         for argument, value in zip(operator._schema.arguments, args, strict=False)

@@ -45,9 +45,7 @@ def digits(run) -> None:
             key: [entry[f"{key}/loss"] for entry in entries if f"{key}/loss" in entry]
             for key in ("train", "validation")
         }
-        demo.plot_losses(
-            folder / "model/logs/metrics.jsonl", run.picture("gpu_digits_loss.png", "losses over updates")
-        )
+        demo.plot_losses(folder / "model/logs/metrics.jsonl", run.plot("gpu_digits_loss.png", "losses over updates"))
         images, labels, sampled = sample_digits(run, folder / "model")
     table = f"S/2 on digits: {demo.IMAGE_SIZE}x{demo.IMAGE_SIZE} pixels, {batch_size} images"
     judge, held_out = demo.fit_judge(splits["judge"]), splits["held_out"]
@@ -86,5 +84,5 @@ def sample_digits(run, model: Path) -> tuple[list[Image.Image], np.ndarray, floa
     seconds = time.perf_counter() - start
     images = [image.convert("L") for image in images]
     sheet = draw_sheet(images, num_each, row_names=demo.CLASS_NAMES, title="S/2 on digits, guidance 2")
-    sheet.save(run.picture("gpu_digits.png", "samples, one digit a row"))
+    sheet.save(run.plot("gpu_digits.png", "samples, one digit a row"))
     return images, np.repeat(range(len(demo.CLASS_NAMES)), num_each), seconds

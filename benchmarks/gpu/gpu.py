@@ -35,10 +35,10 @@ PARTS = {
     "correctness": ("training_parts", 40),
     "xl2": ("model_parts", 40),
     "b2": ("model_parts", 25),
-    "loader": ("training_parts", 40),
+    "loader": ("training_parts", 90),
     "fsdp2": ("model_parts", 20),
     "sampling": ("model_parts", 20),
-    "digits": ("digits_part", 60),
+    "digits": ("digits_part", 120),
     "b2_compiled": ("model_parts", 90),
 }
 
@@ -60,7 +60,7 @@ class Run:
         self.device, self.tiny, self.minutes = arguments.device, arguments.tiny, arguments.minutes
         self.end = start + 60 * arguments.minutes
         self.part, self.has_failed, self.matrix_rate = "", False, None
-        self.record = {"tiny": self.tiny, "facts": facts, "rows": [], "left_out": [], "pictures": {}}
+        self.record = {"tiny": self.tiny, "facts": facts, "rows": [], "left_out": [], "plots": {}}
         folder = arguments.output
         self.record_file = (folder or ROOT / "benchmarks" / "records") / "gpu.json"
         self.page_file = (folder or ROOT / "docs" / "results") / "gpu.md"
@@ -73,9 +73,9 @@ class Run:
         print(f"{self.part}: {table}: {what}: {', '.join(map(page.cell, values.values()))}", flush=True)
         self.write()
 
-    def picture(self, name: str, caption: str) -> Path:
-        """Where to draw a picture, which the page then shows."""
-        self.record["pictures"][name] = caption
+    def plot(self, name: str, caption: str) -> Path:
+        """Where to draw a plot, which the page then shows."""
+        self.record["plots"][name] = caption
         return self.page_file.with_name(name)
 
     def seconds_left(self) -> float:
@@ -120,7 +120,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, with --tiny")
     parser.add_argument("--tiny", action="store_true", help="models of two layers, few rounds: no results")
     parser.add_argument(
-        "--output", type=Path, help="folder for gpu.json, gpu.md and pictures [benchmarks/records and docs/results]"
+        "--output", type=Path, help="folder for gpu.json, gpu.md and plots [benchmarks/records and docs/results]"
     )
     parser.add_argument("--wheels", type=Path, help="folder of wheels that are installed for this run")
     parser.add_argument("--vendor", type=Path, help="fill this folder with wheels for another machine, and end")

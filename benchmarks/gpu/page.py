@@ -40,9 +40,9 @@ def text(record: Mapping[str, Any] | None) -> str:
 
     Args:
         record (mapping, optional): `tiny`, whether no figure counts; `facts`, name to text; `rows`, a dict each with
-            `part`, `table`, `what` and values; `left_out`, lines; `pictures`, file name to caption. None: no run yet.
+            `part`, `table`, `what` and values; `left_out`, lines; `plots`, file name to caption. None: no run yet.
     Returns:
-        str: the page, whose pictures lie beside it.
+        str: the page, whose plots lie beside it.
     """
     if record is None:
         return f"{TITLE}\n\n{NOT_RUN}\n\n{HOW}"
@@ -55,8 +55,8 @@ def text(record: Mapping[str, Any] | None) -> str:
     lines += ["", LEGEND]
     for name in dict.fromkeys(row["table"] for row in record["rows"]):
         lines += [f"## {name}", "", table([row for row in record["rows"] if row["table"] == name]), ""]
-    for picture, caption in record["pictures"].items():
-        lines += [f"![{caption}]({picture})", ""]
+    for plot, caption in record["plots"].items():
+        lines += [f"![{caption}]({plot})", ""]
     return "\n".join([*lines, "## How", "", HOW])
 
 

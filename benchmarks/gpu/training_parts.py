@@ -27,7 +27,7 @@ NUM_FIRST = 10
 
 
 def correctness(run) -> None:
-    """The tests that need a GPU, in a process of their own; names of their files end in gpu."""
+    """The tests that need a GPU, in a separate process; names of their files end in gpu."""
     files = sorted((ROOT / "tests").rglob("test_*gpu.py"), key=lambda path: path.name)
     # Versions are those of this machine: what they warn of fails no test.
     options = [

@@ -271,10 +271,12 @@ class Watchdog:
 
     def _state_of_tensors(self, is_late: bool) -> dict[str, list[str] | None]:
         model = unwrapped(self.model)
-        gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
-        not_finite = [name for name, grad in gradients if grad is not None and not is_finite(grad)]
+        not_finite = None
+        if not is_late:
+            gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
+            not_finite = [name for name, grad in gradients if grad is not None and not is_finite(grad)]
         return {
-            "gradients_not_finite": None if is_late else not_finite,
+            "gradients_not_finite": not_finite,
             "parameters_not_finite": [name for name, tensor in model.named_parameters() if not is_finite(tensor)],
             "buffers_not_finite": [name for name, tensor in model.named_buffers() if not is_finite(tensor)],
         }

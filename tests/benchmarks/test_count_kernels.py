@@ -7,7 +7,7 @@ import pytest
 from processes import ROOT, run_python
 
 
-# In a process of its own, which the stand-in cannot leave.
+# In a separate process: the stand-in cannot be undone.
 CODE = """
     import json, sys
     sys.path.insert(0, sys.argv[1])

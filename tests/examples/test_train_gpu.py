@@ -20,6 +20,7 @@ pytestmark = [
 
 # A fixed adam_epsilon above the gradient: the sign of a gradient of rounding errors must not decide.
 OPTIONS = ["--adam_epsilon", "1e-2", "--max_grad_norm", "0.5", "--validation_steps", "3", "--logging_steps", "1"]
+OPTIONS += ["--no-compile"]  # one case compiles, as it is by default
 FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
 FSDP2 += ["--fsdp_transformer_layer_cls_to_wrap", "MPDiTTransformerBlock", "--fsdp_reshard_after_forward", "true"]
 
@@ -40,9 +41,14 @@ def assert_same_run(actual, expected, tolerance):
     assert (actual - expected).norm() < tolerance * expected.norm()
 
 
-@pytest.mark.parametrize("precision, tolerance", [("no", 1e-3), ("bf16", 0.05)])
-def test_a_run_is_that_of_the_cpu(data, on_cpu, tmp_path, precision, tolerance):
-    run = train(data, tmp_path / "gpu", *OPTIONS, "--mixed_precision", precision)
+# Dynamo asks each input of a block for its gradient.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "precision, tolerance, more", [("no", 1e-3, []), ("bf16", 0.05, []), ("bf16", 0.05, ["--compile"])]
+)
+def test_a_run_is_that_of_the_cpu(data, on_cpu, tmp_path, precision, tolerance, more):
+    run = train(data, tmp_path / "gpu", *OPTIONS, "--mixed_precision", precision, *more)
     assert torch.cuda.max_memory_allocated() > 0
     assert_same_run(run, on_cpu, tolerance)
     pipe = MPDiTPipeline.from_pretrained(run).to("cuda")
