@@ -11,15 +11,20 @@ from diffusers_mp.evaluation.frechet import RunningStatistics
 
 
 class Judge(nn.Module):
-    """A small convolutional network: uint8 digits, (B, 1, 8, 8), to 32 features and the logits of ten classes."""
+    """A small convolutional network: uint8 images, (B, C, H, W), to 32 features and logits of ten classes."""
 
     NUM_FEATURES = 32
 
-    def __init__(self):
+    def __init__(self, num_channels=1, size=8):
         super().__init__()
         self.body = nn.Sequential(
-            *(nn.Conv2d(1, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.SiLU()),
-            *(nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 4 * 4, self.NUM_FEATURES), nn.SiLU()),
+            *(
+                nn.Conv2d(num_channels, 32, 3, padding=1),
+                nn.SiLU(),
+                nn.Conv2d(32, 64, 3, stride=2, padding=1),
+                nn.SiLU(),
+            ),
+            *(nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * (size // 2) ** 2, self.NUM_FEATURES), nn.SiLU()),
         )
         self.head = nn.Linear(self.NUM_FEATURES, len(demo.CLASS_NAMES))
 
@@ -29,9 +34,9 @@ class Judge(nn.Module):
 
 
 def fit_judge(images, labels, num_steps):
-    """The judge of the digits that no generative model sees, each moved by up to a pixel."""
+    """The judge of images that no generative model sees, each moved by up to a pixel."""
     torch.manual_seed(0)
-    judge = Judge().train()
+    judge = Judge(*images.shape[1:3]).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     for _ in range(num_steps):

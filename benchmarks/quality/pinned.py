@@ -24,10 +24,9 @@ from ablation_judge import distance, fit_judge
 from cliff import interval
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from shared import BENCHMARKS, table
-from short_runs import BATCH_SIZE, EMA_STD, WARM_UP, digits, make_records
+from short_runs import BATCH_SIZE, EMA_STD, WARM_UP, digits, loss_of, make_objective, make_records
 
 from diffusers_mp import PowerFunctionEMA, normalize_weights_, pin_weight_norms_
-from diffusers_mp.training import DDPMObjective, validation_losses, validation_timesteps
 
 
 RECORDS = BENCHMARKS / "records" / "pinned.jsonl"
@@ -81,7 +80,7 @@ def train(run: Run) -> dict:
     model = make_model(run.seed)
     if run.arm in ("rows", "matrices"):
         pin_weight_norms_(model, per={"rows": "row", "matrices": "matrix"}[run.arm])
-    objective = DDPMObjective.of_recipe("epsilon", variance_type="fixed_small", snr_gamma=None)
+    objective = make_objective()
     decay = 0.1 if run.arm == "decay" else 0.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, betas=(0.9, 0.99), weight_decay=decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min(1, (update + 1) / WARM_UP))
@@ -114,11 +113,7 @@ def train(run: Run) -> dict:
         averaged = make_model(run.seed)
         averaged.load_state_dict(model.state_dict())
         ema.copy_to(averaged, EMA_STD)
-        batch = {"latents": unseen, "class_label": of_unseen}
-        batch["noise"] = torch.randn(unseen.shape, generator=torch.Generator().manual_seed(0))
-        levels = validation_timesteps(objective, 8)
-        losses = validation_losses(averaged.eval(), objective, [batch], levels, noise.device)
-        entry["validation_loss"] = losses["loss"]
+        entry["validation_loss"] = loss_of(averaged.eval(), unseen, of_unseen)
         if update in SAMPLED_AT:
             judge = fit_judge(as_pixels(images), labels, NUM_JUDGE_STEPS)
             drawn = labels[torch.randint(len(labels), (NUM_SAMPLES,), generator=torch.Generator().manual_seed(1))]

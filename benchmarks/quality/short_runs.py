@@ -34,7 +34,7 @@ CODE += ("presets",)
 
 
 class Run(NamedTuple):
-    """One training: `kind` is "shift" or "rotate", beside scale and gate."""
+    """One training: `kind` is "shift", "rotate" or "scale", which is with gate beside it alone."""
 
     configuration: str
     kind: str
@@ -62,39 +62,65 @@ def digits(seed: int):
     return (images[trained], labels[trained]), (images[held_out], labels[held_out])
 
 
-def make_model(run: Run) -> MPDiTTransformer2DModel:
-    """The model of a run, in training mode: heads of 32 channels, 16 tokens."""
+def make_model(run: Run, images: torch.Tensor, head_dim: int = 32) -> MPDiTTransformer2DModel:
+    """The model of a run for images of ten classes, in training mode: 16 tokens."""
     torch.manual_seed(run.seed)
+    num_channels, size = images.shape[1:3]
     config = get_preset(
-        "XS/2",
+        f"XS/{size // 4}",
         run.configuration,
-        ("scale", run.kind, "gate"),
+        tuple(dict.fromkeys(("scale", run.kind, "gate"))),
         num_layers=run.num_layers,
-        num_attention_heads=run.width // 32,
-        attention_head_dim=32,
-        in_channels=1,
-        sample_size=8,
+        num_attention_heads=run.width // head_dim,
+        attention_head_dim=head_dim,
+        in_channels=num_channels,
+        sample_size=size,
         num_classes=10,
     )
     return MPDiTTransformer2DModel(**config).train()
 
 
-def train(run: Run, watch: Callable[[MPDiTTransformer2DModel, int, float], None] | None = None) -> dict:
+def make_objective() -> DDPMObjective:
+    """ε-prediction with plain losses."""
+    return DDPMObjective.of_recipe("epsilon", variance_type="fixed_small", snr_gamma=None)
+
+
+def loss_of(model: MPDiTTransformer2DModel, unseen: torch.Tensor, of_unseen: torch.Tensor) -> float:
+    """The loss of held-out images, mean of eight noise levels."""
+    objective, noise = make_objective(), torch.randn(unseen.shape, generator=torch.Generator().manual_seed(0))
+    batches = [{"latents": unseen, "noise": noise, "class_label": of_unseen}]
+    return validation_losses(model, objective, batches, validation_timesteps(objective, 8), noise.device)["loss"]
+
+
+def train(
+    run: Run,
+    watch: Callable[[MPDiTTransformer2DModel, int, float], None] | None = None,
+    *,
+    data: Callable = digits,
+    build: Callable[[Run, torch.Tensor], MPDiTTransformer2DModel] = make_model,
+    groups: Callable = parameter_groups,
+    measure: Callable[[MPDiTTransformer2DModel], dict] | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> dict:
     """Train as a run says.
 
     Args:
         run (Run): what to train.
         watch (callable, optional): called after each update with the model, the update and its loss; and before the
             first with 0 and NaN.
+        data (callable): images and labels, of training and held out, of a seed.
+        build (callable): the model of a run, for such images.
+        groups (callable): parameter groups of a model and a learning rate.
+        measure (callable, optional): what else to note of the averaged model.
+        batch_size (int): images of an update.
     Returns:
         dict: whether it `ended` with finite losses, else the `update` at which it did not; `largest_rms` of a token
         after a block, `largest_hidden` of one within a feed-forward, after its activation, and `largest_loss` on the
         way, `last_loss`, and the `validation_loss` of its average.
     """
-    (images, labels), (unseen, of_unseen) = digits(run.seed)
-    model = make_model(run)
-    objective = DDPMObjective.of_recipe("epsilon", variance_type="fixed_small", snr_gamma=None)
-    optimizer = torch.optim.Adam(parameter_groups(model, lr=run.learning_rate), betas=(0.9, 0.99))
+    (images, labels), (unseen, of_unseen) = data(run.seed)
+    model, objective = build(run, images), make_objective()
+    optimizer = torch.optim.Adam(groups(model, lr=run.learning_rate), betas=(0.9, 0.99))
     schedule = inverse_sqrt_schedule(optimizer, WARM_UP, run.num_updates)
     autocast = contextlib.nullcontext()
     if run.precision == "bf16":
@@ -116,10 +142,10 @@ def train(run: Run, watch: Callable[[MPDiTTransformer2DModel, int, float], None]
         watch(model, 0, math.nan)
     started, record = time.perf_counter(), {"ended": True}
     for update in range(1, run.num_updates + 1):
-        rows = torch.randint(len(images), (BATCH_SIZE,), generator=generator)
-        noise = torch.randn(BATCH_SIZE, *images.shape[1:], generator=generator)
-        timesteps = objective.timesteps(torch.rand(BATCH_SIZE, dtype=torch.float64, generator=generator))
-        ids = torch.where(torch.rand(BATCH_SIZE, generator=generator) < 0.1, 10, labels[rows])
+        rows = torch.randint(len(images), (batch_size,), generator=generator)
+        noise = torch.randn(batch_size, *images.shape[1:], generator=generator)
+        timesteps = objective.timesteps(torch.rand(batch_size, dtype=torch.float64, generator=generator))
+        ids = torch.where(torch.rand(batch_size, generator=generator) < 0.1, 10, labels[rows])
         with autocast:
             noisy = objective.add_noise(images[rows], noise, timesteps)
             prediction = model(noisy, timestep=timesteps, class_labels=ids).sample
@@ -143,10 +169,9 @@ def train(run: Run, watch: Callable[[MPDiTTransformer2DModel, int, float], None]
     record |= {"largest_loss": max(finite), "last_loss": finite[-1]}
     if record["ended"]:
         ema.copy_to(model, EMA_STD)
-        noise = torch.randn(unseen.shape, generator=torch.Generator().manual_seed(0))
-        batch = [{"latents": unseen, "noise": noise, "class_label": of_unseen}]
-        levels = validation_timesteps(objective, 8)
-        record["validation_loss"] = validation_losses(model.eval(), objective, batch, levels, noise.device)["loss"]
+        record["validation_loss"] = loss_of(model.eval(), unseen, of_unseen)
+        if measure is not None:
+            record |= measure(model)
     return record | {"seconds": round(time.perf_counter() - started)}
 
 
