@@ -22,9 +22,9 @@ import matplotlib.pyplot as plt
 import torch
 from ablation_judge import distance, fit_judge
 from cliff import interval
-from diffusers import DDIMScheduler, DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel
 from shared import BENCHMARKS, table
-from short_runs import BATCH_SIZE, EMA_STD, WARM_UP, digits, loss_of, make_objective, make_records
+from short_runs import BATCH_SIZE, EMA_STD, WARM_UP, digits, loss_of, make_objective, make_records, sample
 
 from diffusers_mp import PowerFunctionEMA, normalize_weights_, pin_weight_norms_
 
@@ -53,18 +53,6 @@ def make_model(seed: int) -> DiTTransformer2DModel:
     torch.manual_seed(seed)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 3, "patch_size": 2, "sample_size": 8}
     return DiTTransformer2DModel(**sizes, in_channels=1, out_channels=1, num_embeds_ada_norm=10).train()
-
-
-@torch.no_grad()
-def sample(model, labels, scheduler, seed):
-    """Standardised digits of these classes, without guidance."""
-    scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
-    scheduler.set_timesteps(NUM_STEPS)
-    latents = torch.randn(len(labels), 1, 8, 8, generator=torch.Generator().manual_seed(seed))
-    for timestep in scheduler.timesteps:
-        prediction = model(latents, timestep=timestep.expand(len(labels)), class_labels=labels).sample
-        latents = scheduler.step(prediction, timestep, latents).prev_sample
-    return latents
 
 
 def as_pixels(images):
@@ -118,7 +106,7 @@ def train(run: Run) -> dict:
             judge = fit_judge(as_pixels(images), labels, NUM_JUDGE_STEPS)
             drawn = labels[torch.randint(len(labels), (NUM_SAMPLES,), generator=torch.Generator().manual_seed(1))]
             with torch.no_grad():
-                of_samples, logits = judge(as_pixels(sample(averaged, drawn, objective.scheduler, seed=1)))
+                of_samples, logits = judge(as_pixels(sample(averaged, drawn, images.shape[1:], NUM_STEPS, seed=1)))
                 entry["frechet"] = distance(of_samples, judge(as_pixels(images))[0])
             entry["recognised"] = (logits.argmax(1) == drawn).double().mean().item()
         measured.append(entry)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from diffusers import DDIMScheduler
 from shared import BENCHMARKS
 from sklearn.datasets import load_digits
 
@@ -90,6 +91,21 @@ def loss_of(model: MPDiTTransformer2DModel, unseen: torch.Tensor, of_unseen: tor
     objective, noise = make_objective(), torch.randn(unseen.shape, generator=torch.Generator().manual_seed(0))
     batches = [{"latents": unseen, "noise": noise, "class_label": of_unseen}]
     return validation_losses(model, objective, batches, validation_timesteps(objective, 8), noise.device)["loss"]
+
+
+@torch.no_grad()
+def sample(model: torch.nn.Module, labels: torch.Tensor, shape: tuple, num_steps: int, seed: int) -> torch.Tensor:
+    """Images of these classes by DDIM without guidance, each (C, H, W), 500 at a time."""
+    scheduler = DDIMScheduler.from_config(make_objective().scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(num_steps)
+    generator, samples = torch.Generator().manual_seed(seed), []
+    for of_batch in labels.split(500):
+        latents = torch.randn(len(of_batch), *shape, generator=generator)
+        for timestep in scheduler.timesteps:
+            prediction = model(latents, timestep=timestep.expand(len(of_batch)), class_labels=of_batch).sample
+            latents = scheduler.step(prediction, timestep, latents).prev_sample
+        samples.append(latents)
+    return torch.cat(samples)
 
 
 def train(

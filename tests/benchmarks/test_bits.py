@@ -1,0 +1,97 @@
+"""Few bits, emulated: each format rounds as it should, and models come back as they were."""
+
+import bits
+import pytest
+import torch
+
+from diffusers_mp import MPDiTTransformer2DModel, get_preset, normalize_weights_
+
+
+@pytest.mark.parametrize(
+    "form, values, expected",
+    [
+        ("int8", [127.0, -3.4, 0.6], [127.0, -3.0, 1.0]),
+        ("int4", [7.0, -3.4, 0.6], [7.0, -3.0, 1.0]),
+        # 3 bits of mantissa: 17 and 19 lie between 16, 18 and 20.
+        ("e4m3", [448.0, 17.5, -19.5], [448.0, 18.0, -20.0]),
+        ("e2m1", [6.0, 2.4, -0.7, 5.1], [6.0, 2.0, -0.5, 6.0]),
+    ],
+)
+def test_a_format_rounds_to_its_values(form, values, expected):
+    values = torch.tensor(values)
+    assert bits.quantised(values, form, "tensor").tolist() == expected
+    # Whatever the scale.
+    assert bits.quantised(values / 8, form, "tensor").tolist() == [each / 8 for each in expected]
+
+
+def test_what_shares_a_scale():
+    values = torch.tensor([[127.0, 1.4], [1.27, 0.014]])
+    assert bits.quantised(values, "int8", "tensor").tolist() == [[127.0, 1.0], [1.0, 0.0]]
+    assert torch.allclose(bits.quantised(values, "int8", "token"), torch.tensor([[127.0, 1.0], [1.27, 0.01]]))
+    # What is above the limit is clipped.
+    assert bits.quantised(values, "int8", "constant", limit=63.5).tolist() == [[63.5, 1.5], [1.5, 0.0]]
+
+
+def test_a_hadamard_matrix_is_orthogonal_and_spreads():
+    matrix = bits.hadamard(96)
+    assert torch.allclose(matrix @ matrix.T, torch.eye(96), atol=1e-6)
+    spike = torch.zeros(96)
+    spike[5] = 1.0
+    assert (spike @ matrix).abs().max() == pytest.approx(32**-0.5)
+
+
+def tiny(configuration):
+    torch.manual_seed(0)
+    kind = "shift" if configuration == "A" else "rotate"
+    sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 3, "sample_size": 8}
+    config = get_preset("XS/2", configuration, ("scale", kind, "gate"), num_classes=10, **sizes)
+    model = MPDiTTransformer2DModel(**config)
+    for name, parameter in model.named_parameters():
+        if "modulation" in name or name.startswith("output"):
+            torch.nn.init.normal_(parameter, std=0.1 if configuration == "A" else 1.0)
+    normalize_weights_(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("configuration", ["A", "F"])
+def test_schemes_change_a_model_within_the_context_alone(configuration):
+    model = tiny(configuration)
+    images, target = torch.randn(2, 8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def output(model=model):
+        return model(images, timestep=torch.arange(8) * 100, class_labels=torch.arange(8)).sample
+
+    def loss(model):
+        return (output() - target).square().mean().item()
+
+    plain, weights = output(), {name: weight.clone() for name, weight in model.state_dict().items()}
+    errors = {}
+    for name, scheme in bits.SCHEMES.items():
+        limits = bits.fit_limits(model, scheme, lambda _: (output() - plain).norm().item())
+        with bits.in_few_bits(model, scheme, *(limits if scheme.scale == "constant" else ())):
+            errors[name] = ((output() - plain).norm() / plain.norm()).item()
+        assert torch.equal(output(), plain)
+    assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    assert 0 < errors["W8A8, token"] < 0.05
+    assert errors["W8A8, token"] < errors["W4A8, token"] < 1
+    assert errors["W4A8, hadamard"] < errors["W4A4, hadamard"]
+    assert errors["W8A8, tensor"] < errors["fp4 weights, tensor"]
+    found = bits.rises(model, loss, loss)
+    assert set(found) == set(bits.SCHEMES)
+    assert abs(found["W8A8, token"]["rise"]) < 5
+
+
+def test_outliers_of_known_inputs():
+    model = tiny("A")
+
+    # One entry of 128 in a layer's input of 256 ones: kurtosis 128⁴/256 over (128²/256)².
+    def run():
+        with torch.no_grad():
+            values = torch.zeros(1, 8, 32)
+            values[0, 0, 0] = 128.0
+            model.transformer_blocks[0].attn.to_q(values)
+
+    found = bits.outliers(model, run)
+    assert found["kurtosis"] == pytest.approx(256)
+    assert found["largest_entry"] == pytest.approx(16)
