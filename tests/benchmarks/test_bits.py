@@ -95,3 +95,43 @@ def test_outliers_of_known_inputs():
     found = bits.outliers(model, run)
     assert found["kurtosis"] == pytest.approx(256)
     assert found["largest_entry"] == pytest.approx(16)
+
+
+def test_a_rise_is_read_off_at_equal_loss():
+    import few_bits
+
+    points = [(0.10, 8.0), (0.12, 2.0)]
+    assert few_bits.rise_at(0.115, points) == pytest.approx(3.5)
+    assert [few_bits.rise_at(loss, points) for loss in (0.09, 0.10, 0.13)] == [8.0, 8.0, 2.0]
+
+
+def test_holms_rule():
+    import few_bits
+
+    adjusted = few_bits.holm({"one": 0.01, "two": 0.04, "three": 0.03, "four": 0.005})
+    assert adjusted == pytest.approx({"four": 0.02, "one": 0.03, "three": 0.06, "two": 0.06})
+
+
+def test_arms_are_compared_seed_by_seed(capsys):
+    import few_bits
+    import headline
+
+    records = []
+    for run in headline.SWEEP:
+        loss = 0.1 + abs(run.learning_rate - headline.ARMS[run.arm][2])
+        records.append(run._asdict() | {"validation_loss": loss})
+    for run in headline.fresh(records):
+        halved = run.arm in headline.HALVED and run.learning_rate < headline.ARMS[run.arm][2]
+        # A has 8 at a loss of 0.10 and 4 at 0.12; F has 5 at 0.11, where A has 6.
+        loss, rise = (0.12 if halved else 0.10, 4.0 if halved else 8.0) if run.arm == "A" else (0.11, 5.0)
+        rises = {name: {"rise": rise + 0.01 * run.seed * (run.arm != "A")} for name in bits.SCHEMES}
+        distances = dict.fromkeys(("float32", *headline.ENDPOINTS), 50.0)
+        noted = {"outliers": {"kurtosis": 9.0, "largest_entry": 7.0}, "quantised_frechet": distances}
+        records.append(run._asdict() | {"validation_loss": loss, "rises": rises} | noted)
+    few_bits.report(records)
+    printed = capsys.readouterr().out
+    found = few_bits.by_arm_and_seed(records)
+    assert set(found) == {*headline.ARMS, "A / 2", "F rotate / 2"}
+    assert few_bits.differences(found, "F rotate", few_bits.PRIMARY) == pytest.approx([seed / 100 - 1 for seed in range(8)])
+    assert "| W8A8, constant | F shift | 8 | -0.97 |" in printed
+    assert "W8A8, constant, F shift: p = " in printed
