@@ -25,6 +25,7 @@ def small():
         cached.cache_clear()
 
 
+@pytest.mark.slow  # trains two models, samples, and measures ten schemes
 def test_a_run_notes_all_that_the_pages_say(small):
     record = headline.train(headline.Run("F rotate", 0.05, 0, num_updates=30))
     assert record["ended"]
