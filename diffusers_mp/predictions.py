@@ -60,9 +60,9 @@ def flow_velocity(
     """Velocity ε - x of a flow, which its samplers take, of what a model predicts.
 
         (x_t - x) / t,  (ε - x_t) / (1 - t)
-    Where x is predicted t is clipped at `MIN_TIME`, so that it is exact at all steps. Where ε is predicted 1 - t is
-    clipped at `MIN_DENOMINATOR`: at t = 1 noise says nothing about x, and an error in it would be multiplied
-    without bound.
+    Where x is predicted t is clipped at `MIN_TIME`, so that it is exact at all steps. Where ε is predicted x is
+    (x_t - t ε) / (1 - t) with 1 - t clipped at `MIN_DENOMINATOR`: noise says less and less about x, an error in it
+    would be multiplied without bound, and at t = 1 x becomes the mean of standardised latents, 0.
 
     Args:
         prediction (torch.Tensor): the model's output, any shape.
@@ -75,5 +75,8 @@ def flow_velocity(
     if prediction_type == "flow_sample":
         return (noisy - prediction) / max(time, MIN_TIME)
     if prediction_type == "flow_epsilon":
-        return (prediction - noisy) / max(1 - time, MIN_DENOMINATOR)
+        if 1 - time < MIN_DENOMINATOR:
+            clean = (noisy - time * prediction) / MIN_DENOMINATOR
+            return (noisy - clean) / time
+        return (prediction - noisy) / (1 - time)
     return prediction

@@ -94,9 +94,10 @@ def load_pretrained(args: argparse.Namespace, vae: AutoencoderKL | None) -> Pret
     wanted, stored = make_objective(args, pipeline.transformer.config).scheduler.config, pipeline.scheduler.config
     for name in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", *SHIFT_OPTIONS):
         if stored.get(name) != wanted.get(name):
+            way_out = "; see --shift" if name in SHIFT_OPTIONS else ""
             raise ValueError(
                 f"{source} must have been trained as `--prediction_type {args.prediction_type}` trains here, with "
-                f"{name} {wanted.get(name)} of the scheduler, got {stored.get(name)}."
+                f"{name} {wanted.get(name)} of the scheduler, got {stored.get(name)}{way_out}."
             )
     transformer, config = pipeline.transformer, pipeline.config
     sha256 = sha256_of_weights(transformer.state_dict())
