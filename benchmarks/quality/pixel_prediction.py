@@ -44,7 +44,7 @@ class Run(NamedTuple):
     prediction_type: str
     learning_rate: float
     seed: int
-    num_updates: int = 4000
+    num_updates: int = 2000
 
 
 SCREEN = [Run(kind, rate, SCREENED) for rate, kind in itertools.product(RATES, KINDS)]
