@@ -6,7 +6,8 @@ from numbers import Real
 import torch
 from diffusers.guiders import BaseGuidance, MagnitudeAwareGuidance
 
-from .schedulers import noise_levels, predicts_variance, takes_variance
+from .predictions import flow_velocity
+from .schedulers import is_flow, noise_levels, predicts_variance, takes_variance
 
 
 DEFAULT_GUIDANCE_SCALE = 4.0
@@ -149,7 +150,9 @@ class GuidedPrediction:
 
         u + w (c - u)
     for the guidance scale w, c being the prediction and u that of the null condition or of the guidance transformer.
-    The scale is read at each step, so that a callback may change it.
+    The scale is read at each step, so that a callback may change it. What a flow's model predicts is made a velocity
+    before: that is affine in the prediction, so that this formula gives the same either way, but a guider that takes
+    norms gets what it gets of other flows.
 
     Args:
         pipe (MPDiTPipeline): in a call.
@@ -175,6 +178,7 @@ class GuidedPrediction:
         if guidance_interval is not None:
             low, high = guidance_interval
             self.is_in_interval = [low < sigma <= high for sigma in noise_levels(scheduler)]
+        self.times = scheduler.sigmas.tolist() if is_flow(scheduler) else None
         self.passes_variance = predicts_variance(pipe.transformer) and takes_variance(scheduler)
 
     def __call__(self, step: int, timestep: torch.Tensor, model_input: torch.Tensor) -> torch.Tensor:
@@ -185,8 +189,8 @@ class GuidedPrediction:
             timestep (torch.Tensor): scalar.
             model_input (torch.Tensor): shape (B, C, h, w).
         Returns:
-            torch.Tensor: the prediction, shape (B, C, h, w); for a scheduler that wants it, with the transformer's
-            variance, which is never guided, in as many channels behind it.
+            torch.Tensor: the prediction, of a flow the velocity, shape (B, C, h, w); for a scheduler that wants it,
+            with the transformer's variance, which is never guided, in as many channels behind it.
         """
         pipe, guider = self.pipe, self.pipe.guider
         is_guided = pipe.guidance_scale != 1 and self.is_in_interval[step]
@@ -209,7 +213,11 @@ class GuidedPrediction:
             ]
         num_channels = model_input.shape[1]
         variance = predictions[0][:, num_channels:]
-        prediction, *weak_prediction = [one[:, :num_channels] for one in predictions]
+        predictions = [one[:, :num_channels] for one in predictions]
+        if self.times is not None:
+            kind = pipe.config.prediction_type
+            predictions = [flow_velocity(one, model_input, self.times[step], kind) for one in predictions]
+        prediction, *weak_prediction = predictions
         if guider is not None:
             for state, one in zip(guider_states, [prediction, *weak_prediction], strict=True):
                 # Its norm takes two dimensions at most, and is the same whatever their shape.

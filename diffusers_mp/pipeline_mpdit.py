@@ -40,9 +40,10 @@ class MPDiTPipeline(DiffusionPipeline):
         guider (BaseGuidance, optional): a guider of `diffusers.guiders` that makes one prediction of two, in place of
             `guidance_scale`: it brings its own scale, start and stop.
         prediction_type (str, optional): what the transformer predicts, as schedulers name it: "epsilon",
-            "v_prediction", "sample", or "flow_prediction"; "edm_epsilon" and "edm_v_prediction" for one trained with
-            EDM's preconditioning. By default what `scheduler` takes it for. A scheduler that takes it for something
-            else, put in later or on loading, is refused.
+            "v_prediction", "sample", or "flow_prediction", the velocity of a flow; "flow_sample" and "flow_epsilon",
+            of which the velocity is made; "edm_epsilon" and "edm_v_prediction" for one trained with EDM's
+            preconditioning. By default what `scheduler` takes it for. A scheduler that takes it for something else,
+            put in later or on loading, is refused.
     Raises:
         TypeError: if a transformer is not of this package, or the scheduler or guider not of diffusers.
         ValueError: if the components do not fit each other, or the guider needs more than two predictions.
@@ -398,7 +399,9 @@ class MPDiTPipeline(DiffusionPipeline):
         # 2. Timesteps, and what predicts at each of them
         scheduler = schedulers.sampler_of(self.scheduler, self.transformer)
         # On the CPU, as the scheduler's tables are: it would read one of a device several times in each step.
-        scheduler.set_timesteps(num_inference_steps, device="cpu")
+        side = self.vae_scale_factor * self.transformer.config.patch_size
+        shift = schedulers.shift_options(scheduler, (height // side) * (width // side))
+        scheduler.set_timesteps(num_inference_steps, device="cpu", **shift)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(scheduler.timesteps), False
         predict = guidance.GuidedPrediction(
             self, scheduler, conditions, negative_pooled_projections, guidance_interval

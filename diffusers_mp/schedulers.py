@@ -1,12 +1,15 @@
 """What a scheduler takes the transformer's output for, its noise levels, and samplers for the same model."""
 
 import inspect
+import math
 
 import diffusers
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers.schedulers import SchedulerMixin
+
+from .predictions import FLOW_PREDICTIONS
 
 
 LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
@@ -63,7 +66,9 @@ def check_scheduler(scheduler: SchedulerMixin, wanted: str) -> None:
             "`scheduler` must have a prediction_type, or be one for flows: what it takes the transformer's output "
             f"for; {type(scheduler).__name__} has none."
         )
-    if wanted == "flow_prediction" and not (taken_for == wanted and is_flow(scheduler)):
+    # What a flow's model predicts is made a velocity before a scheduler sees it.
+    wants_flow = wanted in FLOW_PREDICTIONS
+    if wants_flow and not (taken_for == "flow_prediction" and is_flow(scheduler)):
         raise ValueError(
             "`scheduler` must be for the flow that the transformer predicts: a FlowMatchEulerDiscreteScheduler or "
             "FlowMatchHeunDiscreteScheduler, or a DPM-Solver, DEIS, UniPC or SA-Solver made by "
@@ -71,21 +76,65 @@ def check_scheduler(scheduler: SchedulerMixin, wanted: str) -> None:
             f"flow_shift=config.shift)`, got a {type(scheduler).__name__} for {taken_for!r} with "
             f"use_flow_sigmas {is_flow(scheduler)}."
         )
-    if taken_for != wanted:
+    if not wants_flow and taken_for != wanted:
         raise ValueError(
             f"`scheduler` must have prediction_type {wanted!r}, which is what the transformer predicts, got a "
             f"{type(scheduler).__name__} for {taken_for!r}."
         )
-    if is_flow(scheduler) != (wanted == "flow_prediction"):
+    if is_flow(scheduler) != wants_flow:
         raise ValueError(
             f"`scheduler` must have the noise levels of a diffusion for a transformer that predicts {wanted!r}, "
             f"got a {type(scheduler).__name__} with use_flow_sigmas True."
         )
-    if _option(scheduler, "use_dynamic_shifting"):
+    if not wants_flow and _option(scheduler, "use_dynamic_shifting"):
         raise ValueError(
-            "`scheduler` must have use_dynamic_shifting False: the shift by image size is for a `mu` that this "
-            f"pipeline does not give, got a {type(scheduler).__name__} with True."
+            "`scheduler` must have use_dynamic_shifting False for a transformer that predicts "
+            f"{wanted!r}, since flows alone are shifted, got a {type(scheduler).__name__} with True."
         )
+    # `from_config` of a class that knows no dynamic shift would leave it out without a word.
+    if wants_flow and scheduler.config.get("use_dynamic_shifting") and not _shifts_by(scheduler):
+        raise ValueError(
+            "`scheduler` must shift by the number of image tokens, as its config says with use_dynamic_shifting: "
+            "FlowMatchEulerDiscreteScheduler does, and for an exponential time_shift_type DPM-Solver, DEIS and UniPC, "
+            f"got a {type(scheduler).__name__}."
+        )
+
+
+def _shifts_by(scheduler) -> bool:
+    """Whether a scheduler that is to shift by a number of tokens does it."""
+    if "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
+        return False
+    return hasattr(scheduler, "time_shift") or scheduler.config.time_shift_type == "exponential"
+
+
+def mu_of(scheduler: SchedulerMixin, num_tokens: int) -> float:
+    """What a scheduler with `use_dynamic_shifting` is told of the size of an image.
+
+        mu = base_shift + (max_shift - base_shift) (N - base_image_seq_len) / (max_image_seq_len - base_image_seq_len)
+    for N tokens: diffusers' `calculate_shift`, with its defaults where the config has none.
+
+    Args:
+        scheduler (SchedulerMixin): for flows.
+        num_tokens (int): image tokens of the transformer.
+    """
+    get = scheduler.config.get
+    base_shift, max_shift = get("base_shift", 0.5), get("max_shift", 1.15)
+    base_length, max_length = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
+    return base_shift + (max_shift - base_shift) * (num_tokens - base_length) / (max_length - base_length)
+
+
+def shift_options(scheduler: SchedulerMixin, num_tokens: int) -> dict[str, float]:
+    """Keyword arguments of a flow's `set_timesteps` for images of so many tokens."""
+    is_dynamic = is_flow(scheduler) and _option(scheduler, "use_dynamic_shifting")
+    return {"mu": mu_of(scheduler, num_tokens)} if is_dynamic else {}
+
+
+def shift_of(scheduler: FlowMatchEulerDiscreteScheduler, num_tokens: int | None) -> float:
+    """The factor s by which a scheduler shifts times u to s u / (1 + (s - 1) u), at images of so many tokens."""
+    if not scheduler.config.use_dynamic_shifting:
+        return scheduler.config.shift
+    mu = mu_of(scheduler, num_tokens)
+    return math.exp(mu) if scheduler.config.time_shift_type == "exponential" else mu
 
 
 def sampler_of(scheduler: SchedulerMixin, transformer: torch.nn.Module) -> SchedulerMixin:

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).with_name("api")
 # Titles of the pages in their order, and the modules that are on each.
 SECTIONS = {
     "Transformer": ["transformer_mpdit"],
-    "Pipeline": ["pipeline_mpdit", "guidance", "schedulers"],
+    "Pipeline": ["pipeline_mpdit", "guidance", "schedulers", "predictions"],
     "Sizes and configurations": ["presets"],
     "Layers": ["layers", "rows"],
     "Pinned norms": ["pinned_norms"],
@@ -29,6 +29,7 @@ SECTIONS = {
     "Training": [
         "training",
         "training.arguments",
+        "training.objective_arguments",
         "training.batch_size",
         "training.checks",
         "training.model",

@@ -11,7 +11,7 @@ the number of processes, workers and micro batches does not change the run.
 """
 
 from diffusers_mp.scripts import command_line, run_script
-from diffusers_mp.training.arguments import OBJECTIVES, latents_folder, make_parser, parse_args
+from diffusers_mp.training.arguments import latents_folder, make_parser, parse_args
 
 
 if __name__ == "__main__":
@@ -32,7 +32,6 @@ from diffusers_mp import (
     PowerFunctionEMA,
     normalize_weights_,
     pin_weight_norms_,
-    training,
     trust_rows_,
 )
 from diffusers_mp.arguments import check_paths, encoding_of, source_of
@@ -64,6 +63,7 @@ from diffusers_mp.training.model import (
     channels_of,
     load_pretrained,
     make_model,
+    make_objective,
     num_known_classes,
     vae_of_pretrained,
 )
@@ -98,9 +98,9 @@ def main(args):
     if args.vae is None:
         args.vae = vae_of_pretrained(args)
     vae = load_vae(args.vae, args.cache_dir)
-    objective, pretrained = training_objective(args), None
+    pretrained = None
     if args.pretrained_model_name_or_path is not None:
-        pretrained = load_pretrained(args, vae, objective.scheduler)
+        pretrained = load_pretrained(args, vae)
     args.image_channels = channels_of(args, vae, pretrained)
     if args.dry_run:
         dry_run(args, accelerator, vae, pretrained, checkpoint_to_resume(args, accelerator, curve), source)
@@ -108,7 +108,7 @@ def main(args):
     with space_for(args.output_dir), lock_folder(args.output_dir, accelerator):
         checkpoint = checkpoint_to_resume(args, accelerator, curve)
         latents = load_latents(args, vae, accelerator, pretrained, source)
-        run = set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkpoint)
+        run = set_up(args, accelerator, curve, vae, latents, pretrained, checkpoint)
         if checkpoint is not None:
             resume(args, run, checkpoint)
         clear_what_comes_again(args, run)
@@ -128,13 +128,6 @@ def main(args):
         else:
             finish(args, run, repo_id)
         accelerator.end_training()
-
-
-def training_objective(args):
-    """The objective asked for; its scheduler is saved with the pipeline and says how to sample."""
-    name, flags = OBJECTIVES[args.prediction_type]
-    options = {flag: getattr(args, flag) for flag in flags}
-    return getattr(training, name).of_recipe(args.prediction_type, **options)
 
 
 def load_latents(args, vae, accelerator, pretrained=None, source=None) -> LatentDataset:
@@ -162,11 +155,12 @@ def load_latents(args, vae, accelerator, pretrained=None, source=None) -> Latent
     return latents
 
 
-def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkpoint):
+def set_up(args, accelerator, curve, vae, latents, pretrained, checkpoint):
     """Everything that a run consists of, before its first update."""
-    # 1. The model, and the samples in the units that it knows
+    # 1. The model, what it learns, and the samples in the units that it knows
     num_classes = None if latents.id2label is None else len(latents.id2label)
     model = make_model(args, latents, num_classes, pretrained).train()
+    objective = make_objective(args, model.config)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if args.pin_weight_norms is not None:
@@ -198,9 +192,8 @@ def set_up(args, accelerator, curve, vae, latents, objective, pretrained, checkp
     # 4. The pipeline. Averages are looked at in its model, which stays whole when an engine shards the other one. Made
     # before training: parts that do not fit each other stop the run before it costs anything.
     whole_model = copy.deepcopy(model).eval().to("cpu" if accelerator.is_main_process else "meta")
-    pipeline = MPDiTPipeline(
-        transformer=whole_model, scheduler=objective.scheduler, vae=vae, id2label=latents.id2label, **units
-    )
+    parts = {"scheduler": objective.scheduler, "prediction_type": objective.prediction_type, "vae": vae}
+    pipeline = MPDiTPipeline(transformer=whole_model, id2label=latents.id2label, **parts, **units)
     mask_places(pipeline)
     if args.validation_steps and args.validation_guidance_scale is not None:
         pipeline.check_guidance(args.validation_guidance_scale)

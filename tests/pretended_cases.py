@@ -63,7 +63,7 @@ def update(
 ):
     """Updates as the trainer makes them: weights, averages, and the last loss and norm of gradients."""
     options = {"prediction_type": "epsilon", **dict(objective)}
-    is_flow = options["prediction_type"] == "flow_prediction"
+    is_flow = options["prediction_type"].startswith("flow_")
     objective = (FlowMatchObjective if is_flow else DDPMObjective).of_recipe(**options)
     config = {"num_layers": 1, "out_channels": 8 if objective.learns_variance else 4, **config}
     model = tiny_model(configuration, modulation, **config).train()
@@ -248,11 +248,14 @@ TABLES = {
     "copy diffusers_mp/training/objectives.py:_table_rows": 1,
 }
 FLOW_OBJECTIVE = {"objective": {"prediction_type": "flow_prediction"}}
+FLOW_OF_SAMPLES = {"objective": {"prediction_type": "flow_sample", "loss_space": "velocity"}}
+SAMPLES = {"prediction_type": "sample", "variance_type": "fixed_small", "loss_space": "velocity"}
 UPDATES = {
     **{f"configuration {name}": {"configuration": name} for name in "ABCDEF"},
     **{f"{kind} alone": {"modulation": (kind,)} for kind in ("scale", "shift", "rotate", "gate")},
     "AdaLN with rotation": {"configuration": "A", "modulation": ("scale", "shift", "rotate", "gate")},
     "v with min-SNR": {"objective": {"prediction_type": "v_prediction", "snr_gamma": 5.0}},
+    "samples, loss of v": {"objective": SAMPLES},
     "a fixed variance": {"objective": {"variance_type": "fixed_small"}},
     "accumulated and clipped": {"num_micro_batches": 2, "max_grad_norm": 0.1},
     "rows not trusted": {"trusted": False},
@@ -315,6 +318,7 @@ CASES = {
     **{name: Case(update, options, UPDATE, TABLES) for name, options in UPDATES.items()},
     **{name: Case(update, options, RECORD, TABLES) for name, options in RECORDED.items()},
     "flow": Case(update, FLOW_OBJECTIVE, UPDATE, {}),
+    "flow of samples, loss of the velocity": Case(update, FLOW_OF_SAMPLES, UPDATE, {}),
     "fused Adam": Case(update, {"fused": True}, {}, TABLES),
     # It is run again, and each tensor is looked at.
     "a batch that is not finite": Case(update, {"spoiled": 2}, None, TABLES),

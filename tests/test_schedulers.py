@@ -7,18 +7,22 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from helpers import tiny_model
 
 from diffusers_mp import MPDiTPipeline
-from diffusers_mp.schedulers import sampler_for
+from diffusers_mp.schedulers import mu_of, sampler_for, shift_of
 
 
 MEAN, STD = 0.7, 0.5
 NAMES = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
 FLOW = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
 FLOW_SOLVERS = ["DPMSolverMultistepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"]
-DDPM = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
+DDPM_TABLE = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+DDPM = {**DDPM_TABLE, "clip_sample": False}
+# Of the tiny model: sides of its input, and image tokens.
+SIZE, TOKENS = 8, 16
 # A fixed variance, and noise that is added at each step, are right for infinitely small steps only.
 # How a sampler reads a prediction is a branch in each; one of each family is among the fast tests with both.
 BOTH_PREDICTIONS = [f"{name}Scheduler" for name in ("DDIM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep")]
@@ -26,7 +30,7 @@ NUM_STEPS = {"DDPMScheduler": 1000, "EulerAncestralDiscreteScheduler": 500, "KDP
 
 
 def scheduler_of(name, prediction_type):
-    if prediction_type == "flow":
+    if prediction_type.startswith("flow"):
         name, _, shift = name.partition(" with shift ")
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=float(shift or 1))
         return scheduler if name in FLOW[:1] else sampler_for(scheduler, name)
@@ -52,7 +56,7 @@ class ExactModel(torch.nn.Module):
             # Scaled by the sampler to RMS 1 for data of std 0.5, and told the logarithm of sigma.
             rate, signal = math.exp(4 * timestep), 1.0
             hidden_states = hidden_states * math.sqrt(rate**2 + 0.25)
-        elif self.kind == "flow":
+        elif self.kind.startswith("flow"):
             rate, signal = timestep / 1000, 1 - timestep / 1000
         else:
             # Timesteps lie between those of the table, in the logarithm of the noise's share.
@@ -70,14 +74,24 @@ class ExactModel(torch.nn.Module):
                 "v_prediction": signal * noise - rate * clean,
                 "sample": clean,
                 "flow": noise - clean,
+                "flow_sample": clean,
+                "flow_epsilon": noise,
             }[self.kind]
         return (prediction.float(),)
 
 
+# They say so in their first step.
+WITHOUT_SAMPLE = [
+    f"{name}Scheduler" for name in ("PNDM", "EulerAncestralDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete")
+]
+WITHOUT_SAMPLE += ["DPMSolverSDEScheduler"]
+SLOW_KINDS = ("v_prediction", "sample")
 CASES = [
     *((name, "epsilon") for name in NAMES if name != "EDMEulerScheduler"),
     *((name, "v_prediction") for name in NAMES if name != "EDMEulerScheduler"),
+    *((name, "sample") for name in NAMES if name not in ("EDMEulerScheduler", *WITHOUT_SAMPLE)),
     ("EDMEulerScheduler", "edm"),
+    *((name, kind) for name in (*FLOW, *FLOW_SOLVERS) for kind in ("flow_sample", "flow_epsilon")),
     *((name, "flow") for name in (*FLOW, *FLOW_SOLVERS, f"{FLOW[0]} with shift 3", f"{FLOW_SOLVERS[0]} with shift 3")),
 ]
 
@@ -88,7 +102,7 @@ CASES = [
     "name, kind",
     [
         pytest.param(
-            *case, marks=pytest.mark.slow if case[1] == "v_prediction" and case[0] not in BOTH_PREDICTIONS else ()
+            *case, marks=pytest.mark.slow if case[1] in SLOW_KINDS and case[0] not in BOTH_PREDICTIONS else ()
         )
         for case in CASES
     ],
@@ -97,7 +111,8 @@ def test_exact_predictions_of_gaussian_data_return_its_mean_and_std(name, kind, 
     model = tiny_model("A", out_channels=4, num_classes=None)
     exact = ExactModel(kind)
     monkeypatch.setattr(model, "forward", exact.forward)
-    pipe = MPDiTPipeline(transformer=model, scheduler=scheduler_of(name, kind))
+    predicted = kind if kind.startswith("flow_") else None
+    pipe = MPDiTPipeline(transformer=model, scheduler=scheduler_of(name, kind), prediction_type=predicted)
     pipe.set_progress_bar_config(disable=True)
     latents = pipe(
         num_images_per_class=64,
@@ -161,10 +176,44 @@ def test_a_diffusion_at_the_noise_levels_of_a_flow_is_refused():
         pipe(num_inference_steps=2)
 
 
-def test_a_shift_by_image_size_is_refused():
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    with pytest.raises(ValueError, match="must have use_dynamic_shifting False: .* got a FlowMatchEuler.* with True"):
-        MPDiTPipeline(tiny_model("A", out_channels=4, num_classes=None), scheduler)
+def test_a_shift_that_a_sampler_would_leave_out_is_refused():
+    dynamic = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="linear")
+    pipe = MPDiTPipeline(tiny_model("A", out_channels=4, num_classes=None), dynamic)
+    for name in ("FlowMatchHeunDiscreteScheduler", "DPMSolverMultistepScheduler"):
+        pipe.scheduler = sampler_for(dynamic, name)
+        with pytest.raises(ValueError, match=f"must shift by the number of image tokens, .* got a {name}"):
+            pipe(num_inference_steps=2)
+    shifted = diffusers.DPMSolverMultistepScheduler(**DDPM_TABLE, use_dynamic_shifting=True)
+    with pytest.raises(
+        ValueError, match="use_dynamic_shifting False for a transformer that predicts 'epsilon', .* DPM"
+    ):
+        MPDiTPipeline(tiny_model("A", out_channels=4, num_classes=None), shifted)
+
+
+# Of the size of training, and twice as high.
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
+@pytest.mark.parametrize("height, num_tokens", [(SIZE, TOKENS), (2 * SIZE, 2 * TOKENS)])
+@pytest.mark.parametrize("name", [FLOW[0], *FLOW_SOLVERS, "DPMSolverSinglestepScheduler"])
+def test_a_shift_by_image_size_follows_from_the_number_of_tokens(name, height, num_tokens):
+    options = {"base_shift": 0.3, "max_shift": 2.0, "base_image_seq_len": 8, "max_image_seq_len": 100}
+    dynamic = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **options)
+    mu = calculate_shift(num_tokens, 8, 100, 0.3, 2.0)
+    assert mu_of(dynamic, num_tokens) == pytest.approx(mu)
+    pipe = MPDiTPipeline(tiny_model("A", out_channels=4, num_classes=None), dynamic)
+    pipe.scheduler = sampler_for(dynamic, name)
+    pipe.set_progress_bar_config(disable=True)
+    pipe(num_inference_steps=4, height=height, output_type="latent")
+    constant = diffusers.FlowMatchEulerDiscreteScheduler(shift=math.exp(mu))
+    assert shift_of(dynamic, num_tokens) == pytest.approx(constant.config.shift)
+    if name != FLOW[0]:
+        constant = sampler_for(constant, name)
+        constant.set_timesteps(4)
+        torch.testing.assert_close(pipe.scheduler.sigmas, constant.sigmas, rtol=1e-3, atol=0)
+    else:
+        # By its formula: its table of constant shifts begins at a smallest time that is shifted twice.
+        times = np.linspace(1, 0.001, 4)
+        expected = torch.tensor([*(math.exp(mu) / (math.exp(mu) + 1 / times - 1)), 0.0])
+        torch.testing.assert_close(pipe.scheduler.sigmas.double(), expected, rtol=1e-6, atol=0)
 
 
 def test_a_solver_for_a_flow_keeps_its_shift():

@@ -22,7 +22,7 @@ from ..files import read_json, write_json
 from ..pipeline_mpdit import MPDiTPipeline
 from ..publishing.hub import download_pipeline, files_to_publish, has_component
 from ..publishing.training_curve import LOG_NAME, LOGGING_DIR, log_file
-from ..schedulers import sampler_for, sampler_of
+from ..schedulers import is_flow, sampler_for, sampler_of
 from ..sources import check_reachable, naming
 from ..transformer_mpdit import MPDiTTransformer2DModel
 
@@ -232,11 +232,13 @@ class EvaluatedModel:
 
 
 def sampler_options(pipe: MPDiTPipeline) -> dict[str, Any]:
-    """Class and options of the scheduler that a pipeline samples with, of JSON values."""
+    """Class and options of the scheduler that a pipeline samples with, and what it predicts, of JSON values."""
     sampler = sampler_of(pipe.scheduler, pipe.transformer)
     # What another sampler had in the config plays no role for this one.
     names = [name for name in inspect.signature(type(sampler)).parameters if name in sampler.config]
     options = {name: sampler.config[name] for name in names}
+    if is_flow(sampler):  # whose samplers know of velocities alone
+        options["prediction_type"] = pipe.config.prediction_type
     # JSON has no infinity.
     told = {name: str(value) if value in (math.inf, -math.inf) else value for name, value in options.items()}
     return {"class": type(sampler).__name__, **told}

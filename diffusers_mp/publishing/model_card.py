@@ -31,7 +31,8 @@ _REPORTED_ARGUMENTS = (
     *("class_dropout_prob", "optimizer", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_constant_steps"),
     "total_batch_size",
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "mixed_precision", "ema_stds", "snr_gamma"),
-    *("logit_mean", "logit_std", "lr_num_cycles", "lr_power", "use_8bit_adam", "adam_weight_decay"),
+    *("loss_space", "logit_mean", "logit_std", "shift", "base_shift", "max_shift"),
+    *("lr_num_cycles", "lr_power", "use_8bit_adam", "adam_weight_decay"),
 )
 _SAMPLES = re.compile(r"step-(\d+)\.png")
 # Conditions of the model, and the keys of its config that say so.
@@ -98,7 +99,7 @@ def write_model_card(
         "vae": _vae(folder, arguments),
         "num_parameters": f"{_num_parameters(folder / 'transformer'):,}",
         "configuration": table(("key", "value"), [item for item in config.items() if not item[0].startswith("_")]),
-        "scheduler": _scheduler(folder, arguments),
+        "scheduler": _scheduler(folder, index, arguments),
         "costs": _costs(log, num_images_seen, num_seconds, hardware),
         "arguments": told_arguments(arguments, _REPORTED_ARGUMENTS),
         "curve": _curve(folder, log),
@@ -207,9 +208,12 @@ def _vae(folder: Path, arguments: dict) -> str:
     )
 
 
-def _scheduler(folder: Path, arguments: dict) -> str:
+def _scheduler(folder: Path, index: dict, arguments: dict) -> str:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", {})
-    keys = ("num_train_timesteps", "beta_schedule", "prediction_type", "variance_type")
+    if index.get("prediction_type") is not None:  # which schedulers of flows do not know
+        scheduler["prediction_type"] = index["prediction_type"]
+    keys = ["num_train_timesteps", "beta_schedule", "prediction_type", "variance_type"]
+    keys += ["use_dynamic_shifting", "base_shift", "max_shift"] if scheduler.get("use_dynamic_shifting") else ["shift"]
     facts = [f"{key} {text_of(scheduler[key])}" for key in keys if scheduler.get(key) is not None]
     text = f"Scheduler: `{text_of(scheduler.get('_class_name'))}`{', ' if facts else ''}{', '.join(facts)}."
     if arguments.get("ema_stds"):

@@ -7,7 +7,6 @@ import argparse
 import importlib.util
 import re
 from pathlib import Path
-from typing import Any
 
 from ..arguments import (
     LR_SCHEDULERS,
@@ -33,6 +32,7 @@ from ..files import read_json
 from ..presets import SWITCHES, get_preset
 from ..scripts import ScriptParser
 from .batch_size import RECIPE_BATCH_SIZE, add_batch_arguments, check_batch_arguments
+from .objective_arguments import add_objective_arguments, check_objective_arguments
 
 
 MODEL_FLAGS = (*SWITCHES, "max_magnitude")
@@ -43,14 +43,6 @@ PRESET_DEFAULTS = {
     "modulation": ["scale", "rotate", "gate"],
     "activation_fn": "silu",
 }
-# What a model may predict: the class of `diffusers_mp.training` that makes it learn that, and its flags with defaults.
-_DDPM_FLAGS = {"variance_type": "learned_range", "snr_gamma": None}
-OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
-    "epsilon": ("DDPMObjective", _DDPM_FLAGS),
-    "v_prediction": ("DDPMObjective", _DDPM_FLAGS),
-    "flow_prediction": ("FlowMatchObjective", {"logit_mean": 0.0, "logit_std": 1.0}),
-}
-OBJECTIVE_FLAGS = tuple(dict.fromkeys(name for _, flags in OBJECTIVES.values() for name in flags))
 # What a resumed run must not change about its optimiser and schedule, beside the numbers of updates.
 OPTIMIZER_FLAGS = ("optimizer", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay")
 OPTIMIZER_FLAGS += ("lr_num_cycles", "lr_power")
@@ -84,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     _check_data(args, parser)
-    _check_objective(args, parser)
+    check_objective_arguments(args, parser)
     _check_model(args, parser)
     _check_training(args, parser)
     _check_optimizer(args, parser)
@@ -102,7 +94,7 @@ def make_parser() -> ScriptParser:
     )
     _add_data_arguments(parser.add_argument_group("data").add_argument)
     _add_model_arguments(parser.add_argument_group("model").add_argument)
-    _add_objective_arguments(parser.add_argument_group("objective").add_argument)
+    add_objective_arguments(parser.add_argument_group("objective").add_argument)
     _add_training_arguments(parser.add_argument_group("training").add_argument)
     _add_log_arguments(parser.add_argument_group("checkpoints, validation, logs").add_argument)
     add_hub_arguments(parser.add_argument_group("publishing").add_argument)
@@ -146,28 +138,6 @@ def _add_model_arguments(add):
         "--pretrained_model_name_or_path",
         help="start from the weights of this pipeline or transformer; classes of the same names keep their rows",
     )
-
-
-def _add_objective_arguments(add):
-    add(
-        "--prediction_type",
-        default="epsilon",
-        choices=tuple(OBJECTIVES),
-        help="what the model predicts; flow_prediction is rectified flow, sampled by FlowMatchEulerDiscreteScheduler",
-    )
-    add(
-        "--variance_type",
-        choices=("learned_range", "fixed_small", "fixed_large"),
-        help="learned_range doubles the output channels and adds the variational bound to the loss "
-        "[learned_range; none for flow_prediction]",
-    )
-    add(
-        "--snr_gamma",
-        type=positive,
-        help="min-SNR weights of the squared error (arXiv 2303.09556), 5.0 there [none]",
-    )
-    add("--logit_mean", type=finite, help="of flow_prediction's logit-normal times; up is noisier [0.0]")
-    add("--logit_std", type=positive, help="of flow_prediction's logit-normal times [1.0]")
 
 
 def _add_training_arguments(add):
@@ -318,20 +288,6 @@ def _check_data(args, parser):
         args.vae = DEFAULT_VAE
     if args.vae not in (None, "none"):
         check_effects(parser, ["image_channels"], "with a VAE, which brings its own")
-
-
-def _check_objective(args, parser):
-    _, flags = OBJECTIVES[args.prediction_type]
-    for name in OBJECTIVE_FLAGS:
-        if getattr(args, name) is None:
-            setattr(args, name, flags.get(name))
-        elif name not in flags:
-            parser.error(f"--{name} has no meaning for --prediction_type {args.prediction_type}")
-    if args.prediction_type != "flow_prediction" and args.validation_inference_steps > 1000:
-        parser.error(
-            "--validation_inference_steps must be at most 1000, the noise levels of training, got "
-            f"{args.validation_inference_steps}"
-        )
 
 
 def _check_model(args, parser):

@@ -1,4 +1,4 @@
-"""The model of a run: of a preset and flags, of another model's config, or of pretrained weights."""
+"""The model of a run: of a preset and flags, of another model's config, or of pretrained weights; its objective."""
 
 import argparse
 from collections.abc import Mapping
@@ -6,18 +6,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin
+from diffusers import AutoencoderKL
 
 from ..class_embeddings import resize_class_embeddings_
 from ..data.latents import LatentDataset
 from ..data.settings import vae_fingerprint
 from ..files import sha256_of_weights
 from ..pipeline_mpdit import MPDiTPipeline
+from ..predictions import FLOW_PREDICTIONS
 from ..presets import get_preset
 from ..rows import normalize_weights_
 from ..sources import check_reachable, naming
 from ..transformer_mpdit import MPDiTTransformer2DModel
 from .arguments import DEFAULT_VAE, MODEL_FLAGS
+from .flow_matching import FlowMatchObjective
+from .objective_arguments import OBJECTIVES
+from .objectives import DDPMObjective, Objective
+
+
+# Of a flow's scheduler.
+SHIFT_OPTIONS = ("shift", "use_dynamic_shifting", "time_shift_type")
+SHIFT_OPTIONS += ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 
 
 @dataclass
@@ -44,13 +53,19 @@ def vae_of_pretrained(args: argparse.Namespace) -> str:
     return source if components.get("vae", [None])[0] is not None else "none"
 
 
-def load_pretrained(args: argparse.Namespace, vae: AutoencoderKL | None, scheduler: SchedulerMixin) -> Pretrained:
+def make_objective(args: argparse.Namespace, config: Mapping[str, Any]) -> Objective:
+    """The objective of the flags for a model of this config; its scheduler is saved and says how to sample."""
+    objective = FlowMatchObjective if args.prediction_type in FLOW_PREDICTIONS else DDPMObjective
+    options = {flag: getattr(args, flag) for flag in OBJECTIVES[args.prediction_type]}
+    return objective.of_recipe(args.prediction_type, config, **options)
+
+
+def load_pretrained(args: argparse.Namespace, vae: AutoencoderKL | None) -> Pretrained:
     """A pipeline or a transformer, refused where the VAE or the objective is another, before images are encoded.
 
     Args:
         args (argparse.Namespace): the command line.
         vae (AutoencoderKL, optional): of the run; None for pixels.
-        scheduler (SchedulerMixin): of the run's objective.
     """
     source = args.pretrained_model_name_or_path
     _check_reachable(args, "pretrained_model_name_or_path")
@@ -71,12 +86,18 @@ def load_pretrained(args: argparse.Namespace, vae: AutoencoderKL | None, schedul
             f"`--vae` must be the VAE of {source}, whose latents the transformer knows "
             f"({'none: it works on pixels' if pipeline.vae is None else 'its folder is vae/'}), got {args.vae}."
         )
-    wanted, stored = scheduler.config, pipeline.scheduler.config
-    for name in ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "shift"):
+    if pipeline.config.prediction_type != args.prediction_type:
+        raise ValueError(
+            f"`--prediction_type` must be {pipeline.config.prediction_type}, which is what {source} predicts, got "
+            f"{args.prediction_type}."
+        )
+    wanted, stored = make_objective(args, pipeline.transformer.config).scheduler.config, pipeline.scheduler.config
+    for name in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", *SHIFT_OPTIONS):
         if stored.get(name) != wanted.get(name):
+            way_out = "; see --shift" if name in SHIFT_OPTIONS else ""
             raise ValueError(
                 f"{source} must have been trained as `--prediction_type {args.prediction_type}` trains here, with "
-                f"{name} {wanted.get(name)} of the scheduler, got {stored.get(name)}."
+                f"{name} {wanted.get(name)} of the scheduler, got {stored.get(name)}{way_out}."
             )
     transformer, config = pipeline.transformer, pipeline.config
     sha256 = sha256_of_weights(transformer.state_dict())

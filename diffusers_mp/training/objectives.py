@@ -12,12 +12,13 @@ All of them answer the same calls, so that a training loop need not know which o
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 
+from ..predictions import LOSS_SPACES, SPACE_OF, error_factor
 from .bound import discretized_log_likelihood, normal_kl
 
 
@@ -41,6 +42,12 @@ PREDICTIONS = {
         error_to_mean=lambda alphas, before, cumprod: -(1 - alphas) / (alphas * (1 - cumprod)).sqrt(),
         weight=lambda snr, capped_snr: capped_snr / snr,
     ),
+    "sample": _Prediction(
+        target=lambda scheduler, latents, noise, timesteps: latents,
+        # Equation 7 of arXiv 2006.11239.
+        error_to_mean=lambda alphas, before, cumprod: (1 - alphas) * before.sqrt() / (1 - cumprod),
+        weight=lambda snr, capped_snr: capped_snr,
+    ),
     "v_prediction": _Prediction(
         target=lambda scheduler, latents, noise, timesteps: scheduler.get_velocity(latents, noise, timesteps),
         # An error in v is one of √ᾱ times as much in the noise; written so that it may be used at ᾱ = 0.
@@ -55,20 +62,25 @@ class Objective(ABC):
 
     Attributes:
         scheduler (SchedulerMixin): what is saved with the model, so that its samples need no further word.
+        prediction_type (str): what the model is trained to predict, as `MPDiTPipeline` names it.
+        loss_space (str): where its squared error is taken: "sample" (x), "epsilon" (ε) or "velocity" (v).
         learns_variance (bool): whether predictions have 2C channels.
     """
 
     scheduler: SchedulerMixin
+    prediction_type: str
+    loss_space: str
     learns_variance: bool = False
 
     @classmethod
     @abstractmethod
-    def of_recipe(cls, prediction_type: str, **options: Any) -> "Objective":
+    def of_recipe(cls, prediction_type: str, model_config: Mapping | None = None, **options: Any) -> "Objective":
         """The objective of the trainer's flags.
 
         Args:
             prediction_type (str): what the model predicts, of those that the class knows.
-            **options: the flags of this objective, see `arguments.OBJECTIVES`.
+            model_config (mapping, optional): that of the model, for times that depend on the size of its input.
+            **options: the flags of this objective, see `objective_arguments.OBJECTIVES`.
         """
 
     @abstractmethod
@@ -111,7 +123,7 @@ class Objective(ABC):
             noise (torch.Tensor): the noise that was added, shape of `latents`.
             timesteps (torch.Tensor): as `timesteps` gives them, shape (B,).
         Returns:
-            dict: `loss`, to be minimised, and `mse`, the unweighted squared error of the target, among others; each
+            dict: `loss`, to be minimised, and `mse`, the unweighted squared error in `loss_space`, among others; each
             of shape (B,), at least float32.
         Raises:
             ValueError: as in `add_noise`, or if the shape of `prediction` is another.
@@ -129,17 +141,22 @@ class Objective(ABC):
             if not 0 <= smallest <= largest < 1:
                 raise ValueError(f"`time` must lie in [0, 1), got {smallest} to {largest}")
 
+    def _take_loss_in(self, loss_space: str | None) -> None:
+        if loss_space not in (None, *LOSS_SPACES):
+            raise ValueError(f"`loss_space` must be one of {list(LOSS_SPACES)}, got {loss_space!r}")
+        self.loss_space = SPACE_OF[self.prediction_type] if loss_space is None else loss_space
+
     def _check_noise(self, latents: torch.Tensor, noise: torch.Tensor) -> None:
         if noise.shape != latents.shape:
             raise ValueError(f"`noise` must have shape {tuple(latents.shape)}, got {tuple(noise.shape)}")
 
 
 class DDPMObjective(Objective):
-    """Prediction of noise or of v, with a learned variance: squared error plus the bound of the drawn timestep.
+    """Prediction of noise, of v or of the sample, and the bound of the drawn timestep for a learned variance.
 
         x_t    = √ᾱ_t x_0 + √(1 - ᾱ_t) ε
-        target = ε, or v = √ᾱ_t ε - √(1 - ᾱ_t) x_0
-        mse    = mean (prediction - target)²
+        target = ε, x_0, or v = √ᾱ_t ε - √(1 - ᾱ_t) x_0
+        mse    = mean (prediction - target)², times the square of `predictions.error_factor` in another `loss_space`
         vb     = KL(q(x_{t-1} | x_t, x_0) ‖ p(x_{t-1} | x_t)) for t > 0, -log p(x_0 | x_1) for t = 0, in bits, mean
         loss   = weight · mse + vb
     Equations 5, 6, 15 and 16 of improved DDPM (arXiv 2102.09672), trained on latents as by DiT (arXiv 2212.09748): the
@@ -149,7 +166,8 @@ class DDPMObjective(Objective):
 
     The weight is 1, or with `snr_gamma` that of min-SNR (arXiv 2303.09556), where SNR = ᾱ_t / (1 - ᾱ_t):
     min(SNR, γ) / SNR for noise, min(SNR, γ) / (SNR + 1) for v: the same weight min(SNR, γ) on the error in x_0. The
-    bound is not weighted: it trains the variance alone, which min-SNR says nothing about.
+    loss would be the same in every space, so that another one than the prediction's is refused with it. The bound is
+    not weighted: it trains the variance alone, which min-SNR says nothing about.
 
     At t = 0 the likelihood is that of pixel levels of width 2/255 whose outermost are open (beyond ±0.999). Latents
     have no levels; this is what the published runs train on, kept so that they can be reproduced.
@@ -158,19 +176,21 @@ class DDPMObjective(Objective):
 
     Args:
         scheduler (DDPMScheduler): gives `alphas_cumprod`, from which every table is derived as its own `step` derives
-            them, so that the bound trained is that of the sampler. `prediction_type` is `epsilon` or `v_prediction`;
-            `variance_type` `learned_range` asks for predictions of 2C channels, target then interpolation;
-            `fixed_small`, `fixed_small_log` and `fixed_large` for C.
+            them, so that the bound trained is that of the sampler. `prediction_type` is `epsilon`, `v_prediction` or
+            `sample`; `variance_type` `learned_range` asks for predictions of 2C channels, target then interpolation;
+            `fixed_small`, `fixed_small_log` and `fixed_large` for C, the only ones for `sample`.
         snr_gamma (float, optional): γ of min-SNR, 5 in its paper; None for equal weights.
+        loss_space (str, optional): where the squared error is taken, "sample", "epsilon" or "velocity" (v); by default
+            where the prediction is. Denominators √ᾱ_t and √(1 - ᾱ_t) are clipped at 0.05.
     Attributes:
         num_timesteps (int): timesteps to draw from, 0 to this exclusive, all equally likely.
     Raises:
         TypeError: if `scheduler` is not a `DDPMScheduler`.
-        ValueError: if its `prediction_type` or `variance_type` is not supported, it ends at zero signal though noise
-            is predicted, or `snr_gamma` is not positive.
+        ValueError: if its `prediction_type` or `variance_type` is not supported, or not together, it ends at zero
+            signal though noise is predicted, `snr_gamma` is not positive, `loss_space` is none or of no effect.
     """
 
-    def __init__(self, scheduler: DDPMScheduler, snr_gamma: float | None = None):
+    def __init__(self, scheduler: DDPMScheduler, snr_gamma: float | None = None, loss_space: str | None = None):
         if not isinstance(scheduler, DDPMScheduler):
             raise TypeError(f"`scheduler` must be a DDPMScheduler, got {type(scheduler).__name__}")
         prediction_type, variance_type = scheduler.config.prediction_type, scheduler.config.variance_type
@@ -182,16 +202,30 @@ class DDPMObjective(Objective):
             raise ValueError(
                 f"`variance_type` of `scheduler` must be one of {list(VARIANCE_TYPES)}, got {variance_type!r}"
             )
+        if prediction_type == "sample" and variance_type == LEARNED_RANGE:
+            raise ValueError(
+                "`variance_type` of `scheduler` must be 'fixed_small' or 'fixed_large' for prediction_type 'sample', "
+                f"since a learned variance is trained beside noise or v, got {variance_type!r}"
+            )
         if snr_gamma is not None and not snr_gamma > 0:
             raise ValueError(f"`snr_gamma` must be positive, or None for equal weights, got {snr_gamma}")
+        self.prediction_type = prediction_type
+        self._take_loss_in(loss_space)
+        predicted = SPACE_OF[prediction_type]
+        if snr_gamma is not None and self.loss_space != predicted:
+            raise ValueError(
+                "`loss_space` must be None with `snr_gamma`, whose weights make the loss the same in every space, "
+                f"got {loss_space!r}"
+            )
         alphas_cumprod = scheduler.alphas_cumprod.cpu().double()
         self._prediction = PREDICTIONS[prediction_type]
-        tables = _ddpm_tables(alphas_cumprod, self._prediction, snr_gamma)
+        factor = error_factor(predicted, self.loss_space, alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
+        tables = torch.cat([_ddpm_tables(alphas_cumprod, self._prediction, snr_gamma), factor.square()[None]])
         if alphas_cumprod[-1] <= 0 and not tables.isfinite().all():
             raise ValueError(
                 "`alphas_cumprod` of `scheduler` must stay above 0, since without signal the noise says nothing about "
                 f"the sample, got {alphas_cumprod[-1].item()} at the last timestep (`rescale_betas_zero_snr`); "
-                "`prediction_type` 'v_prediction' can do it"
+                "`prediction_type` 'v_prediction' and 'sample' can do it"
             )
         self.scheduler = scheduler
         self.num_timesteps = len(alphas_cumprod)
@@ -201,7 +235,12 @@ class DDPMObjective(Objective):
 
     @classmethod
     def of_recipe(
-        cls, prediction_type: str, variance_type: str = LEARNED_RANGE, snr_gamma: float | None = None
+        cls,
+        prediction_type: str,
+        model_config: Mapping | None = None,
+        variance_type: str = LEARNED_RANGE,
+        snr_gamma: float | None = None,
+        loss_space: str | None = None,
     ) -> "DDPMObjective":
         """Noise levels of DiT: 1000, β linear from 1e-4 to 0.02; see `Objective.of_recipe`."""
         scheduler = DDPMScheduler(
@@ -213,7 +252,7 @@ class DDPMObjective(Objective):
             variance_type=variance_type,
             clip_sample=False,
         )
-        return cls(scheduler, snr_gamma=snr_gamma)
+        return cls(scheduler, snr_gamma, loss_space)
 
     def timesteps(self, time: torch.Tensor) -> torch.Tensor:
         """⌊time · num_timesteps⌋ (int64); see `Objective.timesteps`."""
@@ -241,7 +280,8 @@ class DDPMObjective(Objective):
         dtype = widest_dtype(prediction, latents, noise)
         prediction, latents, noise = prediction.to(dtype), latents.to(dtype), noise.to(dtype)
         timesteps = timesteps.to(latents.device)
-        min_log_variance, max_log_variance, error_to_mean, weight = self._table_rows(latents, timesteps)
+        rows = self._table_rows(latents, timesteps)
+        min_log_variance, max_log_variance, error_to_mean, weight, in_loss_space = rows
 
         if self.learns_variance:
             predicted_target, interpolation = prediction.chunk(2, dim=1)
@@ -252,7 +292,7 @@ class DDPMObjective(Objective):
             log_variance = (max_log_variance if self._fixed_large else min_log_variance).expand_as(latents)
 
         error = predicted_target - self._prediction.target(self.scheduler, latents, noise, timesteps)
-        mse = error.square().flatten(1).mean(dim=1)
+        mse = in_loss_space.flatten() * error.square().flatten(1).mean(dim=1)
         # Both means come from the same x_t, so their difference needs no x_t: it is the error in the target, scaled.
         # At t = 0 the posterior's mean is the sample itself.
         mean_error = error_to_mean * error.detach()

@@ -17,9 +17,10 @@ from ..files import read_json, remove_unfinished, write_json
 from ..optimization import scale_learning_rate
 from ..publishing.hub import public_arguments
 from ..transformer_mpdit import MPDiTTransformer2DModel
-from .arguments import LOCK_NAME, OBJECTIVE_FLAGS, OPTIMIZER_FLAGS
+from .arguments import LOCK_NAME, OPTIMIZER_FLAGS
 from .checkpoints import find_checkpoints, load_checkpoint, read_state, resolve_checkpoint
 from .model import Pretrained
+from .objective_arguments import OBJECTIVE_FLAGS
 from .run import Run
 from .summary import recipe_learning_rate
 from .tracking import JSONLinesTracker, tracker_options

@@ -9,9 +9,10 @@ from ..data.images import SourceReport
 from ..data.latents import LatentDataset
 from ..start_block import class_warnings, class_words, device_warnings, device_words, gibibytes, start_block
 from ..transformer_mpdit import MPDiTTransformer2DModel
-from .arguments import OBJECTIVES
 from .batch_size import RECIPE_BATCH_SIZE, divide_batch
 from .memory import activation_bytes, state_bytes
+from .model import make_objective
+from .objective_arguments import OBJECTIVES
 from .samples import num_to_hold_out
 
 
@@ -79,7 +80,7 @@ def start_of_run(
         "batch": str(batch),
         "data": _data_words(args, data),
         "model": _model_words(args, model, num_known_classes),
-        "objective": _objective_words(args),
+        "objective": _objective_words(args, config),
         "updates": _update_words(args, data, learning_rate, max_train_steps, step),
         "output": _output_words(args),
     }
@@ -129,10 +130,12 @@ def _model_words(args, model, num_known_classes):
     return f"{name}; {', '.join(config.modulation)}; {num_parameters:,} parameters, {kind} of {size}{pins}"
 
 
-def _objective_words(args):
-    _, flags = OBJECTIVES[args.prediction_type]
-    values = [f"{name} {getattr(args, name)}" for name in flags if getattr(args, name) is not None]
-    return ", ".join([args.prediction_type, *values])
+def _objective_words(args, config):
+    values = {name: getattr(args, name) for name in OBJECTIVES[args.prediction_type]}
+    values = {name: value for name, value in values.items() if value is not None}
+    if isinstance(values.get("shift"), str):
+        values["shift"] += f" ({make_objective(args, config).shift:.4g})"
+    return ", ".join([args.prediction_type, *(f"{name} {value}" for name, value in values.items())])
 
 
 def _update_words(args, data, learning_rate, max_train_steps, step):

@@ -3,10 +3,14 @@
 import json
 
 import pytest
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from evaluation_runs import make_pipeline
+from helpers import tiny_model
 from training_runs import contents
 
+from diffusers_mp import MPDiTPipeline, PowerFunctionEMA
+from diffusers_mp.averages.reconstruction import reconstruct_ema
+from diffusers_mp.averages.snapshots import save_snapshots
 from diffusers_mp.evaluation.model import EvaluatedModel, sampler_options
 from diffusers_mp.schedulers import sampler_for
 
@@ -53,3 +57,30 @@ def test_options_of_a_sampler_are_all_that_it_takes_as_json():
     # As it samples: of a variance that the transformer learns, only ancestral sampling knows.
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(DDPMScheduler().config, variance_type="learned_range")
     assert sampler_options(pipe)["variance_type"] is None
+
+
+def test_what_a_flow_predicts_is_known_of_pipelines_and_of_snapshots(tmp_path):
+    flow = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=2.0)
+    pipe = MPDiTPipeline(tiny_model("A", out_channels=4, in_channels=4), flow, prediction_type="flow_sample")
+    assert sampler_options(pipe)["prediction_type"] == "flow_sample"
+    ema = PowerFunctionEMA(pipe.transformer, (0.05, 0.10))
+    for step in (1, 2):
+        ema.update(step)
+        save_snapshots(ema, tmp_path / "run" / "ema_snapshots", pipe)
+    reconstruct_ema(tmp_path / "run" / "ema_snapshots", tmp_path / "rebuilt", 0.08)
+    rebuilt = MPDiTPipeline.from_pretrained(tmp_path / "rebuilt")
+    assert rebuilt.config.prediction_type == "flow_sample"
+    assert (rebuilt.scheduler.config.use_dynamic_shifting, rebuilt.scheduler.config.max_shift) == (True, 2.0)
+    rebuilt.scheduler = sampler_for(rebuilt.scheduler, "DPMSolverMultistepScheduler")
+    told = sampler_options(rebuilt)
+    assert (told["prediction_type"], told["use_dynamic_shifting"]) == ("flow_sample", True)
+    json.dumps(told, allow_nan=False)
+
+
+@pytest.mark.parametrize("sampler", [None, "UniPCMultistepScheduler", "FlowMatchHeunDiscreteScheduler"])
+def test_a_flow_of_samples_is_measured_with_any_of_its_samplers(tmp_path, sampler):
+    model = tiny_model("A", out_channels=3, in_channels=3)
+    MPDiTPipeline(model, FlowMatchEulerDiscreteScheduler(), prediction_type="flow_sample").save_pretrained(tmp_path)
+    pipe = EvaluatedModel(tmp_path).without_weights(sampler)
+    assert pipe.config.prediction_type == "flow_sample"
+    assert type(pipe.scheduler).__name__ == (sampler or "FlowMatchEulerDiscreteScheduler")

@@ -223,8 +223,14 @@ class TestErrors:
             (("--resolution", 16), f"`sample_size` of {TINY} must be 16 for these data .* got 8"),
             (("--image_channels", 3), f"`in_channels` of {TINY} must be 3 .* got 1"),
             (("--variance_type", "fixed_small"), f"`out_channels` of {TINY} must be 1 .* got 2"),
-            (("--prediction_type", "v_prediction"), "prediction_type v_prediction of the scheduler, got epsilon"),
-            (("--prediction_type", "flow_prediction"), "prediction_type None of the scheduler, got epsilon"),
+            (
+                ("--prediction_type", "v_prediction"),
+                "`--prediction_type` must be epsilon, .* got v_prediction",
+            ),
+            (
+                ("--prediction_type", "flow_prediction"),
+                "must be epsilon, which is what .* got flow_prediction",
+            ),
         ],
         ids=lambda value: value[1] if isinstance(value, tuple) else "",
     )

@@ -20,6 +20,7 @@ FLOORS = (
         "sharding",
         "sources",
         "class_labels",
+        "predictions",
         "presets",
         "functional",
         "sheets",

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch.distributions import Normal
 
 from diffusers_mp.training import FlowMatchObjective
@@ -154,3 +155,30 @@ def test_tensors_and_times_that_do_not_fit_are_refused():
         objective().loss(torch.randn(4, 6, 5, 6), latents, latents, timesteps)
     with pytest.raises(ValueError, match=r"`time` must lie in \[0, 1\), got 1.0 to 1.0"):
         objective().timesteps(torch.ones(2))
+
+
+@pytest.mark.parametrize("time_shift_type", ["exponential", "linear"])
+def test_times_are_drawn_under_the_shift_of_the_sampler(time_shift_type):
+    time = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+    plain = objective().timesteps(time).double() / 1000
+    constant = objective(shift=3.0).timesteps(time).double() / 1000
+    torch.testing.assert_close(torch.logit(constant), torch.logit(plain) + math.log(3), rtol=1e-4, atol=1e-4)
+    options = {"use_dynamic_shifting": True, "time_shift_type": time_shift_type}
+    scheduler = FlowMatchEulerDiscreteScheduler(base_shift=0.4, max_shift=2.0, **options)
+    mu = calculate_shift(1000, base_shift=0.4, max_shift=2.0)
+    dynamic = FlowMatchObjective(scheduler, num_tokens=1000).timesteps(time).double() / 1000
+    torch.testing.assert_close(dynamic, scheduler.time_shift(mu, 1.0, plain), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="`num_tokens` must be the number of image tokens .* got None"):
+        FlowMatchObjective(scheduler)
+
+
+def test_shifts_of_the_recipe_end_in_the_scheduler():
+    config = {"in_channels": 768, "sample_size": 16, "patch_size": 1}
+    flow = FlowMatchObjective.of_recipe("flow_prediction", config, shift="dimension")
+    # arXiv 2510.11690: √(768 · 16 · 16 / 4096).
+    assert flow.shift == flow.scheduler.config.shift == pytest.approx(math.sqrt(48))
+    assert FlowMatchObjective.of_recipe("flow_sample", config, shift=2.5).scheduler.config.shift == 2.5
+    flow = FlowMatchObjective.of_recipe("flow_prediction", config, shift="resolution", base_shift=0.3, max_shift=2.0)
+    stored = flow.preview_scheduler().config
+    assert (stored.use_dynamic_shifting, stored.base_shift, stored.max_shift) == (True, 0.3, 2.0)
+    assert flow.shift == pytest.approx(math.exp(calculate_shift(256, base_shift=0.3, max_shift=2.0)))

@@ -1,5 +1,6 @@
 """Losses against textbook forms in float64 that go the long way: noisy sample, predicted sample, both Normals."""
 
+import itertools
 import math
 
 import pytest
@@ -334,8 +335,10 @@ def test_v_may_end_at_zero_signal():
     assert prediction.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("variance_type", ["learned_range", "fixed_small"])
+@pytest.mark.parametrize(
+    "prediction_type, variance_type",
+    [*itertools.product(("epsilon", "v_prediction"), ("learned_range", "fixed_small")), ("sample", "fixed_small")],
+)
 def test_min_snr_weights_the_squared_error_and_not_the_bound(prediction_type, variance_type):
     schedule = scheduler(prediction_type=prediction_type, variance_type=variance_type)
     # γ = 5 is reached between timesteps 260 and 270.
@@ -348,7 +351,7 @@ def test_min_snr_weights_the_squared_error_and_not_the_bound(prediction_type, va
     expected = []
     for alpha_bar in schedule.alphas_cumprod.double()[timesteps].tolist():
         snr = alpha_bar / (1 - alpha_bar)
-        expected.append(min(snr, 5) / (snr if prediction_type == "epsilon" else snr + 1))
+        expected.append(min(snr, 5) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type])
     bound = plain["vb"] if variance_type == "learned_range" else 0
     torch.testing.assert_close((weighted["loss"] - bound) / plain["mse"], torch.tensor(expected).double())
 
@@ -377,9 +380,9 @@ def test_gamma_must_be_positive(snr_gamma):
         DDPMObjective(scheduler(), snr_gamma=snr_gamma)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_previews_predict_what_was_trained(prediction_type):
-    objective = DDPMObjective(scheduler(prediction_type=prediction_type, beta_end=0.03))
+    objective = DDPMObjective(scheduler(prediction_type=prediction_type, variance_type="fixed_small", beta_end=0.03))
     preview = objective.preview_scheduler()
     assert isinstance(preview, DPMSolverMultistepScheduler)
     assert preview.config.prediction_type == prediction_type
@@ -394,16 +397,14 @@ def test_other_schedulers_are_refused():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
+        ({"prediction_type": "flow_sample"}, "`prediction_type` .* must be one of .*'v_pred.* got 'flow_sample'"),
         (
             {"prediction_type": "sample"},
-            r"`prediction_type` .* must be one of \['epsilon', 'v_pred.* got 'sample'",
+            "`variance_type` .* for prediction_type 'sample', .* got 'learned_range'",
         ),
         ({"variance_type": "learned"}, "`variance_type` .* must be one of .*'learned_range'.* got 'learned'"),
         ({"variance_type": "fixed_large_log"}, "`variance_type` .* got 'fixed_large_log'"),
-        (
-            {"rescale_betas_zero_snr": True},
-            "`alphas_cumprod` .* must stay above 0.* got 0.0 .*rescale_betas_zero_snr",
-        ),
+        ({"rescale_betas_zero_snr": True}, "`alphas_cumprod` .* must stay above 0.* got 0.0 .*rescale_betas_zero_snr"),
     ],
 )
 def test_schedulers_without_this_objective_are_refused(kwargs, message):

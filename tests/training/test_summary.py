@@ -69,6 +69,21 @@ def test_rows_follow_the_flags(block):
     assert " 1 averages; " in rows["memory"]
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("flow_sample --loss_space velocity", "flow_sample, logit_mean 0.0, logit_std 1.0, loss_space velocity"),
+        # 4 x 32 x 32 values are those at which nothing is shifted.
+        ("flow_epsilon --shift dimension", "flow_epsilon, logit_mean 0.0, logit_std 1.0, shift dimension (1)"),
+        # exp(0.5) at 16 x 16 tokens.
+        ("flow_epsilon --shift resolution", "flow_epsilon, logit_mean 0.0, logit_std 1.0, shift resolution (1.649)"),
+        ("sample --loss_space epsilon", "sample, variance_type fixed_small, loss_space epsilon"),
+    ],
+)
+def test_the_objective_is_told_with_its_loss_and_its_shift(block, flags, words):
+    assert block("--prediction_type", *flags.split())[0]["objective"] == words
+
+
 def test_a_stream_is_counted_by_encoding_it(block):
     data = DataSummary(None, {}, None)
     rows, warnings = block("--streaming", "--num_train_epochs", "2", data=data, max_train_steps=None)

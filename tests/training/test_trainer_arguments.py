@@ -14,8 +14,9 @@ from training_runs import arguments
 from diffusers_mp import training
 from diffusers_mp.arguments import LR_SCHEDULERS
 from diffusers_mp.averages.ema import MAX_STD
-from diffusers_mp.training.arguments import OBJECTIVES, parse_args
+from diffusers_mp.training.arguments import parse_args
 from diffusers_mp.training.model import model_config
+from diffusers_mp.training.objective_arguments import OBJECTIVES
 
 
 def test_what_is_written_out_to_keep_imports_light_is_what_its_owners_say():
@@ -30,10 +31,14 @@ def test_what_is_written_out_to_keep_imports_light_is_what_its_owners_say():
 
 @pytest.mark.parametrize("prediction_type", OBJECTIVES)
 def test_an_objective_takes_the_flags_of_the_table_with_their_defaults(prediction_type):
-    name, flags = OBJECTIVES[prediction_type]
-    parameters = dict(inspect.signature(getattr(training, name).of_recipe).parameters)
-    del parameters["prediction_type"]
-    assert {name: parameter.default for name, parameter in parameters.items()} == flags
+    objective = training.FlowMatchObjective if "flow" in prediction_type else training.DDPMObjective
+    parameters = dict(inspect.signature(objective.of_recipe).parameters)
+    del parameters["prediction_type"], parameters["model_config"]
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    if prediction_type == "sample":
+        defaults["variance_type"] = "fixed_small"
+    assert defaults == OBJECTIVES[prediction_type]
+    assert objective.of_recipe(prediction_type, **defaults).prediction_type == prediction_type
 
 
 def test_help_says_no_second_default(capsys):
@@ -248,10 +253,41 @@ def test_wrong_flags_are_refused(tmp_path, capsys, more, message):
         ),
         ("--snr_gamma 0", "argument --snr_gamma: must be positive, got 0"),
         ("--prediction_type flow_prediction --logit_std -1", "argument --logit_std: must be positive, got -1"),
-        ("--prediction_type sample", "invalid choice: 'sample'"),
+        ("--prediction_type original_sample", "invalid choice: 'original_sample'"),
+        (
+            "--prediction_type sample --variance_type learned_range",
+            "--variance_type must be fixed_small or fixed_large for --prediction_type sample, since a learned",
+        ),
+        ("--loss_space v", "argument --loss_space: invalid choice: 'v'"),
+        (
+            "--snr_gamma 5 --loss_space sample",
+            "--loss_space sample has no meaning with --snr_gamma, whose weights make the loss the same in every space",
+        ),
+        ("--shift 2", "--shift has no meaning for --prediction_type epsilon"),
+        (
+            "--prediction_type flow_sample --shift size",
+            "argument --shift: must be positive, dimension or resolution, got size",
+        ),
+        (
+            "--prediction_type flow_sample --shift 0",
+            "argument --shift: must be positive, dimension or resolution, got 0",
+        ),
+        (
+            "--prediction_type flow_sample --shift 2 --max_shift 1",
+            "--max_shift has no meaning without --shift resolution",
+        ),
     ],
 )
 def test_flags_that_contradict_each_other(tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit):
         parse_args(arguments(tmp_path, tmp_path / "run", *flags.split()))
     assert message in capsys.readouterr().err
+
+
+def test_the_space_of_the_prediction_is_the_run_without_the_flag(tmp_path):
+    def loss_space(*flags):
+        return parse_args(arguments(tmp_path, tmp_path / "run", *flags)).loss_space
+
+    assert loss_space("--loss_space", "epsilon") is loss_space() is None
+    assert loss_space("--prediction_type", "flow_prediction", "--loss_space", "velocity") is None
+    assert loss_space("--prediction_type", "flow_sample", "--loss_space", "velocity") == "velocity"
