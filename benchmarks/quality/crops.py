@@ -83,11 +83,16 @@ def standards() -> tuple[torch.Tensor, torch.Tensor]:
     return mean.float(), std.float()
 
 
-def crops(seed: int = 0):
-    """Standardised crops and labels: of training, and of validation; the same for all seeds."""
+@functools.cache
+def _standardised(size: int):
     mean, std = standards()
-    parts = draw_crops("training", NUM_TRAINING), draw_crops("validation", NUM_VALIDATION)
+    parts = draw_crops("training", NUM_TRAINING, size=size), draw_crops("validation", NUM_VALIDATION, size=size)
     return tuple(((images.float() - mean) / std, labels) for images, labels in parts)
+
+
+def crops(seed: int = 0, size: int = SIZE):
+    """Standardised crops and labels: of training, and of validation; the same for all seeds."""
+    return _standardised(size)
 
 
 def as_pixels(standardised: torch.Tensor) -> torch.Tensor:

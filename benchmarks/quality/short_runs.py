@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from diffusers_mp import MPDiTTransformer2DModel, NormWatch, PowerFunctionEMA, get_preset, normalize_weights_
 from diffusers_mp.optimization import inverse_sqrt_schedule, parameter_groups
 from diffusers_mp.rows import trust_rows_
-from diffusers_mp.training import DDPMObjective, validation_losses, validation_timesteps
+from diffusers_mp.training import DDPMObjective, Objective, validation_losses, validation_timesteps
 
 
 BATCH_SIZE, WARM_UP, NUM_HELD_OUT, EMA_STD = 64, 100, 256, 0.10
@@ -63,8 +63,8 @@ def digits(seed: int):
     return (images[trained], labels[trained]), (images[held_out], labels[held_out])
 
 
-def make_model(run: Run, images: torch.Tensor, head_dim: int = 32) -> MPDiTTransformer2DModel:
-    """The model of a run for images of ten classes, in training mode: 16 tokens."""
+def make_model(run: Run, images: torch.Tensor, head_dim: int = 32, **sizes: int) -> MPDiTTransformer2DModel:
+    """The model of a run for images of ten classes, in training mode: 16 tokens, if `sizes` do not say otherwise."""
     torch.manual_seed(run.seed)
     num_channels, size = images.shape[1:3]
     config = get_preset(
@@ -77,6 +77,7 @@ def make_model(run: Run, images: torch.Tensor, head_dim: int = 32) -> MPDiTTrans
         in_channels=num_channels,
         sample_size=size,
         num_classes=10,
+        **sizes,
     )
     return MPDiTTransformer2DModel(**config).train()
 
@@ -86,9 +87,10 @@ def make_objective() -> DDPMObjective:
     return DDPMObjective.of_recipe("epsilon", variance_type="fixed_small", snr_gamma=None)
 
 
-def loss_of(model: MPDiTTransformer2DModel, unseen: torch.Tensor, of_unseen: torch.Tensor) -> float:
+def loss_of(model: torch.nn.Module, unseen: torch.Tensor, of_unseen: torch.Tensor, objective=None) -> float:
     """The loss of held-out images, mean of eight noise levels."""
-    objective, noise = make_objective(), torch.randn(unseen.shape, generator=torch.Generator().manual_seed(0))
+    objective = objective or make_objective()
+    noise = torch.randn(unseen.shape, generator=torch.Generator().manual_seed(0))
     batches = [{"latents": unseen, "noise": noise, "class_label": of_unseen}]
     return validation_losses(model, objective, batches, validation_timesteps(objective, 8), noise.device)["loss"]
 
@@ -116,6 +118,7 @@ def train(
     build: Callable[[Run, torch.Tensor], MPDiTTransformer2DModel] = make_model,
     groups: Callable = parameter_groups,
     measure: Callable[[MPDiTTransformer2DModel], dict] | None = None,
+    objective: Objective | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> dict:
     """Train as a run says.
@@ -128,6 +131,7 @@ def train(
         build (callable): the model of a run, for such images.
         groups (callable): parameter groups of a model and a learning rate.
         measure (callable, optional): what else to note of the averaged model.
+        objective (Objective, optional): by default `make_objective()`.
         batch_size (int): images of an update.
     Returns:
         dict: whether it `ended` with finite losses, else the `update` at which it did not; `largest_rms` of a token
@@ -135,7 +139,7 @@ def train(
         way, `last_loss`, and the `validation_loss` of its average.
     """
     (images, labels), (unseen, of_unseen) = data(run.seed)
-    model, objective = build(run, images), make_objective()
+    model, objective = build(run, images), objective or make_objective()
     optimizer = torch.optim.Adam(groups(model, lr=run.learning_rate), betas=(0.9, 0.99))
     schedule = inverse_sqrt_schedule(optimizer, WARM_UP, run.num_updates)
     autocast = contextlib.nullcontext()
@@ -185,7 +189,7 @@ def train(
     record |= {"largest_loss": max(finite), "last_loss": finite[-1]}
     if record["ended"]:
         ema.copy_to(model, EMA_STD)
-        record["validation_loss"] = loss_of(model.eval(), unseen, of_unseen)
+        record["validation_loss"] = loss_of(model.eval(), unseen, of_unseen, objective)
         if measure is not None:
             record |= measure(model)
     return record | {"seconds": round(time.perf_counter() - started)}

@@ -134,6 +134,8 @@ def test_arms_are_compared_seed_by_seed(capsys):
     printed = capsys.readouterr().out
     found = few_bits.by_arm_and_seed(records)
     assert set(found) == {*headline.ARMS, "A / 2", "F rotate / 2"}
-    assert few_bits.differences(found, "F rotate", few_bits.PRIMARY) == pytest.approx([seed / 100 - 1 for seed in range(8)])
+    assert few_bits.differences(found, "F rotate", few_bits.PRIMARY) == pytest.approx(
+        [seed / 100 - 1 for seed in range(8)]
+    )
     assert "| W8A8, constant | F shift | 8 | -0.97 |" in printed
     assert "W8A8, constant, F shift: p = " in printed

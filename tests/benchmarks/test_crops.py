@@ -29,6 +29,7 @@ def test_a_crop_lies_in_a_block_of_its_photograph():
 def test_standardised_crops_are_of_magnitude_one_and_come_back(monkeypatch):
     monkeypatch.setattr(crops, "NUM_TRAINING", 500)
     crops.standards.cache_clear()
+    crops._standardised.cache_clear()
     (images, _), _ = crops.crops()
     assert images.mean((0, 2, 3)).abs().max() < 1e-4
     assert images.std((0, 2, 3)) == pytest.approx([1.0] * 3, abs=1e-4)
@@ -37,6 +38,7 @@ def test_standardised_crops_are_of_magnitude_one_and_come_back(monkeypatch):
     assert crops.nearest_training_ratio(crops.draw_crops("training", 500).images[:100]) < 1e-3
     assert 0.7 < crops.nearest_training_ratio(crops.draw_crops("validation", 100, seed=2).images) < 1.3
     crops.standards.cache_clear()
+    crops._standardised.cache_clear()
 
 
 def test_the_judge_tells_photographs_apart(monkeypatch):

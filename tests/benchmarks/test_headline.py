@@ -17,11 +17,11 @@ def small():
         patch.setattr(headline, name, value)
     patch.setattr(headline, "WIDTH", 32)
     patch.setattr(headline.bits, "LIMITS", (4.0, 8.0))
-    for cached in (crops.standards, crops.the_judge):
+    for cached in (crops.standards, crops._standardised, crops.the_judge):
         cached.cache_clear()
     yield
     patch.undo()
-    for cached in (crops.standards, crops.the_judge):
+    for cached in (crops.standards, crops._standardised, crops.the_judge):
         cached.cache_clear()
 
 
