@@ -1,8 +1,6 @@
 """Class ids or names in, images out."""
 
-import difflib
 import inspect
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,8 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from . import guidance, schedulers
-from .class_labels import ids_by_name
+from . import call_inputs, guidance, schedulers
 from .configuration import check_latent_statistics
 from .transformer_mpdit import MPDiTTransformer2DModel
 
@@ -138,44 +135,7 @@ class MPDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: if an id is out of range, or a name is unknown or stands for several classes.
         """
-        num_classes = self.transformer.config.num_classes
-        if num_classes is None:
-            raise ValueError(
-                "`class_labels` must be None for a transformer without classes (`num_classes=None`); set "
-                f"`num_images_per_class` for the number of images. Got {class_labels!r}."
-            )
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            class_labels = class_labels.reshape(-1).tolist()
-        if isinstance(class_labels, (int, str, np.integer)):
-            class_labels = [class_labels]
-        if not isinstance(class_labels, (list, tuple, range)) or len(class_labels) == 0:
-            raise ValueError(f"`class_labels` must be a label or a non-empty list of labels, got {class_labels!r}.")
-        ids_of, ids = ids_by_name(self.id2label), []
-        for label in class_labels:
-            if isinstance(label, str):
-                if self.id2label is None:
-                    raise ValueError(
-                        f"`class_labels` has the name {label!r}, but this pipeline has no `id2label`; use an id in "
-                        f"[0, {num_classes - 1}]."
-                    )
-                found = sorted(ids_of.get(label.strip(), ()))
-                if len(found) > 1:
-                    raise ValueError(f"`class_labels` has the ambiguous name {label!r}; use one of its ids: {found}.")
-                if not found:
-                    close = difflib.get_close_matches(label, ids_of, n=3, cutoff=0.5)
-                    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-                    raise ValueError(
-                        f"`class_labels` must be ids or names from `pipe.id2label`, got the unknown name {label!r}."
-                        f"{hint}"
-                    )
-                ids.extend(found)
-            elif isinstance(label, (int, np.integer)) and not isinstance(label, bool):
-                if not 0 <= label < num_classes:
-                    raise ValueError(f"`class_labels` must be ids in [0, {num_classes - 1}] or names, got {label}.")
-                ids.append(int(label))
-            else:
-                raise ValueError(f"`class_labels` must be ids (int) or names (str), got {label!r}.")
-        return ids
+        return call_inputs.label_ids(class_labels, self.transformer.config.num_classes, self.id2label)
 
     def check_guidance(
         self, guidance_scale: float | None, guidance_interval: tuple[float, float] | None = None
@@ -211,53 +171,15 @@ class MPDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: naming the argument, the rule and what it got.
         """
-        patch_size = self.transformer.config.patch_size
-        if self.guidance_transformer is not None:
-            patch_size = math.lcm(patch_size, self.guidance_transformer.config.patch_size)
-        multiple = self.vae_scale_factor * patch_size
-        if any(not isinstance(side, int) or side < 1 or side % multiple for side in (height, width)):
-            raise ValueError(
-                f"`height` and `width` must be positive multiples of {multiple} (VAE factor {self.vae_scale_factor} x "
-                f"patch size {patch_size}), got {height}x{width}."
-            )
-        counts = {"num_images_per_class": num_images_per_class, "num_inference_steps": num_inference_steps}
-        for name, value in counts.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {unknown}."
-            )
-
-    def _conditions(self, class_labels, pooled_projections, num_images_per_class: int) -> dict[str, torch.Tensor]:
-        """What the transformer is told of each image, by the names of its arguments."""
-        num_classes, dim = self.transformer.config.num_classes, self.transformer.config.pooled_projection_dim
-        conditions = {}
-        if class_labels is not None:
-            conditions["class_labels"] = torch.tensor(self.get_label_ids(class_labels))
-        elif num_classes is not None:
-            raise ValueError(
-                f"`class_labels` must be given: ids in [0, {num_classes - 1}] or names from `pipe.id2label`."
-            )
-        if pooled_projections is not None:
-            guidance.check_vectors("pooled_projections", pooled_projections, dim)
-            conditions["pooled_projections"] = pooled_projections
-        elif dim is not None:
-            raise ValueError(
-                f"`pooled_projections` must be given: vectors of shape (N, {dim}), one for each condition."
-            )
-        numbers = [len(of_each) for of_each in conditions.values()]
-        if len(set(numbers)) > 1:
-            raise ValueError(
-                f"`class_labels` and `pooled_projections` must be of equal number, got {numbers[0]} and {numbers[1]}."
-            )
-        return {
-            name: of_each.to(self._execution_device).repeat_interleave(num_images_per_class, dim=0)
-            for name, of_each in conditions.items()
-        }
+        call_inputs.check_inputs(
+            self,
+            num_images_per_class,
+            height,
+            width,
+            num_inference_steps,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
 
     def prepare_latents(
         self,
@@ -389,7 +311,7 @@ class MPDiTPipeline(DiffusionPipeline):
 
         # 1. Check the arguments against the components, which may have been exchanged since the last call
         self.check_inputs(num_images_per_class, height, width, num_inference_steps, output_type, names_for_callback)
-        conditions = self._conditions(class_labels, pooled_projections, num_images_per_class)
+        conditions = call_inputs.conditions(self, class_labels, pooled_projections, num_images_per_class)
         batch_size = len(next(iter(conditions.values()), range(num_images_per_class)))
         self.check_guidance(guidance_scale, guidance_interval)
         guidance.check_negative(self, negative_pooled_projections, pooled_projections, guidance_scale)

@@ -35,6 +35,7 @@ FLOORS = (
     {"transformer_mpdit", "original_dit"},
     {"class_embeddings", "schedulers"},
     {"guidance"},
+    {"call_inputs"},
     {"pipeline_mpdit"},
     {"data", "averages", "publishing", "diagnostics"},
     {"training", "evaluation", "rotation_swap"},
