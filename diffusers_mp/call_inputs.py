@@ -1,14 +1,22 @@
 """What a call of the pipeline is given: held against the components, and made what the loop takes."""
 
 import difflib
+import inspect
 import math
+import operator
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import numpy as np
 import torch
+from diffusers import EDMEulerScheduler, UniPCMultistepScheduler
+from diffusers.schedulers import SchedulerMixin
 
-from . import guidance
+from . import guidance, schedulers
 from .class_labels import ids_by_name
+
+
+_TAKE_OTHER_SIGMAS = (EDMEulerScheduler, UniPCMultistepScheduler)
 
 
 def label_ids(
@@ -20,14 +28,11 @@ def label_ids(
             "`class_labels` must be None for a transformer without classes (`num_classes=None`); set "
             f"`num_images_per_class` for the number of images. Got {class_labels!r}."
         )
-    if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-        class_labels = class_labels.reshape(-1).tolist()
-    if isinstance(class_labels, (int, str, np.integer)):
-        class_labels = [class_labels]
-    if not isinstance(class_labels, (list, tuple, range)) or len(class_labels) == 0:
+    labels = _flat(class_labels)
+    if not labels:
         raise ValueError(f"`class_labels` must be a label or a non-empty list of labels, got {class_labels!r}.")
     ids_of, ids = ids_by_name(id2label), []
-    for label in class_labels:
+    for label in labels:
         if isinstance(label, str):
             if id2label is None:
                 raise ValueError(
@@ -44,13 +49,27 @@ def label_ids(
                     f"`class_labels` must be ids or names from `pipe.id2label`, got the unknown name {label!r}.{hint}"
                 )
             ids.extend(found)
-        elif isinstance(label, (int, np.integer)) and not isinstance(label, bool):
+        elif is_whole(label):
             if not 0 <= label < num_classes:
                 raise ValueError(f"`class_labels` must be ids in [0, {num_classes - 1}] or names, got {label}.")
             ids.append(int(label))
         else:
             raise ValueError(f"`class_labels` must be ids (int) or names (str), got {label!r}.")
     return ids
+
+
+def _flat(labels) -> list:
+    # As nested as `[[1], [4]]`, which is how diffusers makes a batch of `[1]`.
+    if isinstance(labels, (torch.Tensor, np.ndarray)):
+        labels = labels.reshape(-1).tolist()
+    if isinstance(labels, (list, tuple, range)):
+        return [label for each in labels for label in _flat(each)]
+    return [labels]
+
+
+def is_whole(value) -> bool:
+    """Whether a value is an integer, of Python or NumPy, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_inputs(
@@ -67,21 +86,22 @@ def check_inputs(
     if pipe.guidance_transformer is not None:
         patch_size = math.lcm(patch_size, pipe.guidance_transformer.config.patch_size)
     multiple = pipe.vae_scale_factor * patch_size
-    if any(not isinstance(side, int) or side < 1 or side % multiple for side in (height, width)):
+    if any(not is_whole(side) or side < 1 or side % multiple for side in (height, width)):
         raise ValueError(
-            f"`height` and `width` must be positive multiples of {multiple} (VAE factor {pipe.vae_scale_factor} x "
-            f"patch size {patch_size}), got {height}x{width}."
+            f"`height` and `width` must be ints, positive multiples of {multiple} (VAE factor "
+            f"{pipe.vae_scale_factor} x patch size {patch_size}), got {height!r} x {width!r}."
         )
     counts = {"num_images_per_class": num_images_per_class, "num_inference_steps": num_inference_steps}
     for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
+        if not is_whole(value) or value < 1:
             raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-    unknown = [name for name in callback_on_step_end_tensor_inputs if name not in pipe._callback_tensor_inputs]
-    if unknown:
+    names = callback_on_step_end_tensor_inputs
+    if isinstance(names, str) or not set(names) <= set(pipe._callback_tensor_inputs):
         raise ValueError(
-            f"`callback_on_step_end_tensor_inputs` must be among {pipe._callback_tensor_inputs}, got {unknown}."
+            f"`callback_on_step_end_tensor_inputs` must be a list of names out of {pipe._callback_tensor_inputs}, got "
+            f"{names!r}."
         )
 
 
@@ -107,3 +127,63 @@ def conditions(pipe, class_labels, pooled_projections, num_images_per_class: int
         name: of_each.to(pipe._execution_device).repeat_interleave(num_images_per_class, dim=0)
         for name, of_each in of_images.items()
     }
+
+
+def set_timesteps(
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> None:
+    """Give a scheduler its steps: so many of its own, or those given.
+
+    Raises:
+        ValueError: if the scheduler does not take them, or would take others than those; if both are given.
+    """
+    # On the CPU, as the scheduler's tables are: it would read one of a device several times in each step.
+    if timesteps is None and sigmas is None:
+        scheduler.set_timesteps(num_inference_steps, device="cpu")
+        return
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("`timesteps` and `sigmas` must not be given both: each says which steps to take.")
+    name, values = ("timesteps", timesteps) if sigmas is None else ("sigmas", sigmas)
+    is_flow, options = schedulers.is_flow(scheduler), inspect.signature(scheduler.set_timesteps).parameters
+    # For flows, diffusers shifts the noise level and not the timestep, or ignores what is given. EDM's samplers take
+    # positions on their curve for noise levels, UniPC levels of a flow alone.
+    suits = not is_flow if name == "timesteps" else is_flow or not isinstance(scheduler, _TAKE_OTHER_SIGMAS)
+    if name not in options or not suits:
+        kind = "flow" if is_flow else "diffusion"
+        way_out = "; `sigmas` are its shares of the noise" if is_flow and name != "sigmas" in options else ""
+        raise ValueError(
+            f"`{name}` must be None with {type(scheduler).__name__}, which takes none of a {kind}{way_out}; got "
+            f"{values!r}."
+        )
+    values = values.tolist() if isinstance(values, (torch.Tensor, np.ndarray)) else values
+    top = {"timesteps": scheduler.config.num_train_timesteps - 1, "sigmas": 1 if is_flow else math.inf}[name]
+    if not _is_descending(values, top):
+        raise ValueError(f"`{name}` must be numbers that descend from {top} at most to 0 at least, got {values!r}.")
+    scheduler.set_timesteps(**{name: np.array(values)}, device="cpu")  # UniPC calculates with what it is given
+    taken = scheduler.timesteps.unique().flip(0).tolist()  # samplers of order 2 have each twice
+    if name == "timesteps" and taken != list(values):
+        raise ValueError(
+            f"`timesteps` must be whole for a {type(scheduler).__name__}, which takes {taken}; got {values}."
+        )
+
+
+def _is_descending(values, top: float) -> bool:
+    if not isinstance(values, (list, tuple, range)) or not all(isinstance(value, Real) for value in values):
+        return False
+    return len(values) > 0 and top >= values[0] and values[-1] >= 0 and all(map(operator.gt, values, values[1:]))
+
+
+def latents_after(returned: dict | None, latents: torch.Tensor) -> torch.Tensor:
+    """The latents to go on with after a callback has returned.
+
+    Raises:
+        TypeError: if it has returned something else than a dict or None.
+    """
+    if returned is None:
+        return latents
+    if not isinstance(returned, dict):
+        raise TypeError(f"`callback_on_step_end` must return a dict or None, got {type(returned).__name__}.")
+    return returned.get("latents", latents)

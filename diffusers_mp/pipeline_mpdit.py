@@ -15,10 +15,11 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from . import call_inputs, guidance, schedulers
 from .configuration import check_latent_statistics
+from .lora import TransformerLoraLoaderMixin
 from .transformer_mpdit import MPDiTTransformer2DModel
 
 
-class MPDiTPipeline(DiffusionPipeline):
+class MPDiTPipeline(DiffusionPipeline, TransformerLoraLoaderMixin):
     """Class-conditional or unconditional image generation with an `MPDiTTransformer2DModel`.
 
     The transformer works on standardised latents, `(z - latents_mean) / latents_std` per channel, where z is the
@@ -103,6 +104,31 @@ class MPDiTPipeline(DiffusionPipeline):
         self.id2label = id2label
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "MPDiTPipeline":
+        """Another pipeline of the same parts, and of others given by name, which share their memory.
+
+        As in diffusers, but that parts keep their dtypes where none is asked for.
+
+        Args:
+            pipeline (DiffusionPipeline): what to take parts and settings from.
+            kwargs: arguments of `MPDiTPipeline` that replace those of `pipeline`; `dtype`, or `torch_dtype`, for all
+                parts.
+        Returns:
+            MPDiTPipeline: the new pipeline.
+        Raises:
+            TypeError: if there is no transformer of this package, or an argument is unknown.
+            ValueError: if the components do not fit each other.
+        """
+        torch_dtype = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", torch_dtype)
+        own = {**pipeline.config, **pipeline.components}
+        names = inspect.signature(cls).parameters
+        other = cls(**{"transformer": None, **{name: own[name] for name in names if name in own}, **kwargs})
+        if "_name_or_path" in pipeline.config:
+            other.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
+        return other if dtype is None else other.to(dtype=dtype)
 
     @property
     def guidance_scale(self) -> float | None:
@@ -197,7 +223,7 @@ class MPDiTPipeline(DiffusionPipeline):
             height (int): height of the images in pixels.
             width (int): width of the images in pixels.
             generator (torch.Generator or list of them, optional): one for all or one for each image.
-            latents (torch.Tensor, optional): noise of RMS 1 to use instead of drawing it.
+            latents (torch.Tensor or numpy.ndarray, optional): noise of RMS 1 to use instead of drawing it.
             init_noise_sigma (float or torch.Tensor): the magnitude, which some schedulers know once timesteps are set.
         Returns:
             torch.Tensor: shape (B, C, height / vae_scale_factor, width / vae_scale_factor), at least float32.
@@ -217,10 +243,14 @@ class MPDiTPipeline(DiffusionPipeline):
             )
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
-        elif latents.shape != shape:
-            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+        elif not isinstance(latents, (torch.Tensor, np.ndarray)) or latents.shape != shape:
+            got = getattr(latents, "shape", None)
+            raise ValueError(
+                f"`latents` must be a tensor of shape {shape}, got "
+                f"{type(latents).__name__ if got is None else tuple(got)}."
+            )
         else:
-            latents = latents.to(device=self._execution_device, dtype=dtype)
+            latents = torch.as_tensor(latents).to(device=self._execution_device, dtype=dtype)
         return latents * init_noise_sigma
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -251,13 +281,15 @@ class MPDiTPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[["MPDiTPipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end: Callable[["MPDiTPipeline", int, torch.Tensor, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> ImagePipelineOutput | tuple[list[PIL.Image.Image] | np.ndarray | torch.Tensor]:
         """Generate images.
@@ -272,7 +304,12 @@ class MPDiTPipeline(DiffusionPipeline):
             num_images_per_class (int): images for each class label or condition vector, which follow each other.
             height (int, optional): height of the images in pixels; that of training by default.
             width (int, optional): width of the images in pixels; that of training by default.
-            num_inference_steps (int): number of sampling steps.
+            num_inference_steps (int): number of sampling steps; without effect where they are given.
+            timesteps (sequence of float, optional): the steps, descending, in place of the scheduler's own, for one of
+                a diffusion whose `set_timesteps` takes them.
+            sigmas (sequence of float, optional): noise levels of the steps, descending, for a scheduler whose
+                `set_timesteps` takes them and as it takes them: an EulerDiscreteScheduler with the last one, 0, one
+                of a flow without it and before its shift.
             guidance_scale (float, optional): w in `u + w (c - u)`, for all channels, c being the prediction and u that
                 of the null condition (arXiv 2207.12598 with its weight w - 1) or of the guidance transformer (arXiv
                 2406.02507); 1 switches guidance off. By default 2 with a guidance transformer, 4 for a
@@ -282,19 +319,21 @@ class MPDiTPipeline(DiffusionPipeline):
                 Sigma is the share of the noise over that of the signal: sqrt(1 / alpha_bar - 1), for a flow
                 t / (1 - t). All noise levels by default.
             generator (torch.Generator or list of them, optional): one for all or one for each image.
-            latents (torch.Tensor, optional): initial noise of RMS 1, shape (B, C, height / vae_scale_factor,
-                width / vae_scale_factor).
+            latents (torch.Tensor or numpy.ndarray, optional): initial noise of RMS 1, shape (B, C,
+                height / vae_scale_factor, width / vae_scale_factor).
             output_type (str): "pil", "np" (B, H, W, channels in [0, 1]), "pt" (B, channels, H, W in [0, 1]) or
                 "latent" (the transformer's standardised latents).
             return_dict (bool): return an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end (callable, optional): called after each step as
-                `callback(pipe, step, timestep, tensors)`; "latents" in the dict it returns replace those of the loop.
+                `callback(pipe, step, timestep, tensors)`; "latents" in the dict it returns replace those of the loop,
+                None changes nothing. It may set `pipe._guidance_scale` for the next steps.
             callback_on_step_end_tensor_inputs (list of str, optional): tensors for the callback, out of "latents"
                 (the default) and "noise_pred". A `PipelineCallback` of diffusers brings its own.
         Returns:
             ImagePipelineOutput or tuple: `images`.
         Raises:
-            TypeError: if a transformer is not of this package, or the guider not of diffusers.
+            TypeError: if a transformer is not of this package, or the guider not of diffusers; if a callback returns
+                something else than a dict or None.
             ValueError: naming the argument, the rule and what it got.
         """
         guidance.check_transformer(self.transformer)
@@ -314,13 +353,14 @@ class MPDiTPipeline(DiffusionPipeline):
         conditions = call_inputs.conditions(self, class_labels, pooled_projections, num_images_per_class)
         batch_size = len(next(iter(conditions.values()), range(num_images_per_class)))
         self.check_guidance(guidance_scale, guidance_interval)
-        guidance.check_negative(self, negative_pooled_projections, pooled_projections, guidance_scale)
+        # A callback may switch guidance on.
+        first_scale = guidance_scale if callback_on_step_end is None else None
+        guidance.check_negative(self, negative_pooled_projections, pooled_projections, first_scale)
         schedulers.check_scheduler(self.scheduler, self.config.prediction_type)
 
         # 2. Timesteps, and what predicts at each of them
         scheduler = schedulers.sampler_of(self.scheduler, self.transformer)
-        # On the CPU, as the scheduler's tables are: it would read one of a device several times in each step.
-        scheduler.set_timesteps(num_inference_steps, device="cpu")
+        call_inputs.set_timesteps(scheduler, num_inference_steps, timesteps, sigmas)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(scheduler.timesteps), False
         predict = guidance.GuidedPrediction(
             self, scheduler, conditions, negative_pooled_projections, guidance_interval
@@ -346,7 +386,7 @@ class MPDiTPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "noise_pred": noise_pred}
                     tensors = {name: tensors[name] for name in names_for_callback}
-                    latents = callback_on_step_end(self, step, timestep, tensors).pop("latents", latents)
+                    latents = call_inputs.latents_after(callback_on_step_end(self, step, timestep, tensors), latents)
                 progress_bar.update()
 
         # 5. Decode

@@ -33,7 +33,7 @@ FLOORS = (
     {"configuration"},
     {"blocks"},
     {"transformer_mpdit", "original_dit"},
-    {"class_embeddings", "schedulers"},
+    {"class_embeddings", "schedulers", "lora"},
     {"guidance"},
     {"call_inputs"},
     {"pipeline_mpdit"},
