@@ -226,6 +226,7 @@ class TestAutoguidance:
         assert torch.equal(sample(again), expected)
         alone = MPDiTPipeline.from_pipe(again, guidance_transformer=None)
         assert alone.transformer is again.transformer
+        assert alone.config._name_or_path == tmp_path
         assert alone.guidance_transformer is None
         # A second model for a pipeline that was published without one
         pipeline().save_pretrained(tmp_path / "plain")

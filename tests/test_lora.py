@@ -44,6 +44,7 @@ def test_saved_loaded_and_unloaded(configuration, tmp_path):
     assert torch.equal(sample(pipe), plain)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 def test_two_adapters_and_their_weights(tmp_path):
     pipe, plain = fresh(), sample(fresh())
     alone = {name: save_lora(tmp_path / name, seed=seed) for seed, name in enumerate(("first", "second"), 4)}

@@ -8,6 +8,9 @@ import torch
 from helpers import ROOT
 
 
+# PyTorch's forward mode imports what it has itself deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
 TINY = {"width": 32, "num_layers": 1, "num_updates": 4}
 
 
