@@ -52,7 +52,10 @@ def _check_fit(name: str, weight: torch.Tensor, transformer: torch.nn.Module) ->
             f"{got}: one saved by `transformer.save_lora_adapter` is for `pipe.transformer.load_lora_adapter(..., "
             "prefix=None)`."
         )
-    layer = dict(transformer.named_modules()).get(layer_name)
+    try:
+        layer = transformer.get_submodule(layer_name)
+    except AttributeError:
+        layer = None
     sizes = getattr(getattr(layer, "base_layer", layer), "weight", torch.empty(0)).shape
     # Of a linear map: A from its inputs, B to its outputs.
     side = {"_A.weight": 1, ".down.weight": 1, "_B.weight": 0, ".up.weight": 0}.get(part)

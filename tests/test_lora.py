@@ -135,3 +135,11 @@ def test_only_the_transformer_has_it_and_not_the_weaker_model(tmp_path):
     reference.load_lora_weights(tmp_path)
     torch.testing.assert_close(sample(pipe, guidance_scale=1.0), sample(reference, guidance_scale=1.0))
     assert expected.isfinite().all()
+
+
+def test_a_compiled_transformer_takes_it(tmp_path):
+    save_lora(tmp_path)
+    pipe = fresh()
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    pipe.load_lora_weights(tmp_path)
+    assert any("lora_A" in name for name, _ in pipe.transformer.named_parameters())
