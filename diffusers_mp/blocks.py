@@ -53,9 +53,12 @@ class MPDiTAttnProcessor:
             if attn.cosine_attention:
                 query = fused.unit_magnitude(query)
                 key = fused.unit_magnitude(key)
-        hidden_states = dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
+        if fused.is_transformed() and self._parallel_config is None:
+            hidden_states = functional.attention(query, key, value)
+        else:
+            hidden_states = dispatch_attention_fn(
+                query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+            )
         return attn.to_out[0](hidden_states.flatten(2, 3))
 
 

@@ -183,6 +183,24 @@ def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
     return a * ((1 - t) * scale) + b * (t * scale)
 
 
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention of all tokens to all, in operators that have derivatives of every order and direction.
+
+        y = softmax(q k^T / sqrt(d)) v
+    Equation 1 of arXiv 1706.03762. PyTorch's kernels for it have no derivative forwards and no second one.
+
+    Args:
+        query (torch.Tensor): shape (B, N, H, d).
+        key (torch.Tensor): shape (B, N, H, d).
+        value (torch.Tensor): shape (B, N, H, d).
+    Returns:
+        torch.Tensor: shape (B, N, H, d), dtype of `value`.
+    """
+    query, key, value = (heads.transpose(-3, -2) for heads in (query, key, value))
+    weights = (query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])).softmax(dim=-1)
+    return (weights.to(value.dtype) @ value).transpose(-3, -2)
+
+
 def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs (x_j, x_{j + D/2}) of every token; the norm of each token is unchanged.
 

@@ -31,14 +31,18 @@ PRIVATE_OPERATORS = {
 KERNELS_OF_ROWS, KERNELS_OF_NORMS = {"cpu", "cuda"}, {"cuda"}
 
 
+def is_transformed() -> bool:
+    """Whether derivatives are taken forwards, or by a transform of `torch.func`, whatever else is done."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def formulas_rule() -> bool:
     """Whether to run plain formulas: they are compiled, exported, traced, differentiated forwards or transformed."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
+        or is_transformed()
     )
 
 

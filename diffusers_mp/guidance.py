@@ -3,6 +3,7 @@
 import math
 from numbers import Real
 
+import numpy as np
 import torch
 from diffusers.guiders import BaseGuidance, MagnitudeAwareGuidance
 
@@ -78,7 +79,7 @@ def check_guider(guider: BaseGuidance | None) -> None:
 
 def _is_interval(interval: tuple[float, float]) -> bool:
     return (
-        isinstance(interval, (tuple, list))
+        isinstance(interval, (tuple, list, np.ndarray))
         and len(interval) == 2
         and all(isinstance(level, Real) for level in interval)
         and 0 <= interval[0] < interval[1]
@@ -100,7 +101,8 @@ def check_guidance(pipe, guidance_scale: float | None, guidance_interval: tuple[
             "`guidance_interval` must be two noise levels (low, high) with 0 <= low < high, got "
             f"{guidance_interval!r}."
         )
-    if guidance_scale is not None and not (isinstance(guidance_scale, Real) and math.isfinite(guidance_scale)):
+    is_number = isinstance(guidance_scale, Real) and not isinstance(guidance_scale, bool)
+    if guidance_scale is not None and not (is_number and math.isfinite(guidance_scale)):
         raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale!r}.")
     if can_guide(pipe) or guidance_scale == 1:
         return
@@ -150,9 +152,9 @@ class GuidedPrediction:
 
         u + w (c - u)
     for the guidance scale w, c being the prediction and u that of the null condition or of the guidance transformer.
-    The scale is read at each step, so that a callback may change it. What a flow's model predicts is made a velocity
-    before: that is affine in the prediction, so that this formula gives the same either way, but a guider that takes
-    norms gets what it gets of other flows.
+    The scale is read at each step, so that a callback may change it: to one that the pipeline would take. What a
+    flow's model predicts is made a velocity before: that is affine in the prediction, so that this formula gives the
+    same either way, but a guider that takes norms gets what it gets of other flows.
 
     Args:
         pipe (MPDiTPipeline): in a call.
@@ -164,7 +166,7 @@ class GuidedPrediction:
     """
 
     def __init__(self, pipe, scheduler, conditions, negative_pooled_projections=None, guidance_interval=None):
-        self.pipe, self.conditions = pipe, conditions
+        self.pipe, self.conditions, self.checked_scale = pipe, conditions, pipe.guidance_scale
         null_conditions = {}
         if (labels := conditions.get("class_labels")) is not None:
             null_conditions["class_labels"] = torch.full_like(labels, pipe.transformer.config.num_classes)
@@ -191,8 +193,13 @@ class GuidedPrediction:
         Returns:
             torch.Tensor: the prediction, of a flow the velocity, shape (B, C, h, w); for a scheduler that wants it,
             with the transformer's variance, which is never guided, in as many channels behind it.
+        Raises:
+            ValueError: if the scale was changed to one that the components cannot guide by.
         """
         pipe, guider = self.pipe, self.pipe.guider
+        if pipe.guidance_scale != self.checked_scale:
+            check_guidance(pipe, pipe.guidance_scale, None)
+            self.checked_scale = pipe.guidance_scale
         is_guided = pipe.guidance_scale != 1 and self.is_in_interval[step]
         if guider is not None:
             guider.set_state(step=step, num_inference_steps=pipe.num_timesteps, timestep=timestep)

@@ -1,8 +1,6 @@
 """Class ids or names in, images out."""
 
-import difflib
 import inspect
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,13 +13,13 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from . import guidance, schedulers
-from .class_labels import ids_by_name
+from . import call_inputs, guidance, schedulers
 from .configuration import check_latent_statistics
+from .lora import TransformerLoraLoaderMixin
 from .transformer_mpdit import MPDiTTransformer2DModel
 
 
-class MPDiTPipeline(DiffusionPipeline):
+class MPDiTPipeline(DiffusionPipeline, TransformerLoraLoaderMixin):
     """Class-conditional or unconditional image generation with an `MPDiTTransformer2DModel`.
 
     The transformer works on standardised latents, `(z - latents_mean) / latents_std` per channel, where z is the
@@ -108,6 +106,31 @@ class MPDiTPipeline(DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "MPDiTPipeline":
+        """Another pipeline of the same parts, and of others given by name, which share their memory.
+
+        As in diffusers, but that parts keep their dtypes where none is asked for.
+
+        Args:
+            pipeline (DiffusionPipeline): what to take parts and settings from.
+            kwargs: arguments of `MPDiTPipeline` that replace those of `pipeline`; `dtype`, or `torch_dtype`, for all
+                parts.
+        Returns:
+            MPDiTPipeline: the new pipeline.
+        Raises:
+            TypeError: if there is no transformer of this package, or an argument is unknown.
+            ValueError: if the components do not fit each other.
+        """
+        torch_dtype = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", torch_dtype)
+        own = {**pipeline.config, **pipeline.components}
+        names = inspect.signature(cls).parameters
+        other = cls(**{"transformer": None, **{name: own[name] for name in names if name in own}, **kwargs})
+        if "_name_or_path" in pipeline.config:
+            other.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
+        return other if dtype is None else other.to(dtype=dtype)
+
     @property
     def guidance_scale(self) -> float | None:
         """Guidance scale of the call in progress; None with a guider, which has its own."""
@@ -139,44 +162,7 @@ class MPDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: if an id is out of range, or a name is unknown or stands for several classes.
         """
-        num_classes = self.transformer.config.num_classes
-        if num_classes is None:
-            raise ValueError(
-                "`class_labels` must be None for a transformer without classes (`num_classes=None`); set "
-                f"`num_images_per_class` for the number of images. Got {class_labels!r}."
-            )
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            class_labels = class_labels.reshape(-1).tolist()
-        if isinstance(class_labels, (int, str, np.integer)):
-            class_labels = [class_labels]
-        if not isinstance(class_labels, (list, tuple, range)) or len(class_labels) == 0:
-            raise ValueError(f"`class_labels` must be a label or a non-empty list of labels, got {class_labels!r}.")
-        ids_of, ids = ids_by_name(self.id2label), []
-        for label in class_labels:
-            if isinstance(label, str):
-                if self.id2label is None:
-                    raise ValueError(
-                        f"`class_labels` has the name {label!r}, but this pipeline has no `id2label`; use an id in "
-                        f"[0, {num_classes - 1}]."
-                    )
-                found = sorted(ids_of.get(label.strip(), ()))
-                if len(found) > 1:
-                    raise ValueError(f"`class_labels` has the ambiguous name {label!r}; use one of its ids: {found}.")
-                if not found:
-                    close = difflib.get_close_matches(label, ids_of, n=3, cutoff=0.5)
-                    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-                    raise ValueError(
-                        f"`class_labels` must be ids or names from `pipe.id2label`, got the unknown name {label!r}."
-                        f"{hint}"
-                    )
-                ids.extend(found)
-            elif isinstance(label, (int, np.integer)) and not isinstance(label, bool):
-                if not 0 <= label < num_classes:
-                    raise ValueError(f"`class_labels` must be ids in [0, {num_classes - 1}] or names, got {label}.")
-                ids.append(int(label))
-            else:
-                raise ValueError(f"`class_labels` must be ids (int) or names (str), got {label!r}.")
-        return ids
+        return call_inputs.label_ids(class_labels, self.transformer.config.num_classes, self.id2label)
 
     def check_guidance(
         self, guidance_scale: float | None, guidance_interval: tuple[float, float] | None = None
@@ -212,53 +198,15 @@ class MPDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: naming the argument, the rule and what it got.
         """
-        patch_size = self.transformer.config.patch_size
-        if self.guidance_transformer is not None:
-            patch_size = math.lcm(patch_size, self.guidance_transformer.config.patch_size)
-        multiple = self.vae_scale_factor * patch_size
-        if any(not isinstance(side, int) or side < 1 or side % multiple for side in (height, width)):
-            raise ValueError(
-                f"`height` and `width` must be positive multiples of {multiple} (VAE factor {self.vae_scale_factor} x "
-                f"patch size {patch_size}), got {height}x{width}."
-            )
-        counts = {"num_images_per_class": num_images_per_class, "num_inference_steps": num_inference_steps}
-        for name, value in counts.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {unknown}."
-            )
-
-    def _conditions(self, class_labels, pooled_projections, num_images_per_class: int) -> dict[str, torch.Tensor]:
-        """What the transformer is told of each image, by the names of its arguments."""
-        num_classes, dim = self.transformer.config.num_classes, self.transformer.config.pooled_projection_dim
-        conditions = {}
-        if class_labels is not None:
-            conditions["class_labels"] = torch.tensor(self.get_label_ids(class_labels))
-        elif num_classes is not None:
-            raise ValueError(
-                f"`class_labels` must be given: ids in [0, {num_classes - 1}] or names from `pipe.id2label`."
-            )
-        if pooled_projections is not None:
-            guidance.check_vectors("pooled_projections", pooled_projections, dim)
-            conditions["pooled_projections"] = pooled_projections
-        elif dim is not None:
-            raise ValueError(
-                f"`pooled_projections` must be given: vectors of shape (N, {dim}), one for each condition."
-            )
-        numbers = [len(of_each) for of_each in conditions.values()]
-        if len(set(numbers)) > 1:
-            raise ValueError(
-                f"`class_labels` and `pooled_projections` must be of equal number, got {numbers[0]} and {numbers[1]}."
-            )
-        return {
-            name: of_each.to(self._execution_device).repeat_interleave(num_images_per_class, dim=0)
-            for name, of_each in conditions.items()
-        }
+        call_inputs.check_inputs(
+            self,
+            num_images_per_class,
+            height,
+            width,
+            num_inference_steps,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
 
     def prepare_latents(
         self,
@@ -276,7 +224,7 @@ class MPDiTPipeline(DiffusionPipeline):
             height (int): height of the images in pixels.
             width (int): width of the images in pixels.
             generator (torch.Generator or list of them, optional): one for all or one for each image.
-            latents (torch.Tensor, optional): noise of RMS 1 to use instead of drawing it.
+            latents (torch.Tensor or numpy.ndarray, optional): noise of RMS 1 to use instead of drawing it.
             init_noise_sigma (float or torch.Tensor): the magnitude, which some schedulers know once timesteps are set.
         Returns:
             torch.Tensor: shape (B, C, height / vae_scale_factor, width / vae_scale_factor), at least float32.
@@ -296,10 +244,14 @@ class MPDiTPipeline(DiffusionPipeline):
             )
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
-        elif latents.shape != shape:
-            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+        elif not isinstance(latents, (torch.Tensor, np.ndarray)) or latents.shape != shape:
+            got = getattr(latents, "shape", None)
+            raise ValueError(
+                f"`latents` must be a tensor of shape {shape}, got "
+                f"{type(latents).__name__ if got is None else tuple(got)}."
+            )
         else:
-            latents = latents.to(device=self._execution_device, dtype=dtype)
+            latents = torch.as_tensor(latents).to(device=self._execution_device, dtype=dtype)
         return latents * init_noise_sigma
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -330,13 +282,15 @@ class MPDiTPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[["MPDiTPipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end: Callable[["MPDiTPipeline", int, torch.Tensor, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> ImagePipelineOutput | tuple[list[PIL.Image.Image] | np.ndarray | torch.Tensor]:
         """Generate images.
@@ -351,7 +305,12 @@ class MPDiTPipeline(DiffusionPipeline):
             num_images_per_class (int): images for each class label or condition vector, which follow each other.
             height (int, optional): height of the images in pixels; that of training by default.
             width (int, optional): width of the images in pixels; that of training by default.
-            num_inference_steps (int): number of sampling steps.
+            num_inference_steps (int): number of sampling steps; without effect where they are given.
+            timesteps (sequence of float, optional): the steps, descending, in place of the scheduler's own, for one of
+                a diffusion whose `set_timesteps` takes them.
+            sigmas (sequence of float, optional): noise levels of the steps, descending, for a scheduler whose
+                `set_timesteps` takes them and as it takes them: an EulerDiscreteScheduler with the last one, 0, one
+                of a flow without it and before its shift.
             guidance_scale (float, optional): w in `u + w (c - u)`, for all channels, c being the prediction and u that
                 of the null condition (arXiv 2207.12598 with its weight w - 1) or of the guidance transformer (arXiv
                 2406.02507); 1 switches guidance off. By default 2 with a guidance transformer, 4 for a
@@ -361,19 +320,21 @@ class MPDiTPipeline(DiffusionPipeline):
                 Sigma is the share of the noise over that of the signal: sqrt(1 / alpha_bar - 1), for a flow
                 t / (1 - t). All noise levels by default.
             generator (torch.Generator or list of them, optional): one for all or one for each image.
-            latents (torch.Tensor, optional): initial noise of RMS 1, shape (B, C, height / vae_scale_factor,
-                width / vae_scale_factor).
+            latents (torch.Tensor or numpy.ndarray, optional): initial noise of RMS 1, shape (B, C,
+                height / vae_scale_factor, width / vae_scale_factor).
             output_type (str): "pil", "np" (B, H, W, channels in [0, 1]), "pt" (B, channels, H, W in [0, 1]) or
                 "latent" (the transformer's standardised latents).
             return_dict (bool): return an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end (callable, optional): called after each step as
-                `callback(pipe, step, timestep, tensors)`; "latents" in the dict it returns replace those of the loop.
+                `callback(pipe, step, timestep, tensors)`; "latents" in the dict it returns replace those of the loop,
+                None changes nothing. It may set `pipe._guidance_scale` for the next steps.
             callback_on_step_end_tensor_inputs (list of str, optional): tensors for the callback, out of "latents"
                 (the default) and "noise_pred". A `PipelineCallback` of diffusers brings its own.
         Returns:
             ImagePipelineOutput or tuple: `images`.
         Raises:
-            TypeError: if a transformer is not of this package, or the guider not of diffusers.
+            TypeError: if a transformer is not of this package, or the guider not of diffusers; if a callback returns
+                something else than a dict or None.
             ValueError: naming the argument, the rule and what it got.
         """
         guidance.check_transformer(self.transformer)
@@ -390,18 +351,19 @@ class MPDiTPipeline(DiffusionPipeline):
 
         # 1. Check the arguments against the components, which may have been exchanged since the last call
         self.check_inputs(num_images_per_class, height, width, num_inference_steps, output_type, names_for_callback)
-        conditions = self._conditions(class_labels, pooled_projections, num_images_per_class)
+        conditions = call_inputs.conditions(self, class_labels, pooled_projections, num_images_per_class)
         batch_size = len(next(iter(conditions.values()), range(num_images_per_class)))
         self.check_guidance(guidance_scale, guidance_interval)
-        guidance.check_negative(self, negative_pooled_projections, pooled_projections, guidance_scale)
+        # A callback may switch guidance on.
+        first_scale = guidance_scale if callback_on_step_end is None else None
+        guidance.check_negative(self, negative_pooled_projections, pooled_projections, first_scale)
         schedulers.check_scheduler(self.scheduler, self.config.prediction_type)
 
         # 2. Timesteps, and what predicts at each of them
         scheduler = schedulers.sampler_of(self.scheduler, self.transformer)
-        # On the CPU, as the scheduler's tables are: it would read one of a device several times in each step.
         side = self.vae_scale_factor * self.transformer.config.patch_size
-        shift = schedulers.shift_options(scheduler, (height // side) * (width // side))
-        scheduler.set_timesteps(num_inference_steps, device="cpu", **shift)
+        num_tokens = (height // side) * (width // side)
+        call_inputs.set_timesteps(scheduler, num_tokens, num_inference_steps, timesteps, sigmas)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(scheduler.timesteps), False
         predict = guidance.GuidedPrediction(
             self, scheduler, conditions, negative_pooled_projections, guidance_interval
@@ -427,7 +389,7 @@ class MPDiTPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "noise_pred": noise_pred}
                     tensors = {name: tensors[name] for name in names_for_callback}
-                    latents = callback_on_step_end(self, step, timestep, tensors).pop("latents", latents)
+                    latents = call_inputs.latents_after(callback_on_step_end(self, step, timestep, tensors), latents)
                 progress_bar.update()
 
         # 5. Decode

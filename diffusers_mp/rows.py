@@ -254,7 +254,7 @@ class AdaptedModelOfRows(ModelOfRows):
                 "lora_ga", or there is a `kasa_config`.
         """
         if self._has_free_rows():
-            _check_start(adapter_config)
+            check_start(vars(adapter_config))
         super().add_adapter(adapter_config, adapter_name)
 
     def fuse_lora(self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None):
@@ -275,7 +275,7 @@ class AdaptedModelOfRows(ModelOfRows):
             if type(weight).__module__.partition(".")[0] != "torch" or not weight.is_floating_point():
                 raise ValueError(_NOT_QUANTISED.format(f"{type(weight).__name__} of {weight.dtype}"))
         for adapter_config in getattr(self, "peft_config", {}).values():
-            _check_start(adapter_config)
+            check_start(vars(adapter_config))
         if is_merging or any(getattr(module, "merged", False) for module in self.modules()):
             raise ValueError(
                 "`fuse_lora` and PEFT's merges need rows that are used as they are stored; with "
@@ -296,9 +296,14 @@ def _check_all_are_loaded(model: nn.Module, info: dict) -> None:
         )
 
 
-def _check_start(adapter_config) -> None:
-    start = getattr(adapter_config, "init_lora_weights", None)
-    if getattr(adapter_config, "kasa_config", None) is not None:
+def check_start(adapter_config: dict) -> None:
+    """Refuse a LoRA, by the dict of its config, that would change the weight of free rows beside it.
+
+    Raises:
+        ValueError: naming how the LoRA starts.
+    """
+    start = adapter_config.get("init_lora_weights")
+    if adapter_config.get("kasa_config") is not None:
         start = "kasa_config"  # comes beside any of the names
     # PEFT takes some names in any case.
     if isinstance(start, str) and start.lower().startswith(_CHANGES_WEIGHTS):

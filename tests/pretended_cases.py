@@ -272,9 +272,10 @@ RECORDED = {
 }
 
 # Of a call: conditions and noise come to the device, the latter by way of diffusers.
-PIPELINE, RANDN = "diffusers_mp/pipeline_mpdit.py", "diffusers/utils/torch_utils.py:randn_tensor"
-CALL = {f"copy {PIPELINE}:_conditions": 1, f"copy {PIPELINE}:prepare_latents > {RANDN}": 1}
-VECTORS = {**CALL, f"copy {PIPELINE}:_conditions": 2, "copy diffusers_mp/guidance.py:__init__": 1}
+INPUTS, PIPELINE = "diffusers_mp/call_inputs.py", "diffusers_mp/pipeline_mpdit.py"
+RANDN = "diffusers/utils/torch_utils.py:randn_tensor"
+CALL = {f"copy {INPUTS}:conditions": 1, f"copy {PIPELINE}:prepare_latents > {RANDN}": 1}
+VECTORS = {**CALL, f"copy {INPUTS}:conditions": 2, "copy diffusers_mp/guidance.py:__init__": 1}
 # Of a step, where noise is drawn, from generators that are here those of the CPU; where diffusers makes small tensors
 # of its coefficients and solves for them on the device; where a guider takes a singular value decomposition.
 DRAWN = {f"copy {PIPELINE}:__call__ > {RANDN}": 1}
@@ -297,7 +298,7 @@ NEGATIVE = {"pooled": True, "call": {"negative_pooled_projections": torch.ones(1
 
 # Of a whole evaluation of two sets of images, by an extractor of transformers and by a function; sums are the CPU's.
 EVALUATION = {
-    f"copy {PIPELINE}:_conditions": 2,
+    f"copy {INPUTS}:conditions": 2,
     f"copy {PIPELINE}:prepare_latents > {RANDN}": 2,
     "copy tests/pretended_cases.py:evaluation": 4,
     "copy diffusers_mp/evaluation/features.py:transformers_extractor > torch/nn/modules/module.py:convert": 43,

@@ -226,6 +226,7 @@ class TestAutoguidance:
         assert torch.equal(sample(again), expected)
         alone = MPDiTPipeline.from_pipe(again, guidance_transformer=None)
         assert alone.transformer is again.transformer
+        assert alone.config._name_or_path == tmp_path
         assert alone.guidance_transformer is None
         # A second model for a pipeline that was published without one
         pipeline().save_pretrained(tmp_path / "plain")
@@ -288,7 +289,7 @@ class TestAutoguidance:
 
     def test_sizes_are_multiples_of_both_patches(self):
         pipe = pipeline(guidance_transformer=weak_model(patch_size=4))
-        with pytest.raises(ValueError, match=r"must be positive multiples of 4 .* got 8x6"):
+        with pytest.raises(ValueError, match=r"positive multiples of 4 .* got 8 x 6"):
             sample(pipe, height=8, width=6, latents=None)
 
     def test_negative_vectors(self):

@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import DDIMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    UNet2DModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from helpers import tiny_model, tiny_vae
 from peft import LoraConfig
@@ -118,6 +125,40 @@ def test_from_pipe_shares_the_parts_and_keeps_the_settings():
     assert torch.equal(sample(other, ["class 3"]), sample(sampler, [3]))
 
 
+def test_from_pipe_keeps_dtypes():
+    pipe = tiny_pipeline().to(torch.bfloat16)
+    pipe.vae.to(torch.float16)
+    gain = pipe.transformer.output.gain
+    gain.data = gain.data.float()  # as parts are that some casting leaves alone
+    weak = tiny_model(num_layers=1, seed=7).eval().to(torch.bfloat16)
+    other = MPDiTPipeline.from_pipe(pipe, guidance_transformer=weak)
+    assert {part.dtype for part in (other.transformer.patch_embed.proj.weight, weak)} == {torch.bfloat16}
+    assert (gain.dtype, other.vae.dtype) == (torch.float32, torch.float16)
+    exact = MPDiTPipeline.from_pipe(tiny_pipeline().to(torch.bfloat16), dtype=torch.float32)
+    assert (exact.transformer.dtype, exact.vae.dtype) == (torch.float32, torch.float32)
+
+
+def test_from_pipe_of_other_parts():
+    stock = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8)
+    theirs = DiTPipeline(stock, tiny_vae(), DDIMScheduler(clip_sample=False))
+    with pytest.raises(TypeError, match=r"`transformer` must be an MPDiTTransformer2DModel, .* DiTTransformer2DModel"):
+        MPDiTPipeline.from_pipe(theirs)
+    ours = MPDiTPipeline.from_pipe(theirs, transformer=tiny_model().eval(), id2label=None)
+    assert ours.vae is theirs.vae
+    with pytest.raises(TypeError, match="must be an MPDiTTransformer2DModel, possibly compiled, got a NoneType"):
+        MPDiTPipeline.from_pipe(
+            DDIMPipeline(
+                UNet2DModel(
+                    8,
+                    block_out_channels=(32, 32),
+                    down_block_types=("DownBlock2D",) * 2,
+                    up_block_types=("UpBlock2D",) * 2,
+                ),
+                DDIMScheduler(),
+            )
+        )
+
+
 def test_a_stock_transformer_is_refused_by_name():
     pipe = tiny_pipeline()
     stock = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8)
@@ -221,3 +262,58 @@ def test_callbacks_of_diffusers_bring_their_tensors(several):
     pipe = tiny_pipeline()
     plain = sample(pipe, output_type="latent")
     assert torch.equal(sample(pipe, output_type="latent", callback_on_step_end=callback), plain / 2)
+
+
+# Guidance changed on the way
+
+
+def test_a_callback_switches_guidance_on_and_off():
+    pipe, rows, scales = tiny_pipeline(), [], iter((3.0, 1.0, 1.0))
+    pipe.transformer.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+
+    def change(pipe, step, timestep, tensors):
+        kept.append(tensors["latents"])
+        pipe._guidance_scale = next(scales)
+
+    kept = []
+    sample(pipe, guidance_scale=1.0, num_inference_steps=3, callback_on_step_end=change, output_type="latent")
+    assert rows == [2, 4, 2]
+
+    def go_on(pipe, step, timestep, tensors):
+        expected.append(tensors["latents"])
+        return {"latents": kept[step]}
+
+    # The second step is one of sampling at 3.
+    expected = []
+    sample(pipe, guidance_scale=3.0, num_inference_steps=3, callback_on_step_end=go_on, output_type="latent")
+    assert torch.equal(kept[1], expected[1])
+    assert not torch.equal(kept[2], expected[2])
+
+
+def test_a_callback_gets_the_errors_of_a_call():
+    def to(scale):
+        return lambda pipe, step, timestep, tensors: setattr(pipe, "_guidance_scale", scale)
+
+    untrained = tiny_pipeline(class_dropout_prob=0.0)
+    with pytest.raises(ValueError, match="trained without dropping conditions .* got 2.0"):
+        sample(untrained, guidance_scale=1.0, callback_on_step_end=to(2.0))
+    with pytest.raises(ValueError, match="`guidance_scale` must be a finite number, got nan"):
+        sample(tiny_pipeline(), callback_on_step_end=to(float("nan")))
+
+
+def test_what_to_guide_away_from_may_wait_for_a_callback():
+    pipe = tiny_pipeline(num_classes=None, pooled_projection_dim=6)
+    vectors = {"pooled_projections": torch.randn(2, 6), "negative_pooled_projections": torch.ones(1, 6)}
+    call = {"num_inference_steps": 3, "output_type": "latent", **vectors}
+
+    def late(scale, negative=None):
+        def change(pipe, step, timestep, tensors):
+            pipe._guidance_scale = scale
+
+        given = {**call, "negative_pooled_projections": negative}
+        generator = torch.Generator().manual_seed(0)
+        return pipe(**given, guidance_scale=1.0, callback_on_step_end=change, generator=generator).images
+
+    assert not torch.equal(late(3.0, torch.ones(1, 6)), late(3.0))
+    with pytest.raises(ValueError, match="`negative_pooled_projections` must be None with `guidance_scale=1`"):
+        pipe(**call, guidance_scale=1.0)

@@ -33,7 +33,7 @@ WAITS = {
     # Three batches at eight noise levels, and one of samples.
     "copy diffusers_mp/training/validation.py:validation_losses": {"validation": 3},
     "read diffusers_mp/training/validation.py:validation_losses": {"validation": 1},
-    f"copy {SAMPLING}:_conditions": {"validation": 1},
+    "copy diffusers_mp/call_inputs.py:conditions": {"validation": 1},
     f"copy {SAMPLING}:prepare_latents > diffusers/utils/torch_utils.py:randn_tensor": {"validation": 1},
     f"copy {SAMPLING}:decode_latents": {"validation": 2},
     f"read {SAMPLING}:__call__ > diffusers/image_processor.py:pt_to_numpy": {"validation": 1},

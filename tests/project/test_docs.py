@@ -27,6 +27,8 @@ def name_of(page):
     return page.relative_to(ROOT).as_posix()
 
 
+# PyTorch's forward mode imports what it has itself deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if page.name not in RUN_ELSEWHERE and PYTHON.search(page.read_text())],

@@ -129,7 +129,7 @@ MISTAKES = {
         r"has the name 'cat', but this pipeline has no `id2label`; use an id in",
     ),
     "no class to sample": (pipeline(), r"`class_labels` must be given: ids in \[0, 9\] or names"),
-    "a size that does not fit": (pipeline(1, height=20, width=16), "must be positive multiples of .* got 20x16"),
+    "a size that does not fit": (pipeline(1, height=20, width=16), "positive multiples of .* got 20 x 16"),
     "latents of another size to the pipeline": (
         pipeline(1, latents=torch.zeros(1, 4, 4, 4)),
         r"`latents` must have shape \(1, 4, 8, 8\), got \(1, 4, 4, 4\)",
