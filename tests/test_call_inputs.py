@@ -1,5 +1,7 @@
 """What a call is given: steps of one's own, and values that diffusers and NumPy make."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from helpers import relative_error
 
 NOISE = {"beta_start": 1e-4, "beta_end": 0.02}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+DYNAMIC = {"use_dynamic_shifting": True, "base_shift": math.log(3), "max_shift": math.log(3)}
 
 
 # Steps
@@ -36,6 +39,8 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
         (EulerDiscreteScheduler(**NOISE), {"timesteps": torch.tensor([900.5, 20])}, [900.5, 20]),
         # In closed form: the share of the noise times 1000, after the shift s x / (1 + (s - 1) x).
         (FlowMatchEulerDiscreteScheduler(shift=3.0), {"sigmas": [1.0, 0.5]}, [1000, 750]),
+        # The same shift, of the number of tokens: mu = log s whatever that is.
+        (FlowMatchEulerDiscreteScheduler(**DYNAMIC), {"sigmas": [1.0, 0.5]}, [1000, 750]),
         (UniPCMultistepScheduler(**FLOW), {"sigmas": np.array([0.9, 0.5])}, [900, 500]),
     ],
     ids=lambda value: type(value).__name__,
