@@ -33,7 +33,7 @@ FLOORS = (
     {"configuration"},
     {"blocks"},
     {"transformer_mpdit", "original_dit"},
-    {"class_embeddings", "schedulers"},
+    {"autoencoders", "class_embeddings", "schedulers"},
     {"guidance"},
     {"pipeline_mpdit"},
     {"data", "averages", "publishing", "diagnostics"},
