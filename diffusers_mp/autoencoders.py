@@ -94,7 +94,9 @@ IMAGE_AUTOENCODERS = {
         out_channels=_entry("num_channels"),
         standardises=True,
         value_range=(0, 1),
-        image_size=lambda config: config["patch_size"] * (config["encoder_input_size"] // config["encoder_patch_size"]),
+        image_size=lambda config: (
+            config["patch_size"] * (config["encoder_input_size"] // config["encoder_patch_size"])
+        ),
     ),
     "AutoencoderTiny": ImageAutoencoder(output="latents", factor=_halvings("encoder_block_out_channels")),
     "ConsistencyDecoderVAE": ImageAutoencoder(
@@ -111,7 +113,7 @@ IMAGE_AUTOENCODERS = {
     ),
 }
 
-_AUDIO, _VIDEO = "it encodes audio", "it encodes videos, of which a latent holds several frames"
+_AUDIO, _VIDEO = "it encodes audio", "it encodes videos"
 REFUSED = {
     **dict.fromkeys(
         (
@@ -123,13 +125,18 @@ REFUSED = {
     **dict.fromkeys(
         (
             *("AutoencoderKLAllegro", "AutoencoderKLCogVideoX", "AutoencoderKLCosmos", "AutoencoderKLHunyuanVideo"),
-            *("AutoencoderKLHunyuanVideo15", "AutoencoderKLKVAEVideo", "AutoencoderKLLTXVideo"),
-            *("AutoencoderKLLTX2Video", "AutoencoderKLMagvit", "AutoencoderKLMiniMaxH3", "AutoencoderKLMochi"),
+            *("AutoencoderKLHunyuanImageRefiner", "AutoencoderKLHunyuanVideo15", "AutoencoderKLKVAEVideo"),
+            *(
+                "AutoencoderKLLTXVideo",
+                "AutoencoderKLLTX2Video",
+                "AutoencoderKLMagvit",
+                "AutoencoderKLMiniMaxH3",
+                "AutoencoderKLMochi",
+            ),
             *("AutoencoderKLWan", "AutoencoderVidTok", "Kandinsky6SRVAE"),
         ),
         _VIDEO,
     ),
-    "AutoencoderKLHunyuanImageRefiner": "its latents are of several frames, which its refiner doubles",
     "AutoencoderKLTemporalDecoder": "it decodes videos, several frames together",
     "RFD4ProteinaAutoencoder": "it encodes proteins",
 }

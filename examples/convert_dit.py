@@ -34,7 +34,11 @@ def make_parser() -> ScriptParser:
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="file of the original release, .pt")
     add("--output_dir", type=Path, required=True, help="new folder of the DiTPipeline")
-    add("--vae", default="stabilityai/sd-vae-ft-mse", help="folder or Hub id of the VAE, or of a pipeline that has one; stored too")
+    add(
+        "--vae",
+        default="stabilityai/sd-vae-ft-mse",
+        help="folder or Hub id of the VAE, or of a pipeline that has one; stored too",
+    )
     add("--id2label", help="JSON file of id and name [for 1000 classes, ImageNet's from the Hub]")
     add("--num_heads", type=at_least(1), help="attention heads [those of the published width]")
     add(

@@ -1,9 +1,9 @@
 """A small real autoencoder of each supported class, with statistics that are not trivial and of these images."""
 
+import types
+
 import diffusers
 import torch
-
-from diffusers_mp import autoencoders
 
 
 _CONV = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -60,7 +60,11 @@ CASES = {
         (4, 2),
     ),
     "qwen": ("AutoencoderKLQwenImage", _QWEN, (4, 2)),
-    "qwen21": ("AutoencoderKLQwenImage21", _QWEN | {"decoder_base_dim": 4, "scale_factor_spatial": 2}, (4, 2)),
+    "qwen21": (
+        "AutoencoderKLQwenImage21",
+        _QWEN | {"decoder_base_dim": 4, "in_channels": 3, "out_channels": 3},
+        (4, 2),
+    ),
     "rae_dinov2": ("AutoencoderRAE", _RAE | {"encoder_type": "dinov2"}, (64, 8)),
     "rae_mae": ("AutoencoderRAE", _RAE | {"encoder_type": "mae"}, (64, 8)),
     "sdxl": (
@@ -72,7 +76,8 @@ CASES = {
     "vq": ("VQModel", _CONV | {"num_vq_embeddings": 16, "vq_embed_dim": 5, "scaling_factor": 0.8}, (5, 2)),
     "vq_spatial": (
         "VQModel",
-        _CONV | {"num_vq_embeddings": 16, "latent_channels": 4, "norm_type": "spatial", "block_out_channels": (32, 32)},
+        _CONV
+        | {"num_vq_embeddings": 16, "latent_channels": 4, "norm_type": "spatial", "block_out_channels": (32, 32)},
         (4, 2),
     ),
 }
@@ -81,9 +86,9 @@ STANDARDISED = ("flux2", "rae_dinov2", "rae_mae")
 
 
 @torch.no_grad()
-def make(case, images, seed=0):
+def make(case, images, seed=0, **overrides):
     """The autoencoder of a case; what it brings of statistics is that of `images`, in [-1, 1]."""
-    name, config, _ = CASES[case]
+    name, config = CASES[case][0], CASES[case][1] | overrides
     torch.manual_seed(seed)
     vae = getattr(diffusers, name)(**config).eval()
     if case == "flux2":
@@ -97,10 +102,67 @@ def make(case, images, seed=0):
         weights = vae.state_dict() | {f"_{key}": value for key, value in statistics.items()}
         vae = type(vae)(**config, **statistics).eval()
         vae.load_state_dict(weights)
-    assert autoencoders.is_standardised(vae) == (case in STANDARDISED)
     return vae
 
 
 def packed(latents):
-    """Of FLUX.2: 2 x 2 positions in one, as `Flux2Pipeline._patchify_latents` packs them."""
+    """Of FLUX.2: 2 x 2 positions in one."""
     return diffusers.Flux2Pipeline._patchify_latents(latents)
+
+
+def random_images(count=12):
+    """In [-1, 1], shape (count, 3, 16, 16)."""
+    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+# What diffusers' own pipelines do with these classes, for comparison.
+
+
+@torch.no_grad()
+def latents_of_diffusers(case, vae, images):
+    """Mean and std of the latents, None of a point; as its pipelines encode images."""
+    if case == "flux2":
+        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+        pipe = types.SimpleNamespace(vae=vae, _patchify_latents=packed)
+        mean = diffusers.Flux2Pipeline._encode_vae_image(pipe, images, None)
+        return mean, packed(vae.encode(images).latent_dist.std) / std
+    if case.startswith("qwen"):
+        posterior = vae.encode(images.unsqueeze(2)).latent_dist
+        return posterior.mean.squeeze(2), posterior.std.squeeze(2)
+    if case.startswith("rae"):
+        return vae.encode(images / 2 + 0.5).latent, None
+    encoded = vae.encode(images)
+    if "latent_dist" in encoded:
+        return encoded.latent_dist.mean, encoded.latent_dist.std
+    return encoded[0], None
+
+
+@torch.no_grad()
+def images_of_diffusers(case, vae, latents, generator=None):
+    """Images in [-1, 1] of latents as `latents_of_diffusers` gives them; as its pipelines decode."""
+    if case == "flux2":
+        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+        latents = latents * std + vae.bn.running_mean.view(1, -1, 1, 1)
+        return vae.decode(diffusers.Flux2Pipeline._unpatchify_latents(latents)).sample
+    if case.startswith("qwen"):
+        return vae.decode(latents[:, :, None]).sample[:, :, 0]
+    if case.startswith("rae"):
+        return vae.decode(latents).sample * 2 - 1
+    if case == "consistency":
+        return vae.decode(latents, generator=generator).sample
+    if case == "vq_spatial":  # as Kandinsky's
+        return vae.decode(latents, force_not_quantize=True).sample
+    return vae.decode(latents).sample
+
+
+def unscaled_by_diffusers(case, vae, latents):
+    """Latents of standard deviation 1, as a pipeline without statistics of its data has them, before decoding."""
+    config = vae.config
+    if case.startswith(("qwen", "sdxl")):
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        return latents * std / config.get("scaling_factor", 1.0) + mean
+    if case in ("flux", "tiny"):
+        return latents / config.scaling_factor + config.shift_factor
+    if case in ("kvae", *STANDARDISED):
+        return latents
+    return latents / config.scaling_factor
