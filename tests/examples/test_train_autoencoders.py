@@ -1,4 +1,4 @@
-"""Each class of autoencoder through the trainer's command line: encoded, cached, trained on, sampled, saved, reloaded."""
+"""Each class of autoencoder through the trainer: encoded, cached, trained on, sampled, saved and reloaded."""
 
 import json
 import shutil
