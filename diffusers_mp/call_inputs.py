@@ -12,7 +12,7 @@ import torch
 from diffusers import EDMEulerScheduler, UniPCMultistepScheduler
 from diffusers.schedulers import SchedulerMixin
 
-from . import guidance, schedulers
+from . import autoencoders, guidance, schedulers
 from .class_labels import ids_by_name
 
 
@@ -91,6 +91,8 @@ def check_inputs(
             f"`height` and `width` must be ints, positive multiples of {multiple} (VAE factor "
             f"{pipe.vae_scale_factor} x patch size {patch_size}), got {height!r} x {width!r}."
         )
+    if pipe.vae is not None:
+        autoencoders.check_image_size(pipe.vae, height, width)
     counts = {"num_images_per_class": num_images_per_class, "num_inference_steps": num_inference_steps}
     for name, value in counts.items():
         if not is_whole(value) or value < 1:

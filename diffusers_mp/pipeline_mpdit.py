@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from . import call_inputs, guidance, schedulers
+from . import autoencoders, call_inputs, guidance, schedulers
 from .configuration import check_latent_statistics
 from .lora import TransformerLoraLoaderMixin
 from .transformer_mpdit import MPDiTTransformer2DModel
@@ -23,12 +23,13 @@ class MPDiTPipeline(DiffusionPipeline, TransformerLoraLoaderMixin):
     """Class-conditional or unconditional image generation with an `MPDiTTransformer2DModel`.
 
     The transformer works on standardised latents, `(z - latents_mean) / latents_std` per channel, where z is the
-    undivided latent of the VAE (or, without a VAE, the image in [-1, 1]); the statistics travel with the pipeline.
+    undivided latent of the VAE, as `autoencoders.encode` gives it (or, without a VAE, the image in [-1, 1]); the
+    statistics travel with the pipeline.
 
     Args:
         transformer (MPDiTTransformer2DModel): the denoiser.
         scheduler (SchedulerMixin): noise schedule and sampler, for what the transformer predicts.
-        vae (AutoencoderKL, optional): decoder of latents; None for a model of pixels.
+        vae (ModelMixin, optional): decoder of latents, of a class in `autoencoders.py`; None for a model of pixels.
         id2label (dict, optional): names of the classes; synonyms in one name are separated by commas.
         latents_mean (list of float, optional): mean of the training data's latents, one for each channel.
         latents_std (list of float, optional): standard deviation, one for each channel. Without both, a VAE's own
@@ -59,7 +60,7 @@ class MPDiTPipeline(DiffusionPipeline, TransformerLoraLoaderMixin):
         self,
         transformer: MPDiTTransformer2DModel,
         scheduler: KarrasDiffusionSchedulers | FlowMatchEulerDiscreteScheduler,
-        vae: AutoencoderKL | None = None,
+        vae: ModelMixin | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
@@ -74,10 +75,10 @@ class MPDiTPipeline(DiffusionPipeline, TransformerLoraLoaderMixin):
         guidance.check_guidance_transformer(guidance_transformer, transformer)
         guidance.check_guider(guider)
         in_channels, num_classes = transformer.config.in_channels, transformer.config.num_classes
-        if vae is not None and vae.config.latent_channels != in_channels:
+        if vae is not None and (latent_channels := autoencoders.geometry(vae).latent_channels) != in_channels:
             raise ValueError(
                 f"`vae` must have as many latent channels as the transformer has input channels ({in_channels}), got "
-                f"{vae.config.latent_channels}."
+                f"{latent_channels}."
             )
         check_latent_statistics(latents_mean, latents_std, in_channels)
         # JSON knows string keys only.
@@ -103,7 +104,7 @@ class MPDiTPipeline(DiffusionPipeline, TransformerLoraLoaderMixin):
         )
         schedulers.check_scheduler(self.scheduler, self.config.prediction_type)
         self.id2label = id2label
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        self.vae_scale_factor = 1 if vae is None else autoencoders.geometry(vae).factor
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
@@ -254,11 +255,14 @@ class MPDiTPipeline(DiffusionPipeline, TransformerLoraLoaderMixin):
             latents = torch.as_tensor(latents).to(device=self._execution_device, dtype=dtype)
         return latents * init_noise_sigma
 
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode_latents(
+        self, latents: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
         """Standardised latents to images.
 
         Args:
             latents (torch.Tensor): shape (B, C, h, w), as the transformer sees them.
+            generator (torch.Generator or list of them, optional): for a VAE whose decoder draws noise.
         Returns:
             torch.Tensor: images of about [-1, 1], shape (B, channels, height, width).
         """
@@ -267,10 +271,8 @@ class MPDiTPipeline(DiffusionPipeline, TransformerLoraLoaderMixin):
             mean, std = (latents.new_tensor(values).reshape(1, -1, 1, 1) for values in statistics)
             latents = latents * std + mean
         elif self.vae is not None:
-            latents = latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0)
-        if self.vae is None:
-            return latents
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+            latents = autoencoders.to_units_of_autoencoder(self.vae, latents)
+        return latents if self.vae is None else autoencoders.decode(self.vae, latents, generator)
 
     @torch.no_grad()
     def __call__(
@@ -395,6 +397,6 @@ class MPDiTPipeline(DiffusionPipeline, TransformerLoraLoaderMixin):
         # 5. Decode
         images = latents
         if output_type != "latent":
-            images = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
+            images = self.image_processor.postprocess(self.decode_latents(latents, generator), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -12,7 +12,7 @@ SIZES = {
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
-PATCH_SIZES = (2, 4, 8)
+PATCH_SIZES = (1, 2, 4, 8)
 
 _MAGNITUDE_PRESERVING = {
     "cosine_attention": True,
@@ -45,7 +45,8 @@ def get_preset(
     """Keyword arguments of `MPDiTTransformer2DModel` for a named size and configuration.
 
     Args:
-        size (str): "XS", "S", "B", "L" or "XL", a slash, and a patch size of 2, 4 or 8, as in "S/2".
+        size (str): "XS", "S", "B", "L" or "XL", a slash, and a patch size of 1, 2, 4 or 8, as in "S/2"; 1 is for
+            latents of an autoencoder of factor 16 or 32.
         configuration (str): "A" (DiT's norms and plain weights; with `modulation` "scale", "shift" and "gate", DiT) to
             "E" (magnitude preserving, no normalisation layer), Table 1 of arXiv 2505.19122; "F" is E with a bound on
             the magnitude of tokens.

@@ -18,6 +18,7 @@ FOLDER = Path(__file__).with_name("api")
 SECTIONS = {
     "Transformer": ["transformer_mpdit"],
     "Pipeline": ["pipeline_mpdit", "guidance", "schedulers", "predictions"],
+    "Autoencoders": ["autoencoders"],
     "Sizes and configurations": ["presets"],
     "Layers": ["layers", "rows"],
     "Pinned norms": ["pinned_norms"],
@@ -73,7 +74,7 @@ SECTIONS = {
     ],
 }
 # Modules that are meant to be used as a whole.
-WHOLE = ("functional", "diagnostics.plots", "training")
+WHOLE = ("autoencoders", "functional", "diagnostics.plots", "training")
 # What the functions of the page return, take, raise or put into a model, and what docs/equations.md names.
 ALSO = {
     ("rotation_swap", "RotationLinear"),

@@ -34,7 +34,11 @@ def make_parser() -> ScriptParser:
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="file of the original release, .pt")
     add("--output_dir", type=Path, required=True, help="new folder of the DiTPipeline")
-    add("--vae", default="stabilityai/sd-vae-ft-mse", help="folder or Hub id of the VAE, stored too")
+    add(
+        "--vae",
+        default="stabilityai/sd-vae-ft-mse",
+        help="folder or Hub id of the VAE, or of a pipeline that has one; stored too",
+    )
     add("--id2label", help="JSON file of id and name [for 1000 classes, ImageNet's from the Hub]")
     add("--num_heads", type=at_least(1), help="attention heads [those of the published width]")
     add(
@@ -59,10 +63,12 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from huggingface_hub import hf_hub_download
 
 from diffusers_mp import OriginalDiTTransformer2DModel
+from diffusers_mp.autoencoders import scaling_for_dit_pipeline
+from diffusers_mp.data.encoding import load_vae
 from diffusers_mp.files import read_json
 from diffusers_mp.publishing.hub import mask_places
 from diffusers_mp.sources import check_reachable, naming
@@ -318,9 +324,10 @@ def main(args: argparse.Namespace) -> None:
         config = read_config(weights, args.num_heads)
     num_classes = config["num_embeds_ada_norm"]
     names = read_names(args.id2label, num_classes)
-    check_reachable("vae", args.vae, ["config.json"], instead="the path of a VAE")
-    with naming("vae", args.vae):
-        vae = AutoencoderKL.from_pretrained(args.vae)
+    vae = load_vae(args.vae)
+    if vae is None:
+        raise ValueError("`vae` must be an autoencoder, which a DiTPipeline cannot do without, got 'none'.")
+    scaling_for_dit_pipeline(vae, config["in_channels"])
     is_exact = args.time_features == "original"
     transformer = (OriginalDiTTransformer2DModel if is_exact else DiTTransformer2DModel)(**config).eval()
     try:

@@ -42,7 +42,7 @@ def make_parser() -> ScriptParser:
     add(
         "--vae",
         default="stabilityai/sd-vae-ft-mse",
-        help="AutoencoderKL, or a pipeline that has one, by path or Hub id; 'none' keeps pixels",
+        help="image autoencoder of diffusers, or a pipeline that has one, by path or Hub id; 'none' keeps pixels",
     )
     add("--encode_batch_size", type=at_least(1), default=32, help="images per forward pass of the VAE")
     add("--shard_size", type=at_least(1), default=2048, help="images per file")

@@ -148,6 +148,7 @@ from diffusers_mp import (
     set_shift_scale,
     swap_adaln_for_rotation,
 )
+from diffusers_mp.autoencoders import geometry, scaling_for_dit_pipeline
 from diffusers_mp.data.encoding import encode_dataset
 from diffusers_mp.data.feeding import to_device
 from diffusers_mp.data.images import load_image_dataset
@@ -354,8 +355,8 @@ def load_latents(args, pipeline, accelerator, images=None):
             f"{max(id2label)}."
         )
     processes = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
-    resolution = config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
-    settings = EncodingSettings(resolution, **encoding_of(args))
+    scaling_for_dit_pipeline(vae, config.in_channels)
+    settings = EncodingSettings(config.sample_size * geometry(vae).factor, **encoding_of(args))
     folder = args.latents_dir or args.output_dir / "latents"
     latents = encode_dataset(dataset, folder, settings, vae=vae, id2label=id2label, **processes)
     latents.verify(**processes)
@@ -365,7 +366,7 @@ def load_latents(args, pipeline, accelerator, images=None):
 def sample_options(pipeline):
     """The base's classes, and the units of latents that it has learned and its pipeline undoes: z · scaling_factor."""
     config = pipeline.transformer.config
-    std = 1 / pipeline.vae.config.scaling_factor  # samples are (z - mean) / std
+    std = 1 / scaling_for_dit_pipeline(pipeline.vae, config.in_channels)  # samples are (z - mean) / std
     units = {"latents_mean": [0.0] * config.in_channels, "latents_std": [std] * config.in_channels}
     return {"num_classes": config.num_embeds_ada_norm, **units}
 

@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # The files that take longest begin first, so that the workers end together.
 LONGEST_FIRST = """
     hub train_fsdp fused transformer_in_torch train_mpdit coverage train_failures docs finetune_rotation demo
-    speed train_pretended pretended_device resume_kills secrets train_resume reconstruction encoding
+    speed train_pretended pretended_device resume_kills secrets train_resume reconstruction encoding train_autoencoders
     train_optimizers compilation train_processes recorder_in_training installation evaluate ablate
     layers_elsewhere diffusers_testers schedulers table model_class
 """.split()

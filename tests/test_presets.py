@@ -19,7 +19,7 @@ FLAGS_ON = {
 }
 
 
-@pytest.mark.parametrize("patch_size", [2, 4, 8])
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("size", PUBLISHED_SIZES)
 def test_sizes_are_the_published_ones(size, patch_size):
     config = get_preset(f"{size}/{patch_size}")

@@ -18,7 +18,7 @@ from helpers import (
     tiny_model,
 )
 
-from diffusers_mp import MPDiTTransformer2DModel, MPLinear, get_preset, normalize_weights_
+from diffusers_mp import MPDiTTransformer2DModel, MPLinear, functional, get_preset, normalize_weights_
 from diffusers_mp.optimization import parameter_groups
 
 
@@ -49,6 +49,19 @@ def test_golden_forward(name, configuration):
         normalize_weights_(model).eval()
         output = model(tensors["x"], tensors["t"], tensors["y"]).sample
         assert (output - tensors["output"]).abs().max() <= 1e-9
+
+
+def test_patch_1_of_packed_channels_is_patch_2():
+    """As FLUX.2 packs latents: as many tokens, and so the same positions, attention and output."""
+    model = tiny_model().eval()
+    packed_model = tiny_model(patch_size=1, in_channels=16, sample_size=4).eval()
+    packed_model.load_state_dict(model.state_dict())
+    inputs = tiny_inputs()
+    tokens = functional.patchify(inputs["hidden_states"], 2)
+    packed = {**inputs, "hidden_states": tokens.unflatten(1, (4, 4)).permute(0, 3, 1, 2)}
+    with torch.no_grad():
+        expected, output = forward(model, inputs), forward(packed_model, packed)
+    assert torch.equal(output.flatten(2).mT, functional.patchify(expected, 2))
 
 
 def test_golden_files_are_all_there():

@@ -85,7 +85,8 @@ def make_sparse_cache(folder: Path, num_latents: int, side: int) -> None:
             file.truncate(8 + len(encoded) + end)
         num_bytes = path.stat().st_size
         shards.append({"name": path.name, "num_samples": count, "num_bytes": num_bytes, "sha256": ""})
-    index = {"format_version": FORMAT_VERSION, "vae": {"id": "zeros"}, "random_flip": False, "skipped": []}
+    vae = {"id": "zeros", "latents": "posterior"}
+    index = {"format_version": FORMAT_VERSION, "vae": vae, "random_flip": False, "skipped": []}
     index |= {"id2label": {str(id_): str(id_) for id_ in range(NUM_CLASSES)}, "pooled_projection_dim": None}
     index |= {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "latent_shape": shape}
     index |= {"num_samples": num_latents, "shards": shards}

@@ -1,7 +1,8 @@
-"""From images to a data set of VAE posteriors: encoded once, in a folder that `latents.py` reads.
+"""From images to a data set of latents: encoded once, in a folder that `latents.py` reads.
 
     folder/settings.json             written first: what is encoded, and how
-    folder/shard-00000.safetensors   mean, std, flipped_mean, flipped_std (float32); or pixels (uint8)
+    folder/shard-00000.safetensors   mean, std, flipped_mean, flipped_std (float32), without std where an autoencoder
+                                     returns points and no posteriors; or pixels (uint8)
                                      label, pooled_projections (float32), if there are any
     folder/shard-00000.json          written after its shard: counts, sums for the statistics, SHA-256, rows left out,
                                      digests of the rows, and the state of their source
@@ -33,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from .. import autoencoders
 from ..files import UNFINISHED, read_json
 from ..sources import check_reachable, naming
 from .changes import SourceState
@@ -52,7 +54,7 @@ from .shards import (
 
 if TYPE_CHECKING:
     import datasets
-    from diffusers import AutoencoderKL
+    from diffusers import ModelMixin
 
 logger = logging.getLogger(__name__)
 
@@ -60,21 +62,22 @@ SETTINGS_NAME = "settings.json"
 POLL_SECONDS = 0.5
 
 
-def load_vae(name_or_path: str, cache_dir: str | None = None) -> "AutoencoderKL | None":
-    """The autoencoder that a script was given as `--vae`.
+def load_vae(name_or_path: str, cache_dir: str | None = None) -> "ModelMixin | None":
+    """The autoencoder that a script was given as `--vae`, of any class that `autoencoders.py` knows.
 
     Args:
         name_or_path (str): an autoencoder or a pipeline that has one, by folder or id on the Hub, or "none" for images
             as they are.
         cache_dir (str, optional): where the Hub client keeps its files.
     Returns:
-        AutoencoderKL or None: in evaluation mode.
+        ModelMixin or None: in evaluation mode.
     Raises:
         OSError: if there is none, or none within reach.
+        ValueError: if its class is not supported or cannot be made, or weights are missing.
     """
     if name_or_path == "none":
         return None
-    from diffusers import AutoencoderKL
+    import diffusers
 
     files = ("config.json", "vae/config.json")
     instead = "the path of a VAE, or 'none' for images as they are"
@@ -83,12 +86,14 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> "AutoencoderKL 
     for subfolder in (None, "vae"):
         source = {"subfolder": subfolder, "cache_dir": cache_dir}
         try:
-            class_name = AutoencoderKL.load_config(name_or_path, **source).get("_class_name")
-            if class_name != "AutoencoderKL":
-                raise OSError(f"this is of class {class_name}.")
+            config = diffusers.AutoencoderKL.load_config(name_or_path, **source)  # of any class
             with naming("vae", name_or_path):
-                vae, info = AutoencoderKL.from_pretrained(name_or_path, **source, output_loading_info=True)
-            if missing := info["missing_keys"]:
+                autoencoders.check_config(config)
+                vae_class = getattr(diffusers, config["_class_name"])
+                vae, info = vae_class.from_pretrained(name_or_path, **source, output_loading_info=True)
+            # A count of updates, which only training reads.
+            missing = [key for key in info["missing_keys"] if not key.endswith("num_batches_tracked")]
+            if missing:
                 raise ValueError(
                     f"`vae` must hold the weights that its config.json describes, {name_or_path} lacks "
                     f"{len(missing)}, such as {min(missing)}."
@@ -97,8 +102,9 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> "AutoencoderKL 
         except OSError as error:
             failures.append(error)
     raise OSError(
-        "`--vae` must be an AutoencoderKL, or a pipeline that has one, by folder or by its id on the Hub, within "
-        f"reach or downloaded before, or 'none' for images as they are, got {name_or_path!r}: {failures[0]}"
+        "`--vae` must be an image autoencoder of diffusers, or a pipeline that has one, by folder or by its id on the "
+        f"Hub, within reach or downloaded before, or 'none' for images as they are, got {name_or_path!r}: "
+        f"{failures[0]}"
     ) from failures[0]
 
 
@@ -108,7 +114,7 @@ def encode_dataset(
     folder: str | os.PathLike,
     settings: EncodingSettings,
     *,
-    vae: "AutoencoderKL | None",
+    vae: "ModelMixin | None",
     id2label: Mapping[int, str] | None = None,
     num_processes: int = 1,
     process_index: int = 0,
@@ -126,14 +132,15 @@ def encode_dataset(
             is unfinished and is opened where it is not. Rows that were edited since are refused, but for those of a
             stream of which all is encoded. Without `skip_corrupt` it is said if images were left out.
         settings (EncodingSettings): what images are encoded to, and how.
-        vae (AutoencoderKL): in float32. `None` stores the pixels themselves, as bytes.
+        vae (ModelMixin): an image autoencoder, in float32. `None` stores the pixels themselves, as bytes.
         num_processes, process_index (int): how many share the work, and which one this is.
     Returns:
         LatentDataset: the encoded data.
     Raises:
         OSError: for a file that is missing or cannot be read.
         ValueError: for an image that is damaged, a wrong label, a constant channel, a VAE that cannot encode these
-            images, or a folder encoded with other settings or from other data.
+            images or whose own statistics are not those of these data, or a folder encoded with other settings or
+            from other data.
     """
     folder, settings = Path(folder), settings.for_vae(vae)
     if not 0 <= process_index < num_processes:
@@ -259,7 +266,8 @@ def _assemble(record: dict[str, Any], sidecars: list[dict[str, Any]]) -> dict[st
     for shard in shards:
         statistics.add(shard["statistics"])
         counts.update(shard["num_samples_per_class"])
-    latents_mean, latents_std = statistics.result()
+    is_standardised = record["vae"] is not None and record["vae"]["is_standardised"]
+    latents_mean, latents_std = statistics.of_standardised() if is_standardised else statistics.result()
     id2label = record["id2label"]
     if id2label == {}:  # a stream of bare ids
         highest, num_samples = max(map(int, counts)), sum(counts.values())

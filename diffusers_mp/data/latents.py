@@ -1,6 +1,7 @@
-"""Images as VAE posteriors, read memory-mapped and drawn anew at every epoch; `encoding.py` writes them.
+"""Images as latents, read memory-mapped; posteriors are drawn anew at every epoch. `encoding.py` writes them.
 
-    folder/shard-00000.safetensors   mean, std, flipped_mean, flipped_std (float32); or pixels (uint8)
+    folder/shard-00000.safetensors   mean, std, flipped_mean, flipped_std (float32), without std where an autoencoder
+                                     returns points and no posteriors; or pixels (uint8)
                                      label, pooled_projections (float32), if there are any
     folder/index.json                settings, shards and the statistics of the data
 
@@ -27,7 +28,7 @@ from .settings import FORMAT_VERSION, refuse_differences, vae_fingerprint
 
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers import ModelMixin
 
 INDEX_NAME = "index.json"
 REPAIR = "delete the file and encode again into the same folder, which makes what is missing"
@@ -72,7 +73,8 @@ class LatentDataset(Dataset):
     Args:
         folder (str): what `encode_dataset` wrote.
     Attributes:
-        latents_mean, latents_std (list[float]): per channel, of all drawn latents.
+        latents_mean, latents_std (list[float]): per channel, of all drawn latents; 0 and 1 of those that come
+            standardised by the autoencoder.
         id2label (dict[int, str]): names of the classes, None if unlabelled.
         latent_shape (tuple[int, int, int]): of one sample, (C, H, W).
         pooled_projection_dim (int): length of the condition vectors, None if there are none.
@@ -124,14 +126,15 @@ class LatentDataset(Dataset):
         return self.read(index)
 
     def read(self, index: int, flip: bool = False) -> dict[str, Any]:
-        """The posterior of one image, or of its mirror image.
+        """The latents of one image, or of its mirror image.
 
         Args:
             index (int): in [0, number of samples).
             flip (bool): of the mirror image.
         Returns:
             dict: `mean` and `std` (torch.Tensor, float32, (C, H, W)), `label` (int) and `pooled_projections`
-            (torch.Tensor, float32, (P,)). Pixels have no `std`; labels and vectors only if the data have them.
+            (torch.Tensor, float32, (P,)). Pixels, and points of an autoencoder without posteriors, have no `std`;
+            labels and vectors only if the data have them.
         Raises:
             IndexError: if `index` is out of range.
             ValueError: if `flip` is asked of latents encoded without.
@@ -142,7 +145,7 @@ class LatentDataset(Dataset):
         return sample
 
     def read_batch(self, indices: Sequence[int], flips: Sequence[bool]) -> dict[str, torch.Tensor]:
-        """The posteriors of several images, in one go.
+        """The latents of several images, in one go.
 
         Args:
             indices (sequence of int): each in [0, number of samples), (B,).
@@ -167,7 +170,7 @@ class LatentDataset(Dataset):
         else:
             prefixes = ["flipped_" if flip else "" for flip in flips]
             batch = {}
-            for key in ("mean", "std"):
+            for key in ("mean", "std") if self.index["vae"]["latents"] == "posterior" else ("mean",):
                 found = zip(places, prefixes, strict=True)
                 batch[key] = _stacked([arrays[prefix + key][row] for (arrays, row), prefix in found])
         if self.id2label is not None:
@@ -222,11 +225,11 @@ class LatentDataset(Dataset):
         """Whether mirror images can be read."""
         return self.index["vae"] is None or self.index["random_flip"]
 
-    def validate(self, *, vae: "AutoencoderKL | None", resolution: int, random_flip: bool = False) -> None:
+    def validate(self, *, vae: "ModelMixin | None", resolution: int, random_flip: bool = False) -> None:
         """Refuses data that were not encoded with what training asks for.
 
         Args:
-            vae (AutoencoderKL): in float32; compared by configuration and weights, not by name. None for pixels.
+            vae (ModelMixin): in float32; compared by configuration and weights, not by name. None for pixels.
             resolution (int): side of the images.
             random_flip (bool): whether training mirrors images.
         Raises:

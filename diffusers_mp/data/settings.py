@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import autoencoders
 from ..files import sha256_of_weights
 from ..masking import masked
 from .feeding import default_num_workers
@@ -16,22 +17,24 @@ from .pixels import ground_of
 
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers import ModelMixin
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 # Threads that decode images for an accelerator: it encodes some hundred a second.
 MOST_THREADS = 8
 # Entries that no argument sets.
 _IN_WORDS = {"format_version": "format version", "id2label": "classes", "num_rows": "number of images"}
 
 
-def vae_fingerprint(vae: "AutoencoderKL") -> dict[str, str]:
-    """SHA-256 of a VAE's configuration and of its weights: what decides whether encoded latents are its own.
+def vae_fingerprint(vae: "ModelMixin") -> dict[str, Any]:
+    """What decides whether encoded latents are a VAE's own, and what they are.
 
     Args:
-        vae (AutoencoderKL): in float32.
+        vae (ModelMixin): an image autoencoder of diffusers, in float32.
     Returns:
-        dict: `config_hash` and `weights_hash`.
+        dict: its `class_name`, SHA-256 of its configuration as `config_hash` and of its weights as `weights_hash`;
+        `latents`, a "posterior" (mean and std) or a "point" (mean), and whether they come standardised,
+        `is_standardised`.
     Raises:
         ValueError: if the VAE is not in float32, where the same weights would have another fingerprint.
     """
@@ -39,7 +42,13 @@ def vae_fingerprint(vae: "AutoencoderKL") -> dict[str, str]:
         raise ValueError(f"`vae` must be in float32 to encode, got {vae.dtype}: load it with torch.float32.")
     config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     config_hash = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-    return {"config_hash": config_hash, "weights_hash": sha256_of_weights(vae.state_dict())}
+    return {
+        "class_name": type(vae).__name__,
+        "config_hash": config_hash,
+        "weights_hash": sha256_of_weights(vae.state_dict()),
+        "latents": "posterior" if autoencoders.is_posterior(vae) else "point",
+        "is_standardised": autoencoders.is_standardised(vae),
+    }
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class EncodingSettings:
 
     Args:
         resolution (int): side of the images, a multiple of the VAE's downsampling factor.
-        random_flip (bool): store the posterior of the mirrored image too. Pixels are mirrored on reading instead.
+        random_flip (bool): store the latents of the mirrored image too. Pixels are mirrored on reading instead.
         num_channels (int): of the images without a VAE (1 or 3); a VAE brings its own.
         background (str): colour of the ground under transparent images, as `prepare_image` takes it.
         pooled_column (str, optional): column of condition vectors, such as a text encoder's pooled output: lists of
@@ -84,15 +93,21 @@ class EncodingSettings:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         ground_of(self.background)
 
-    def for_vae(self, vae: "AutoencoderKL | None") -> "EncodingSettings":
+    def for_vae(self, vae: "ModelMixin | None") -> "EncodingSettings":
         """The same with what a VAE or its absence decides; refuses a VAE that cannot encode such images.
 
         Raises:
-            ValueError: if the resolution does not suit the VAE, or images are neither grey nor RGB.
+            ValueError: if its class is not supported, the resolution does not suit it, or images are neither grey nor
+                RGB.
         """
         num_channels = self.num_channels
         if vae is not None:
-            num_channels, factor = vae.config.in_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+            _, factor, num_channels, _, image_size = autoencoders.geometry(vae)
+            if image_size not in (None, self.resolution):
+                raise ValueError(
+                    f"`resolution` must be {image_size}, the only size that this {type(vae).__name__} decodes, got "
+                    f"{self.resolution}."
+                )
             if self.resolution % factor:
                 raise ValueError(
                     f"`resolution` must be a multiple of the VAE's factor {factor}, got {self.resolution}."
@@ -108,11 +123,11 @@ class EncodingSettings:
         random_flip = self.random_flip and vae is not None
         return replace(self, num_channels=num_channels, random_flip=random_flip, num_workers=num_workers)
 
-    def record(self, vae: "AutoencoderKL | None", id2label: Mapping[int, str] | None) -> dict[str, Any]:
+    def record(self, vae: "ModelMixin | None", id2label: Mapping[int, str] | None) -> dict[str, Any]:
         """All that the encoded data depend on, as `settings.json` has it.
 
         Args:
-            vae (AutoencoderKL, optional), id2label (dict, optional): as in `encode_dataset`.
+            vae (ModelMixin, optional), id2label (dict, optional): as in `encode_dataset`.
         Returns:
             dict: of JSON values.
         """

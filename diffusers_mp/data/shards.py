@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from .. import autoencoders
 from ..files import check_keys, plain_name, read_json, sha256_of_file, whole_file
 from .changes import DIGEST_LENGTH, row_digest
 from .feeding import can_pin
@@ -25,6 +26,8 @@ from .settings import EncodingSettings, shortened
 logger = logging.getLogger(__name__)
 
 LARGEST = torch.finfo(torch.float32).max
+# Mean square of latents, 1 on the data that an autoencoder has its statistics of.
+MOST_POWER = 2
 
 
 class ChannelStatistics:
@@ -63,6 +66,20 @@ class ChannelStatistics:
                 f"Every channel must vary over the data, channels {wrong} have std {std[wrong].tolist()}."
             )
         return mean.tolist(), std.tolist()
+
+    def of_standardised(self) -> tuple[list[float], list[float]]:
+        """0 and 1: what an autoencoder standardises itself is left so, if its magnitude is 1 on these data too."""
+        self.result()
+        power = (self.sum_of_squares.sum() / self.count / len(self.sum)).item()
+        if not 1 / MOST_POWER < power < MOST_POWER:
+            raise ValueError(
+                "`vae` must make latents of magnitude 1, which the model is built for: those that it standardises by "
+                f"its own statistics must have a power between {1 / MOST_POWER:g} and {MOST_POWER:g}, that of these "
+                f"images is {power:.3g}. Without statistics of its own (of FLUX.2 after "
+                "`vae.bn.reset_running_stats()`, of an RAE without `latents_mean` and `latents_std` in its config) "
+                "those of the data are taken."
+            )
+        return [0.0] * len(self.sum), [1.0] * len(self.sum)
 
 
 class ShardRows:
@@ -168,7 +185,7 @@ def _encode_shard(
             statistics.update(to_unit_range(moments["pixels"]))
         else:
             for prefix in ("", "flipped_")[: 1 + settings.random_flip]:
-                statistics.update(moments[f"{prefix}mean"], moments[f"{prefix}std"])
+                statistics.update(moments[f"{prefix}mean"], moments.get(f"{prefix}std"))
         parts.append(moments | {role: torch.tensor([each[role] for each in conditions]) for role in conditions[0]})
     of_rows = {"num_rows": len(digests), "row_digests": "".join(digests), "skipped": skipped}
     if not parts:
@@ -245,8 +262,8 @@ def _encoded(batches: Iterator[tuple], vae, random_flip: bool) -> Iterator[tuple
 def _begun(pixels: torch.Tensor, vae, random_flip: bool) -> dict[str, torch.Tensor]:
     tensors = {}
     for prefix, variant in [("", pixels), ("flipped_", pixels.flip(-1))][: 1 + random_flip]:
-        posterior = vae.encode(to_unit_range(variant)).latent_dist
-        tensors |= {f"{prefix}mean": posterior.mean, f"{prefix}std": posterior.std}
+        latents = autoencoders.encode(vae, to_unit_range(variant))
+        tensors |= {f"{prefix}{name}": values for name, values in latents.items()}
     return tensors
 
 

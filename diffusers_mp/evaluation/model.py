@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import broadcast_object_list
 
+from ..autoencoders import geometry
 from ..averages.reconstruction import plan_reconstruction, reconstruct_ema, snapshots_up_to
 from ..averages.snapshots import check_snapshots, find_snapshots, pipeline_parts
 from ..files import read_json, write_json
@@ -107,8 +108,8 @@ class EvaluatedModel:
         config = self.transformer_config
         if not has_component(self.parts, "vae"):
             return config["sample_size"], config["in_channels"]
-        vae = read_json(self.parts / "vae" / "config.json", {})
-        return config["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1), vae["out_channels"]
+        vae = geometry(read_json(self.parts / "vae" / "config.json", {}))
+        return config["sample_size"] * vae.factor, vae.out_channels
 
     def without_weights(self, sampler: str | None) -> MPDiTPipeline:
         """The pipeline as its configs have it, to refuse what does not suit it before the reference is measured.

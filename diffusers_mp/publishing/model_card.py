@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
+from ..autoencoders import geometry, has_statistics
 from ..files import component_names, read_json
 from .cards import (
     filled,
@@ -96,7 +97,7 @@ def write_model_card(
         "samples": _samples(folder, sample_grid, arguments),
         **_usage(folder, index, config, repo_id, revision),
         "data": _data(folder, index, config, arguments, data),
-        "vae": _vae(folder, arguments),
+        "vae": _vae(folder, index, arguments),
         "num_parameters": f"{_num_parameters(folder / 'transformer'):,}",
         "configuration": table(("key", "value"), [item for item in config.items() if not item[0].startswith("_")]),
         "scheduler": _scheduler(folder, index, arguments),
@@ -195,16 +196,19 @@ def _data(folder: Path, index: dict, config: dict, arguments: dict, data: str | 
     return "\n".join(lines)
 
 
-def _vae(folder: Path, arguments: dict) -> str:
+def _vae(folder: Path, index: dict, arguments: dict) -> str:
     if not has_component(folder, "vae"):
         return "None: the transformer works on pixels."
     config = read_json(folder / "vae" / "config.json", {})
+    channels, factor, *_ = geometry(config)
+    # Those of the data are 0 and 1 then.
+    is_own = has_statistics(config) and not any(index.get("latents_mean") or [])
     name = arguments.get("vae")
     source = f"[{name}](../../{name})" if is_repo_id(name) else "of the author's own"
     return (
-        f"`{text_of(config.get('_class_name'))}` {source}, {config.get('latent_channels')} latent channels, factor "
-        f"{2 ** (len(config.get('block_out_channels', [0])) - 1)}, {_num_parameters(folder / 'vae'):,} parameters, in "
-        "`vae/`. The transformer sees its latents standardised by the statistics in `model_index.json`."
+        f"`{text_of(config.get('_class_name'))}` {source}, {channels} latent channels, factor {factor}, "
+        f"{_num_parameters(folder / 'vae'):,} parameters, in `vae/`. The transformer sees its latents standardised by "
+        f"{'the statistics that the VAE brings' if is_own else 'the statistics in `model_index.json`'}."
     )
 
 

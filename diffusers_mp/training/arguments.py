@@ -108,7 +108,7 @@ def _add_data_arguments(add):
     add("--random_flip", action="store_true", help="mirror half of the samples")
     add(
         "--vae",
-        help="AutoencoderKL, or a pipeline that has one, by path or Hub id; 'none' trains on pixels "
+        help="image autoencoder of diffusers, or a pipeline that has one, by path or Hub id; 'none' trains on pixels "
         f"[that of --pretrained_model_name_or_path, or {DEFAULT_VAE}]",
     )
     add("--encode_batch_size", type=at_least(1), default=32, help="images per forward pass of the VAE")
@@ -117,7 +117,7 @@ def _add_data_arguments(add):
 
 
 def _add_model_arguments(add):
-    add("--preset", help="XS, S, B, L or XL, a slash, and a patch size of 2, 4 or 8 [S/2]")
+    add("--preset", help="XS, S, B, L or XL, a slash, and a patch size of 1, 2, 4 or 8 [S/2]")
     add(
         "--configuration",
         help="A (DiT, if --modulation is scale shift gate) to E (magnitude preserving), or F (E with a bound) [E]",

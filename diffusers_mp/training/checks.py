@@ -4,8 +4,9 @@ import argparse
 
 from accelerate import init_empty_weights
 from accelerate.tracking import get_available_trackers
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 
+from ..autoencoders import geometry
 from ..publishing.hub import check_trackers
 from ..sources import check_reachable, naming
 from ..transformer_mpdit import MPDiTTransformer2DModel
@@ -39,7 +40,7 @@ def check_reporting(args: argparse.Namespace, parser: argparse.ArgumentParser) -
         parser.error(f"--report_to {args.report_to}: not installed; there are {installed}")
 
 
-def check_model(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained: Pretrained | None) -> None:
+def check_model(args: argparse.Namespace, vae: ModelMixin | None, pretrained: Pretrained | None) -> None:
     """Refuse a model that latents of this size or the optimiser do not fit, before images are encoded for hours."""
     channels, size, _ = shape = latent_shape_of(args, vae)
     known = {"num_classes": None, "pooled_projection_dim": None}  # the data will tell; until then, as the config says
@@ -67,8 +68,9 @@ def check_model(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained:
     optimizer_groups(args, model.train(), learning_rate=1.0)
 
 
-def latent_shape_of(args: argparse.Namespace, vae: AutoencoderKL | None) -> tuple[int, int, int]:
+def latent_shape_of(args: argparse.Namespace, vae: ModelMixin | None) -> tuple[int, int, int]:
     """Channels, height and width of what images will be encoded to."""
-    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    size = args.resolution // factor
-    return (args.image_channels or 3) if vae is None else vae.config.latent_channels, size, size
+    if vae is None:
+        return args.image_channels or 3, args.resolution, args.resolution
+    channels, factor, *_ = geometry(vae)
+    return channels, args.resolution // factor, args.resolution // factor

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from accelerate import Accelerator, init_empty_weights
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 
 from ..arguments import source_of
 from ..data.images import ImageSource, load_image_dataset
@@ -23,7 +23,7 @@ from .summary import DataSummary, recipe_learning_rate, start_of_run
 def dry_run(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    vae: AutoencoderKL | None,
+    vae: ModelMixin | None,
     pretrained: Pretrained | None,
     checkpoint: Path | None,
     source: ImageSource | None,
@@ -33,7 +33,7 @@ def dry_run(
     Args:
         args (argparse.Namespace): the command line.
         accelerator (Accelerator): of the run.
-        vae (AutoencoderKL, optional): of the run; None for pixels.
+        vae (ModelMixin, optional): of the run; None for pixels.
         pretrained (Pretrained, optional): what it would start from.
         checkpoint (Path, optional): what it would go on from.
         source (ImageSource, optional): the images, if they are opened already.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 
 from ..class_embeddings import resize_class_embeddings_
 from ..data.latents import LatentDataset
@@ -60,12 +60,12 @@ def make_objective(args: argparse.Namespace, config: Mapping[str, Any]) -> Objec
     return objective.of_recipe(args.prediction_type, config, **options)
 
 
-def load_pretrained(args: argparse.Namespace, vae: AutoencoderKL | None) -> Pretrained:
+def load_pretrained(args: argparse.Namespace, vae: ModelMixin | None) -> Pretrained:
     """A pipeline or a transformer, refused where the VAE or the objective is another, before images are encoded.
 
     Args:
         args (argparse.Namespace): the command line.
-        vae (AutoencoderKL, optional): of the run; None for pixels.
+        vae (ModelMixin, optional): of the run; None for pixels.
     """
     source = args.pretrained_model_name_or_path
     _check_reachable(args, "pretrained_model_name_or_path")
@@ -108,7 +108,7 @@ def _check_reachable(args: argparse.Namespace, flag: str) -> None:
     check_reachable(flag, getattr(args, flag), ("model_index.json", "config.json"), cache_dir=args.cache_dir)
 
 
-def channels_of(args: argparse.Namespace, vae: AutoencoderKL | None, pretrained: Pretrained | None) -> int | None:
+def channels_of(args: argparse.Namespace, vae: ModelMixin | None, pretrained: Pretrained | None) -> int | None:
     """What `--image_channels` is by default: that of a checkpoint of pixels, else 3; None with a VAE."""
     if vae is not None:
         if args.image_channels is not None:

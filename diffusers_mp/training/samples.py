@@ -71,9 +71,9 @@ class TrainingSamples(Dataset):
 
         latents = (mean + std · e - latents_mean) / latents_std       e, noise ~ N(0, 1), time ~ U[0, 1)
 
-    Posterior draw e, noise, time (of which the objective makes a timestep), mirroring and label dropout are functions
-    of (seed, epoch, index), where index counts the whole data set. All are drawn in a fixed order whether used or not:
-    no option moves another's draw.
+    std is 0 of pixels, and of the points of an autoencoder without posteriors. Posterior draw e, noise, time (of which
+    the objective makes a timestep), mirroring and label dropout are functions of (seed, epoch, index), where index
+    counts the whole data set. All are drawn in a fixed order whether used or not: no option moves another's draw.
 
     Args:
         dataset (LatentDataset): encoded images.

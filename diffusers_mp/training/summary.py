@@ -174,6 +174,13 @@ def _warnings(args, data, config, learning_rate, num_known_classes):
             warnings.append(f"{data.num_held_out:,} images are held out and not {wanted:,}: each class keeps its last")
         if args.total_batch_size > num_trained:
             warnings.append(f"an update has {args.total_batch_size:,} images, more than the {num_trained:,} there are")
+    width = config.num_attention_heads * config.attention_head_dim
+    token = config.in_channels * config.patch_size**2
+    if args.vae != "none" and width < token:
+        warnings.append(
+            f"the model is {width:,} wide and its tokens have {token:,} numbers: a narrower model cannot learn them "
+            "(RAE, arXiv 2510.11690)"
+        )
     if args.total_batch_size != RECIPE_BATCH_SIZE:
         warnings.append(
             f"an update has {args.total_batch_size:,} images, the recipe's {RECIPE_BATCH_SIZE}, to which its learning "

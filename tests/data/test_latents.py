@@ -112,7 +112,7 @@ def test_an_unknown_format_is_refused(image_data, tmp_path):
     encode(image_data[0], tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps(index | {"format_version": 99}))
-    with pytest.raises(ValueError, match="`folder` must have format version 4, .* has 99"):
+    with pytest.raises(ValueError, match="`folder` must have format version 5, .* has 99"):
         LatentDataset(tmp_path)
 
 
@@ -163,7 +163,7 @@ def test_an_index_opens_no_file_elsewhere(image_data, tmp_path):
             LatentDataset(folder)
 
 
-@pytest.mark.parametrize("content", ["[]", "{", "", '"text"', '{"format_version": 4, "vae": 1}'])
+@pytest.mark.parametrize("content", ["[]", "{", "", '"text"', '{"format_version": 5, "vae": 1}'])
 def test_an_index_of_something_else_is_named(image_data, tmp_path, content):
     index = encode(image_data[0], tmp_path).index
     (tmp_path / INDEX_NAME).write_text(content)

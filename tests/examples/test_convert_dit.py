@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from helpers import ROOT, relative_error, tiny_vae
 from processes import run_python
+from tiny_autoencoders import make, random_images
 
 from diffusers_mp import OriginalDiTTransformer2DModel
 
@@ -123,6 +124,18 @@ class TestConversion:
         monkeypatch.setattr(script, "largest_difference", lambda *args: pytest.fail("compared first"))
         with pytest.raises(OSError, match="nowhere"):
             convert(checkpoint(), "--vae", str(tmp_path / "nowhere"))
+        assert not (tmp_path / "pipeline").exists()
+
+    def test_a_vae_of_another_kind_is_refused_before_the_work(self, convert, script, monkeypatch, tmp_path):
+        monkeypatch.setattr(script, "largest_difference", lambda *args: pytest.fail("compared first"))
+        make("flux2", random_images()).save_pretrained(tmp_path / "flux2")
+        tiny_vae(latent_channels=3).save_pretrained(tmp_path / "three")
+        message = "DiTPipeline decodes, .* got AutoencoderKLFlux2"
+        for vae, reason in (("flux2", message), ("three", rf"\({CHANNELS}\), got 3")):
+            with pytest.raises(ValueError, match=f"`vae` must .*{reason}"):
+                convert(checkpoint(), "--vae", str(tmp_path / vae))
+        with pytest.raises(ValueError, match="`vae` must be an autoencoder, .* got 'none'"):
+            convert(checkpoint(), "--vae", "none")
         assert not (tmp_path / "pipeline").exists()
 
     def test_a_folder_explains_itself_in_a_fresh_process(self, convert):

@@ -112,7 +112,7 @@ def test_flags_are_the_trainers_own(tmp_path):
 def test_a_vae_that_is_not_there_is_named_with_its_flag(arguments, tmp_path):
     with pytest.raises(OSError, match=r"`--vae` must be .* got '.*nowhere'"):
         encode(*arguments, tmp_path / "latents", "--vae", tmp_path / "nowhere")
-    with pytest.raises(OSError, match="`--vae` must be .* this is of class MPDiTTransformer2DModel"):
+    with pytest.raises(ValueError, match="`vae` must be an image autoencoder .* got MPDiTTransformer2DModel"):
         encode(*arguments, tmp_path / "latents", "--vae", ROOT / "docs" / "tiny" / "transformer")
     assert not (tmp_path / "latents").exists()
 

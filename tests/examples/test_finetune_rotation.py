@@ -7,12 +7,13 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DiTPipeline
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from helpers import EXAMPLES
 from hub_client import TOKEN, client, holding
 from processes import run_processes, run_python
 from rotation_runs import WIDTH, arguments, finetune, make_base
+from tiny_autoencoders import make, random_images
 
 from diffusers_mp import load_rotation_adapter
 from diffusers_mp.data.latents import LatentDataset
@@ -337,6 +338,18 @@ def test_latents_are_as_the_pipeline_decodes_them(base):
     for key in ((0, 3), (1, 40)):
         drawn = standardised[key]["latents"] * standardised.latents_std + standardised.latents_mean
         torch.testing.assert_close(samples[key]["latents"], 2.0 * drawn, rtol=1e-5, atol=1e-6)
+
+
+def test_latents_of_an_autoencoder_without_posteriors(base, tmp_path):
+    import finetune_rotation
+
+    args = finetune_rotation.parse_args(arguments(base, tmp_path / "never written"))
+    args.latents_dir = tmp_path / "latents"
+    sizes = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8, "in_channels": 8, "sample_size": 4}
+    pipeline = DiTPipeline(DiTTransformer2DModel(**sizes), make("dc", random_images()), DDIMScheduler())
+    latents = finetune_rotation.load_latents(args, pipeline, Accelerator(cpu=True))
+    samples = TrainingSamples(latents, seed=0, **finetune_rotation.sample_options(pipeline))
+    torch.testing.assert_close(samples[0, 3]["latents"], pipeline.vae.config.scaling_factor * latents[3]["mean"])
 
 
 def test_labels_are_not_dropped_again_by_every_block(base):

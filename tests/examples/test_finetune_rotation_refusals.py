@@ -8,6 +8,7 @@ import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
 from diffusers.optimization import SchedulerType
 from rotation_runs import arguments, make_base
+from tiny_autoencoders import make, random_images
 
 from diffusers_mp import OriginalDiTTransformer2DModel, swap_adaln_for_rotation
 from diffusers_mp.arguments import LR_SCHEDULERS
@@ -109,6 +110,18 @@ def test_a_base_that_does_not_fit_is_refused_before_the_images_are_encoded(
     pipeline.save_pretrained(tmp_path / "pipeline")
     more = ("--pretrained_model_name_or_path", tmp_path / "pipeline", "--latents_dir", tmp_path / "latents")
     with pytest.raises(error, match=message):
+        finetune_rotation.main(finetune_rotation.parse_args(arguments(base, tmp_path / "run", *more)))
+    assert not (tmp_path / "latents").exists()
+
+
+def test_a_vae_that_a_dit_pipeline_does_not_decode_is_refused(base, tmp_path):
+    import finetune_rotation
+
+    pipeline = DiTPipeline.from_pretrained(base / "pipeline")
+    pipeline.vae = make("kvae", random_images())
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    more = ("--pretrained_model_name_or_path", tmp_path / "pipeline", "--latents_dir", tmp_path / "latents")
+    with pytest.raises(ValueError, match="`vae` must be one that .* DiTPipeline decodes, .* got AutoencoderKLKVAE"):
         finetune_rotation.main(finetune_rotation.parse_args(arguments(base, tmp_path / "run", *more)))
     assert not (tmp_path / "latents").exists()
 

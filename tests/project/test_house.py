@@ -34,7 +34,7 @@ FLOORS = (
     {"configuration"},
     {"blocks"},
     {"transformer_mpdit", "original_dit"},
-    {"class_embeddings", "schedulers", "lora"},
+    {"autoencoders", "class_embeddings", "schedulers", "lora"},
     {"guidance"},
     {"call_inputs"},
     {"pipeline_mpdit"},

@@ -47,7 +47,7 @@ def test_moments_in_8_bits():
 
 
 TABLE = re.findall(
-    r"^\| (\w+/2) \| ([\d.]+) M \| ([\d.]+) \| ([\d.]+) \| (\d+) \| (\d+) \|$",
+    r"^\| (\w+/[12]) \| ([\d.]+) M \| ([\d.]+) \| ([\d.]+) \| (\d+) \| (\d+) \|$",
     (ROOT / "docs" / "scale_out.md").read_text(),
     re.MULTILINE,
 )
@@ -56,7 +56,9 @@ TABLE = re.findall(
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row[0])
 def test_the_table_of_the_docs(row):
     size, millions, state, shard, activations, checkpointed = row
-    config = get_preset(size, in_channels=4, out_channels=8, sample_size=32, num_classes=1000)
+    channels, sample_size = (4, 32) if size.endswith("/2") else (128, 16)
+    of_latents = {"in_channels": channels, "out_channels": 2 * channels, "sample_size": sample_size}
+    config = get_preset(size, **of_latents, num_classes=1000)
     with init_empty_weights():
         model = MPDiTTransformer2DModel(**config)
     assert f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f}" == millions
@@ -67,7 +69,7 @@ def test_the_table_of_the_docs(row):
 
 
 def test_there_is_a_table():
-    assert len(TABLE) == 5
+    assert len(TABLE) == 10
     # And activations grow with the images.
     config = get_preset("S/2", sample_size=32)
     assert activation_bytes(config, 64) == 64 * activation_bytes(config, 1)

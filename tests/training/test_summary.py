@@ -20,14 +20,22 @@ def block(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     reset_accelerate()
 
-    def make(*flags, data=DATA, pooled_dim=None, learning_rate=None, num_known=None, max_train_steps=400_000):
+    def make(
+        *flags,
+        data=DATA,
+        pooled_dim=None,
+        learning_rate=None,
+        num_known=None,
+        max_train_steps=400_000,
+        latent_shape=(4, 32, 32),
+    ):
         args = parse_args(["--train_data_dir", "photos", "--output_dir", "never written", *flags])
         accelerator = Accelerator(cpu=True)
         batch = divide_batch(args, 1)
         args.train_batch_size, args.gradient_accumulation_steps = batch.micro, batch.accumulation
         with init_empty_weights():
             classes = len(data.counts) if data.counts else None
-            model = MPDiTTransformer2DModel(**model_config(args, (4, 32, 32), classes, pooled_dim))
+            model = MPDiTTransformer2DModel(**model_config(args, latent_shape, classes, pooled_dim))
         text = start_of_run(args, accelerator, data, model, learning_rate or 1e-2, max_train_steps, 0, num_known)
         lines = [line for line in text.splitlines() if not line.startswith("warning: ")]
         warnings = [line.removeprefix("warning: ") for line in text.splitlines() if line.startswith("warning: ")]
@@ -54,6 +62,16 @@ def test_rows_of_the_recipe(block):
         "memory": "0.68 GiB of weights, gradients, optimiser and 2 averages; 116.6 MiB of the model that is "
         "validated, in main memory; about 5.08 GiB of activations of 64 images",
     }
+
+
+def test_a_model_narrower_than_its_tokens_is_warned_of(block):
+    _, warnings = block("--preset", "XS/8", "--train_batch_size", "64", latent_shape=(16, 32, 32))
+    assert warnings == [
+        "the model is 256 wide and its tokens have 1,024 numbers: a narrower model cannot learn them "
+        "(RAE, arXiv 2510.11690)"
+    ]
+    assert block("--preset", "XS/8", "--train_batch_size", "64")[1] == []  # 4 channels: 256 numbers
+    assert block("--preset", "XS/8", "--train_batch_size", "64", "--vae", "none", latent_shape=(16, 32, 32))[1] == []
 
 
 def test_rows_follow_the_flags(block):
