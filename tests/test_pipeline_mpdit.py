@@ -310,7 +310,10 @@ class TestErrors:
             ({"class_labels": None}, "`class_labels` must be given"),
             ({"class_labels": []}, r"a label or a non-empty list of labels, got \[\]"),
             ({"output_type": "jpg"}, "`output_type` must be 'pil', 'np', 'pt' or 'latent', got 'jpg'"),
-            ({"latents": torch.zeros(1, 4, 8, 8)}, r"`latents` must have shape \(2, 4, 8, 8\), got \(1, 4, 8, 8\)"),
+            (
+                {"latents": torch.zeros(1, 4, 8, 8)},
+                r"`latents` must be a tensor of shape \(2, 4, 8, 8\), got \(1, 4, 8, 8\)",
+            ),
             ({"generator": [torch.Generator()]}, "one for each of the 2 images, got 1"),
             ({"callback_on_step_end_tensor_inputs": ["x"]}, r"must be a list of names out of .* got \['x'\]"),
         ],

@@ -132,7 +132,7 @@ MISTAKES = {
     "a size that does not fit": (pipeline(1, height=20, width=16), "positive multiples of .* got 20 x 16"),
     "latents of another size to the pipeline": (
         pipeline(1, latents=torch.zeros(1, 4, 4, 4)),
-        r"`latents` must have shape \(1, 4, 8, 8\), got \(1, 4, 4, 4\)",
+        r"`latents` must be a tensor of shape \(1, 4, 8, 8\), got \(1, 4, 4, 4\)",
     ),
     "too few generators": (
         pipeline([1, 2], generator=[torch.Generator()]),
