@@ -32,7 +32,7 @@ CONFIGURATIONS = {
     "E": {**_MAGNITUDE_PRESERVING, "forced_weight_normalization": True, "layer_norm": False},
 }
 SWITCHES = tuple(CONFIGURATIONS["E"])
-# Ours: E with a bound on tokens. benchmarks/quality/bound.py says where and at what, of one seed so far.
+# Ours: E with a bound on tokens; benchmarks/quality/bound.py says where and at what.
 CONFIGURATIONS["F"] = {**CONFIGURATIONS["E"], "max_magnitude": 2.0}
 
 
@@ -49,7 +49,7 @@ def get_preset(
             latents of an autoencoder of factor 16 or 32.
         configuration (str): "A" (DiT's norms and plain weights; with `modulation` "scale", "shift" and "gate", DiT) to
             "E" (magnitude preserving, no normalisation layer), Table 1 of arXiv 2505.19122; "F" is E with a bound on
-            the magnitude of tokens.
+            the magnitude of tokens, the default of the trainer.
         modulation (sequence of str): kinds, a subset of `modulation.MODULATION_KINDS`.
         **overrides: any other argument of the model, such as `sample_size` or `num_classes`; wins over the preset.
     Returns:

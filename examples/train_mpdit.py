@@ -2,9 +2,10 @@
 
     accelerate launch examples/train_mpdit.py --train_data_dir photos --resolution 256 --preset B/2 --output_dir run
 
-The defaults are the recipe of arXiv 2505.19122: S/2 in configuration E with scale, rotation and gate, Adam at 1e-2
-with warm-up and inverse-square-root decay, 400 000 updates of 256 samples, learned variance, averages of widths 0.05
-and 0.10. The run's folder becomes a pipeline: `MPDiTPipeline.from_pretrained("run")`.
+The defaults are the recipe of arXiv 2505.19122, but with tokens bounded (configuration F; the paper's is
+`--configuration E`): S/2 with scale, rotation and gate, Adam at 1e-2 with warm-up and inverse-square-root decay,
+400 000 updates of 256 samples, learned variance, averages of widths 0.05 and 0.10. The run's folder becomes a
+pipeline: `MPDiTPipeline.from_pretrained("run")`.
 
 Every sample's noise, time, posterior draw, flip and label dropout are functions of (seed, epoch, index), so that
 the number of processes, workers and micro batches does not change the run.

@@ -39,7 +39,7 @@ MODEL_FLAGS = (*SWITCHES, "max_magnitude")
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 PRESET_DEFAULTS = {
     "preset": "S/2",
-    "configuration": "E",
+    "configuration": "F",
     "modulation": ["scale", "rotate", "gate"],
     "activation_fn": "silu",
 }
@@ -120,7 +120,7 @@ def _add_model_arguments(add):
     add("--preset", help="XS, S, B, L or XL, a slash, and a patch size of 1, 2, 4 or 8 [S/2]")
     add(
         "--configuration",
-        help="A (DiT, if --modulation is scale shift gate) to E (magnitude preserving), or F (E with a bound) [E]",
+        help="A (DiT, if --modulation is scale shift gate) to E (the paper's), or F, E with tokens bounded [F]",
     )
     add("--modulation", nargs="+", help="kinds of modulation [scale rotate gate]")
     add("--activation_fn", choices=("silu", "leaky_relu"), help="activation [silu]")

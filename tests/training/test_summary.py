@@ -52,7 +52,7 @@ def test_rows_of_the_recipe(block):
     assert rows == {
         "batch": "256 images an update = 64 x 1 process x 4 accumulated",
         "data": "photos: 1,000 images at 256 pixels, 2 classes: cat (600), dog (400); 50 held out, 3 left out",
-        "model": "S/2, configuration E; scale, rotate, gate; 30,568,011 parameters, latents of 4 x 32 x 32",
+        "model": "S/2, configuration F; scale, rotate, gate; 30,568,011 parameters, latents of 4 x 32 x 32",
         "objective": "epsilon, variance_type learned_range",
         # 400 000 updates of 256 images out of 950.
         "updates": "400,000 (107,789.5 epochs); learning rate 0.01, inverse_sqrt",
