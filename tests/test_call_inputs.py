@@ -130,7 +130,7 @@ def test_steps_that_are_not_to_be_had(scheduler, given, message):
         {"class_labels": [np.int64(2), torch.tensor(5)]},
         {"class_labels": np.array([[2], [5]])},
     ],
-    ids=str,
+    ids=lambda given: f"{next(iter(given))} {type(next(iter(given.values()))).__name__}",
 )
 def test_values_of_numpy_and_nested_labels_are_taken(given):
     pipe = pipeline()
