@@ -12,6 +12,7 @@ import math
 import statistics
 from collections import defaultdict
 
+import matplotlib.pyplot as plt
 from scipy.stats import t as student
 from shared import BENCHMARKS, table
 from short_runs import Run, make_records, read_records, train_watched
@@ -20,7 +21,8 @@ from short_runs import Run, make_records, read_records, train_watched
 RECORDS = BENCHMARKS / "records" / "cliff.jsonl"
 ARMS = list(itertools.product("EF", ("shift", "rotate")))
 RATES, SEEDS, FRESH_SEEDS = (0.025, 0.05, 0.1, 0.2, 0.4), range(100, 105), range(8)
-NOTHING = 1.0
+FIGURE = BENCHMARKS.parent / "docs" / "results" / "cliff.png"
+NOTHING, LARGEST_DRAWN = 1.0, 1e6
 CLIFF = [
     Run(configuration, kind, rate, seed) for seed, rate, (configuration, kind) in itertools.product(SEEDS, RATES, ARMS)
 ]
@@ -136,6 +138,37 @@ def report_pairs(records: list[dict]) -> None:
         print(table(["modulation", "seeds", "E", "F", "F over E, %", "upper end"], rows))
 
 
+def draw(records: list[dict]) -> None:
+    """Loss over rate with each modulation, and the largest token on the way; a mark for each run."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+
+    def beside(records):
+        return [record["learning_rate"] * {"E": 0.95, "F": 1.05}[record["configuration"]] for record in records]
+
+    for number, configuration in enumerate("EF"):
+        style = {"color": f"C{number}", "marker": "os"[number], "linestyle": "", "alpha": 0.6}
+        for axis, kind in zip(axes, ("shift", "rotate"), strict=False):
+            found = of_arm(records, (configuration, kind))
+            learned = [record for record in found if not has_failed(record)]
+            failed = [record for record in found if has_failed(record)]
+            losses = [record["validation_loss"] for record in learned]
+            axis.plot(beside(learned), losses, label=configuration, **style)
+            axis.plot(beside(failed), [NOTHING * (1.4, 1.8)[number]] * len(failed), **{**style, "marker": "x"})
+            axis.set(title=f"scale, {kind}, gate", ylabel="validation loss (x: failed)", yscale="log")
+        of_both = [record for record in records if record["configuration"] == configuration]
+        # What is not finite is drawn at the top.
+        largest = [min(record["largest_rms"], LARGEST_DRAWN) for record in of_both]
+        axes[2].plot(beside(of_both), largest, label=configuration, **style)
+    axes[2].set(title="largest RMS of a token on the way", yscale="log", ylim=(1, 3 * LARGEST_DRAWN))
+    for axis in axes:
+        axis.set(xlabel="learning rate", xscale="log", xticks=RATES, xticklabels=[f"{rate:g}" for rate in RATES])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(loc="center left")
+    figure.savefig(FIGURE, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
 def main():
     runs = [*CLIFF, *paired(read_records(RECORDS)), *HALF, *DEEP]
     records = make_records(RECORDS, runs, train_watched, __doc__.split("\n")[0])
@@ -149,6 +182,7 @@ def main():
         if found:
             report_failures(found, heading)
     report_pairs(records)
+    draw([record for record in records if is_cliff(record) and record["seed"] in SEEDS])
 
 
 if __name__ == "__main__":
