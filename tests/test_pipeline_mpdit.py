@@ -360,6 +360,7 @@ class TestSaving:
         pipe.save_pretrained(tmp_path / "pipe")
         program = (
             "import sys, numpy, torch\n"
+            "torch.set_num_threads(1)\n"  # as here: sums of another order differ in their last digit
             "from diffusers_mp import MPDiTPipeline\n"
             "pipe = MPDiTPipeline.from_pretrained(sys.argv[1])\n"
             "images = pipe(['golden retriever', 1], num_inference_steps=3, generator=torch.manual_seed(0),"

@@ -106,6 +106,7 @@ def test_compiles_into_one_graph_with_gradient_checkpointing():
 
 
 # Each kernel costs a call of the C++ compiler where nothing is cached, so the fast test has what fuses into one.
+@pytest.mark.slow
 @compiles
 @torch.no_grad()
 def test_the_elementwise_part_of_a_block_compiles_with_inductor(monkeypatch):
