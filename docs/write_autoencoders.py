@@ -38,8 +38,8 @@ def shape_of(name: str) -> str:
 def statistics_of(row) -> str:
     """What an autoencoder brings, and what is measured."""
     if row.is_packed:
-        return "packs 2 x 2, then its batch norm's"
-    return "its own, for each position" if row.standardises else "those of the data, for each channel"
+        return "its batch norm, each channel, after packing 2 x 2"
+    return "its own config, each position" if row.standardises else "your data, each channel"
 
 
 def notes_of(row) -> str:
@@ -54,7 +54,7 @@ def notes_of(row) -> str:
 
 def table() -> str:
     """The part of the page that is written."""
-    lines = ["| class | encoding returns | latents of 256 x 256 | standardised by | |", "|---|---|---|---|---|"]
+    lines = ["| class | encoding returns | latents of 256 x 256 | standardised by the statistics of | |", "|---|---|---|---|---|"]
     for name, row in IMAGE_AUTOENCODERS.items():
         kind = "posterior" if row.output == "latent_dist" else "point"
         lines.append(f"| {name} | {kind} | {shape_of(name)} | {statistics_of(row)} | {notes_of(row)} |")
