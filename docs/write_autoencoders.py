@@ -54,7 +54,8 @@ def notes_of(row) -> str:
 
 def table() -> str:
     """The part of the page that is written."""
-    lines = ["| class | encoding returns | latents of 256 x 256 | standardised by the statistics of | |", "|---|---|---|---|---|"]
+    columns = ("class", "encoding returns", "latents of 256 x 256", "standardised by the statistics of", "")
+    lines = [f"| {' | '.join(columns)} |".replace("|  |", "| |"), "|---" * len(columns) + "|"]
     for name, row in IMAGE_AUTOENCODERS.items():
         kind = "posterior" if row.output == "latent_dist" else "point"
         lines.append(f"| {name} | {kind} | {shape_of(name)} | {statistics_of(row)} | {notes_of(row)} |")
