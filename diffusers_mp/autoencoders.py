@@ -113,30 +113,19 @@ IMAGE_AUTOENCODERS = {
     ),
 }
 
-_AUDIO, _VIDEO = "it encodes audio", "it encodes videos"
+_AUDIO = """
+    AutoencoderKLKVAEAudio AutoencoderKLLTX2Audio AutoencoderKLMiniMaxH3Audio AutoencoderOobleck AutoencoderSAME
+    Cosmos3AVAEAudioTokenizer LongCatAudioDiTVae MMAudioVAE
+""".split()
+_VIDEO = """
+    AutoencoderKLAllegro AutoencoderKLCogVideoX AutoencoderKLCosmos AutoencoderKLHunyuanVideo
+    AutoencoderKLHunyuanImageRefiner AutoencoderKLHunyuanVideo15 AutoencoderKLKVAEVideo AutoencoderKLLTXVideo
+    AutoencoderKLLTX2Video AutoencoderKLMagvit AutoencoderKLMiniMaxH3 AutoencoderKLMochi AutoencoderKLWan
+    AutoencoderVidTok Kandinsky6SRVAE
+""".split()
 REFUSED = {
-    **dict.fromkeys(
-        (
-            *("AutoencoderKLKVAEAudio", "AutoencoderKLLTX2Audio", "AutoencoderKLMiniMaxH3Audio", "AutoencoderOobleck"),
-            *("AutoencoderSAME", "Cosmos3AVAEAudioTokenizer", "LongCatAudioDiTVae", "MMAudioVAE"),
-        ),
-        _AUDIO,
-    ),
-    **dict.fromkeys(
-        (
-            *("AutoencoderKLAllegro", "AutoencoderKLCogVideoX", "AutoencoderKLCosmos", "AutoencoderKLHunyuanVideo"),
-            *("AutoencoderKLHunyuanImageRefiner", "AutoencoderKLHunyuanVideo15", "AutoencoderKLKVAEVideo"),
-            *(
-                "AutoencoderKLLTXVideo",
-                "AutoencoderKLLTX2Video",
-                "AutoencoderKLMagvit",
-                "AutoencoderKLMiniMaxH3",
-                "AutoencoderKLMochi",
-            ),
-            *("AutoencoderKLWan", "AutoencoderVidTok", "Kandinsky6SRVAE"),
-        ),
-        _VIDEO,
-    ),
+    **dict.fromkeys(_AUDIO, "it encodes audio"),
+    **dict.fromkeys(_VIDEO, "it encodes videos"),
     "AutoencoderKLTemporalDecoder": "it decodes videos, several frames together",
     "RFD4ProteinaAutoencoder": "it encodes proteins",
 }

@@ -73,15 +73,13 @@ def is_whole(value) -> bool:
 
 
 def check_inputs(
-    pipe,
-    num_images_per_class: int,
-    height: int,
-    width: int,
-    num_inference_steps: int,
-    output_type: str,
-    callback_on_step_end_tensor_inputs: list[str],
+    pipe, numbers: dict[str, int], height: int, width: int, output_type: str, names_for_callback: list[str]
 ) -> None:
-    """Refuse sizes and kinds of output that the components cannot make; errors as in `MPDiTPipeline.check_inputs`."""
+    """Refuse numbers, sizes and kinds of output that the components of a pipeline cannot make.
+
+    Raises:
+        ValueError: naming the argument of the call, the rule and what it got.
+    """
     patch_size = pipe.transformer.config.patch_size
     if pipe.guidance_transformer is not None:
         patch_size = math.lcm(patch_size, pipe.guidance_transformer.config.patch_size)
@@ -93,17 +91,15 @@ def check_inputs(
         )
     if pipe.vae is not None:
         autoencoders.check_image_size(pipe.vae, height, width)
-    counts = {"num_images_per_class": num_images_per_class, "num_inference_steps": num_inference_steps}
-    for name, value in counts.items():
+    for name, value in numbers.items():
         if not is_whole(value) or value < 1:
             raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-    names = callback_on_step_end_tensor_inputs
-    if isinstance(names, str) or not set(names) <= set(pipe._callback_tensor_inputs):
+    if isinstance(names_for_callback, str) or not set(names_for_callback) <= set(pipe._callback_tensor_inputs):
         raise ValueError(
             f"`callback_on_step_end_tensor_inputs` must be a list of names out of {pipe._callback_tensor_inputs}, got "
-            f"{names!r}."
+            f"{names_for_callback!r}."
         )
 
 
@@ -138,7 +134,7 @@ def set_timesteps(
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
 ) -> None:
-    """Give a scheduler its steps: so many of its own, or those given, which a flow's shift moves as its own.
+    """Set the steps of a scheduler: a number of them, or those given. A flow's shift applies to both.
 
     Raises:
         ValueError: if the scheduler does not take them, or would take others than those; if both are given.

@@ -182,33 +182,6 @@ class MPDiTPipeline(DiffusionPipeline, TransformerLoraLoaderMixin):
         """
         guidance.check_guidance(self, guidance_scale, guidance_interval)
 
-    def check_inputs(
-        self,
-        num_images_per_class: int,
-        height: int,
-        width: int,
-        num_inference_steps: int,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
-    ) -> None:
-        """Check the sizes and the kind of output of a call against the components.
-
-        Args:
-            num_images_per_class, height, width, num_inference_steps, output_type, callback_on_step_end_tensor_inputs:
-                as in `__call__`, defaults filled in.
-        Raises:
-            ValueError: naming the argument, the rule and what it got.
-        """
-        call_inputs.check_inputs(
-            self,
-            num_images_per_class,
-            height,
-            width,
-            num_inference_steps,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-        )
-
     def prepare_latents(
         self,
         batch_size: int,
@@ -352,7 +325,8 @@ class MPDiTPipeline(DiffusionPipeline, TransformerLoraLoaderMixin):
         names_for_callback = callback_on_step_end_tensor_inputs or ["latents"]
 
         # 1. Check the arguments against the components, which may have been exchanged since the last call
-        self.check_inputs(num_images_per_class, height, width, num_inference_steps, output_type, names_for_callback)
+        numbers = {"num_images_per_class": num_images_per_class, "num_inference_steps": num_inference_steps}
+        call_inputs.check_inputs(self, numbers, height, width, output_type, names_for_callback)
         conditions = call_inputs.conditions(self, class_labels, pooled_projections, num_images_per_class)
         batch_size = len(next(iter(conditions.values()), range(num_images_per_class)))
         self.check_guidance(guidance_scale, guidance_interval)

@@ -62,7 +62,7 @@ def test_images_are_those_of_diffusers(made):
     decoded = autoencoders.decode(vae, mean, generator(1))
     close(decoded, images_of_diffusers(case, vae, mean, generator(1)))
     assert decoded.shape == images.shape
-    assert decoded.min() < -0.01  # no picture in [0, 1]
+    assert decoded.min() < -0.01  # not an image in [0, 1]
 
 
 def test_sizes_are_those_of_latents(made):

@@ -75,7 +75,7 @@ class ChannelStatistics:
             raise ValueError(
                 "`vae` must make latents of magnitude 1, which the model is built for: those that it standardises by "
                 f"its own statistics must have a power between {1 / MOST_POWER:g} and {MOST_POWER:g}, that of these "
-                f"images is {power:.3g}. Without statistics of its own (of FLUX.2 after "
+                f"images is {power:.3g}. Without its own statistics (of FLUX.2 after "
                 "`vae.bn.reset_running_stats()`, of an RAE without `latents_mean` and `latents_std` in its config) "
                 "those of the data are taken."
             )
